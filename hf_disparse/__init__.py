@@ -1,0 +1,38 @@
+"""Prune one shared Transformer encoder with several task heads: every task judges, and what all can spare goes.
+
+Importing this registers `MultitaskModel` with transformers' Auto classes.
+"""
+
+from hf_disparse.config import DataConfig, PruningConfig, TaskConfig, UserError
+from hf_disparse.decision import decide, decide_max, decide_mean_rank, decide_sum
+from hf_disparse.masks import MaskHooks, apply_masks, find_masks, load_masks, save_masks, sparsity_report
+from hf_disparse.model import MultitaskConfig, MultitaskModel, prunable_parameters
+from hf_disparse.scores import score
+from hf_disparse.trainer import DisparseTrainer, DisparseTrainingArguments, PruningCallback, last_whole_checkpoint
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DataConfig",
+    "DisparseTrainer",
+    "DisparseTrainingArguments",
+    "MaskHooks",
+    "MultitaskConfig",
+    "MultitaskModel",
+    "PruningCallback",
+    "PruningConfig",
+    "TaskConfig",
+    "UserError",
+    "apply_masks",
+    "decide",
+    "decide_max",
+    "decide_mean_rank",
+    "decide_sum",
+    "find_masks",
+    "last_whole_checkpoint",
+    "load_masks",
+    "prunable_parameters",
+    "save_masks",
+    "score",
+    "sparsity_report",
+]

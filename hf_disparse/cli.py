@@ -1,0 +1,138 @@
+"""The commands. Layer 10; what they say when something is wrong is at most three lines, and the exit status is 2."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Prune one shared Transformer encoder with several task heads, by the vote of all tasks.",
+)
+
+_Set = Annotated[
+    list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one value; may be repeated.")
+]
+
+
+def main() -> None:
+    """Entry point of `hf-disparse`."""
+    from hf_disparse.config import UserError
+
+    try:
+        app()
+    except UserError as error:
+        lines = [line for line in str(error).splitlines() if line.strip()][:3]
+        print("error: " + "\n".join(lines), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.command(epilog="Example: hf-disparse train recipes/quickstart.yaml --set pruning.sparsity=0.9 --output_dir out-90")
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, such as recipes/quickstart.yaml.")],
+    set_: _Set = [],  # noqa: B006
+    output_dir: Annotated[str | None, typer.Option("--output_dir", help="Instead of the recipe's.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check recipe, data and encoder; train nothing.")] = False,
+) -> None:
+    """Train dense, prune, train sparse, evaluate both; the same command again goes on where it stopped."""
+    _quiet()
+    from hf_disparse import run
+    from hf_disparse.recipes import read_recipe
+
+    parsed = read_recipe(recipe, set_, output_dir)
+    if dry_run:
+        print_plan(run.plan(parsed))
+    else:
+        print_results(run.train(parsed), parsed.output_dir)
+
+
+@app.command(epilog="Example: hf-disparse evaluate runs/quickstart")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder that `train` wrote.")],
+    recipe: Annotated[str | None, typer.Option(help="Whose tasks and data; the model's own by default.")] = None,
+    set_: _Set = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Evaluate a model on the validation data of its tasks."""
+    _quiet()
+    from hf_disparse import run
+
+    result = run.evaluate(model, recipe, set_)
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    table = _table("task", "metric", "value", title=model)
+    for task, metrics in result["tasks"].items():
+        for metric, value in metrics.items():
+            table.add_row(task, metric, f"{value:.1f}")
+    table.add_section()
+    table.add_row("average", "", f"{result['average']:.1f}")
+    Console().print(table)
+    print_sparsity(result["sparsity"])
+
+
+def print_results(results: dict, folder: str) -> None:
+    """One table of what a run cost each task, and what it saved."""
+    table = _table(
+        "task", "metric", "majority", "dense", "sparse", "difference", title=f"dense against sparse: {folder}"
+    )
+    for task, metrics in results["dense"]["tasks"].items():
+        for metric, dense in metrics.items():
+            sparse = results["sparse"]["tasks"][task][metric]
+            majority = results["majority"][task] if metric == "accuracy" else None
+            shown = "" if majority is None else f"{majority:.1f}"
+            table.add_row(task, metric, shown, f"{dense:.1f}", f"{sparse:.1f}", f"{sparse - dense:+.1f}")
+    dense, sparse = results["dense"]["average"], results["sparse"]["average"]
+    table.add_section()
+    table.add_row("average", "", "", f"{dense:.1f}", f"{sparse:.1f}", f"{sparse - dense:+.1f}")
+    Console().print(table)
+    print_sparsity(results["sparsity"])
+    size = results["bytes"]
+    print(f"bytes:    dense {size['dense']:,}, sparse {size['sparse']:,} (zeros are stored as they are)")
+    print(
+        "seconds:  " + ", ".join(f"{name.replace('_', ' ')} {value:.0f}" for name, value in results["seconds"].items())
+    )
+
+
+def print_sparsity(sparsity: dict[str, float]) -> None:
+    """Sparsity by denominator, on one line."""
+    names = {
+        "target": "target",
+        "prunable": "of the prunable weights",
+        "encoder": "of the encoder",
+        "model": "of the model",
+    }
+    print("sparsity: " + ", ".join(f"{100 * sparsity[k]:.1f} % {text}" for k, text in names.items() if k in sparsity))
+
+
+def print_plan(plan: dict) -> None:
+    """What a dry run found."""
+    table = _table("task", "training examples", "validation examples")
+    for task, rows in plan["examples"]["train"].items():
+        table.add_row(task, f"{rows:,}", f"{plan['examples']['validation'][task]:,}")
+    Console().print(table)
+    print(f"prunable weights: {plan['prunable']:,} of {plan['parameters']:,} parameters. Nothing was trained.")
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    return table
+
+
+def _quiet() -> None:
+    """Progress bars and our own words; the libraries speak up for errors only."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    datasets.logging.set_verbosity_error()

@@ -1,0 +1,177 @@
+"""How the tasks' scores become one mask: pure functions, streaming task by task.
+
+Words: *scores* are {parameter name: tensor >= 0}, higher is more important. A *mask* is {parameter name: bool tensor},
+True = keep. N is the number of prunable weights, T the number of tasks. Layer 4; knows torch only.
+
+The rule (docs/concepts.md derives it). Let R_t(w) be the rank of weight w for task t, 0 = most important, ties by position.
+Task t alone would keep {w : R_t(w) < k}; pruning only what *all* tasks can spare keeps the union over tasks, which is
+{w : min_t R_t(w) < k}. So the mask keeps the weights with the smallest min_t R_t(w), cut at the budget: no search for k,
+no ties left over, one int32 buffer however many tasks there are. A quorum of m replaces the minimum by the m-th smallest.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+Scores = Mapping[str, Tensor]
+TaskScores = Mapping[str, Scores] | Iterable[tuple[str, Scores]]
+Masks = dict[str, Tensor]
+
+
+def decide(task_scores: TaskScores, sparsity: float, quorum: int = 1, active: Scores | None = None) -> Masks:
+    """Prunes exactly `round(sparsity * N)` weights, keeping what at least `quorum` tasks want; 1 is unanimous pruning.
+
+    Args:
+        task_scores: task -> scores, or an iterable of such pairs, consumed one at a time.
+        sparsity: fraction of all weights that is False in the result, in [0, 1).
+        quorum: a weight is ranked by its `quorum`-th best rank over the tasks, in 1..T.
+        active: weights that are False here stay pruned and count towards the sparsity; a mask, all True by default.
+
+    Returns:
+        The mask. One task gives plain pruning by its scores.
+
+    Raises:
+        ValueError: no tasks, different parameters or shapes, NaN or infinite scores, a sparsity outside [0, 1) or below
+            what `active` has pruned, a quorum outside 1..T.
+
+    Memory beyond one task's scores: `quorum` int32 buffers of N and one sort's temporaries. Source: DiSparse, Sun et al.
+    2022 (arXiv 2206.04662), whose arbiter this makes exact; docs/papers.md.
+    """
+    if not isinstance(quorum, int) or quorum < 1:
+        raise ValueError(f"quorum: expected a whole number in 1..T, got {quorum!r}")
+
+    def smallest_ranks(best: list[Tensor] | None, scores: Tensor, live: Tensor | None) -> list[Tensor]:
+        rank = ranks(scores, live)
+        if best is None:
+            best = []
+        for i, held in enumerate(best):  # insertion into the sorted list of the `quorum` smallest, weight by weight
+            best[i], rank = torch.minimum(held, rank), torch.maximum(held, rank)
+        return [*best, rank] if len(best) < quorum else best
+
+    def cost(best: list[Tensor], tasks: int) -> Tensor:
+        if quorum > tasks:
+            raise ValueError(f"quorum: expected a whole number in 1..{tasks} (the number of tasks), got {quorum}")
+        return best[-1]
+
+    return _stream(task_scores, sparsity, active, smallest_ranks, cost)
+
+
+def decide_sum(task_scores: TaskScores, sparsity: float, active: Scores | None = None) -> Masks:
+    """Keeps the weights with the largest sum over tasks of scores, each task's normalised to sum 1. See `decide`."""
+    return _stream(task_scores, sparsity, active, _add_normalised, lambda total, tasks: ranks(total, None))
+
+
+def decide_max(task_scores: TaskScores, sparsity: float, active: Scores | None = None) -> Masks:
+    """Keeps the weights with the largest score for any task, each task's normalised to sum 1. See `decide`."""
+
+    def largest(best, scores, live):
+        scores = _normalised(scores)
+        return scores if best is None else torch.maximum(best, scores, out=best)
+
+    return _stream(task_scores, sparsity, active, largest, lambda best, tasks: ranks(best, None))
+
+
+def decide_mean_rank(task_scores: TaskScores, sparsity: float, active: Scores | None = None) -> Masks:
+    """Keeps the weights with the smallest rank on average over the tasks. See `decide`."""
+
+    def add_ranks(total, scores, live):
+        rank = ranks(scores, live).long()  # int64: T ranks of up to 2^31 are added
+        return rank if total is None else total.add_(rank)
+
+    return _stream(task_scores, sparsity, active, add_ranks, lambda total, tasks: total)
+
+
+def ranks(scores: Tensor, live: Tensor | None = None) -> Tensor:
+    """Rank of each score, 0 = largest, ties by position; what is not `live` ranks last.
+
+    Shapes: scores (N,) floating, live (N,) bool or None -> (N,) int32, a permutation of 0..N-1.
+
+    Integers throughout: float32 ranks would be inexact above 2^24 weights.
+    """
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    bits = torch.int64 if scores.dtype == torch.float64 else torch.int32
+    # The bits of a float, read as an integer, sort like the float does (mirrored below zero), and integers sort several
+    # times faster. Adding 0.0 turns -0.0, which has bits of its own, into 0.0.
+    key = (scores + 0.0).view(bits)
+    key = torch.where(key < 0, key ^ torch.iinfo(bits).max, key).bitwise_not_()  # not: largest first
+    if live is not None:
+        key[~live] = torch.iinfo(bits).max
+    order = torch.sort(key, stable=True).indices
+    rank = torch.empty(len(order), dtype=torch.int32, device=scores.device)
+    rank[order] = torch.arange(len(order), dtype=torch.int32, device=scores.device)
+    return rank
+
+
+def keep_smallest(cost: Tensor, count: int) -> Tensor:
+    """Bool mask of the `count` smallest entries of `cost`, ties by position. Shapes: (N,) -> (N,)."""
+    if count == 0:
+        return torch.zeros_like(cost, dtype=torch.bool)
+    limit = torch.kthvalue(cost, count).values
+    keep = cost < limit
+    tied = (cost == limit).nonzero().squeeze(1)
+    keep[tied[: count - int(keep.sum())]] = True
+    return keep
+
+
+def _add_normalised(total: Tensor | None, scores: Tensor, live: Tensor | None) -> Tensor:
+    scores = _normalised(scores)
+    return scores if total is None else total.add_(scores)
+
+
+def _normalised(scores: Tensor) -> Tensor:
+    """Scores that sum to 1 in float64, so that no task weighs more for the scale of its loss; all zeros stay zeros."""
+    scores = scores.double()
+    total = scores.sum()
+    return scores / total if total > 0 else scores
+
+
+def _stream(task_scores: TaskScores, sparsity: float, active: Scores | None, add: Callable, finish: Callable) -> Masks:
+    """Folds the tasks into one buffer by `add(buffer, scores, live)`, then keeps the smallest `finish(buffer, tasks)`."""
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity: expected a number in [0, 1), got {sparsity!r}")
+    shapes, live, buffer, tasks = None, None, None, 0
+    for task, scores in task_scores.items() if isinstance(task_scores, Mapping) else task_scores:
+        _check(task, scores, shapes)
+        if shapes is None:
+            shapes = {name: tensor.shape for name, tensor in scores.items()}
+            if active is not None:
+                _check("active", active, shapes)
+                live = torch.cat([active[name].reshape(-1).bool() for name in shapes])
+        flat = torch.cat([scores[name].detach().reshape(-1) for name in shapes])
+        del scores
+        if not torch.isfinite(flat).all():
+            name = next(n for n, part in _split(flat, shapes) if not torch.isfinite(part).all())
+            raise ValueError(f"scores: expected finite numbers, got NaN or infinity in '{name}' of task '{task}'")
+        buffer = add(buffer, flat, live)
+        tasks += 1
+    if not tasks or not shapes:
+        raise ValueError("task_scores: expected at least one task with at least one parameter, got none")
+    cost = finish(buffer, tasks)
+    size = len(cost)
+    count = size - round(sparsity * size)
+    if live is not None:
+        if count > int(live.sum()):
+            pruned = size - int(live.sum())
+            raise ValueError(
+                f"sparsity: {sparsity} prunes {size - count} of {size} weights, but `active` already has {pruned}"
+            )
+        cost = cost.masked_fill(~live, torch.iinfo(cost.dtype).max)
+    return {name: part.reshape(shapes[name]).clone() for name, part in _split(keep_smallest(cost, count), shapes)}
+
+
+def _split(flat: Tensor, shapes: Mapping[str, torch.Size]) -> Iterable[tuple[str, Tensor]]:
+    return zip(shapes, flat.split([shape.numel() for shape in shapes.values()]), strict=True)
+
+
+def _check(task: str, scores: Scores, shapes: Mapping[str, torch.Size] | None) -> None:
+    """Raises ValueError unless `scores` has exactly the parameters and shapes of the first task."""
+    for name in [] if shapes is None else sorted(set(shapes) ^ set(scores)):
+        have, lack = ("it", "the first task") if name in scores else ("the first task", "it")
+        raise ValueError(
+            f"task '{task}': expected the first task's parameters, but {have} has '{name}' and {lack} has not"
+        )
+    for name, tensor in scores.items():
+        if shapes is not None and tensor.shape != shapes[name]:
+            want, got = tuple(shapes[name]), tuple(tensor.shape)
+            raise ValueError(f"task '{task}': expected shape {want} for '{name}', as in the first task, got {got}")

@@ -1,0 +1,232 @@
+"""One shared encoder and one head per task, as a transformers model. Layer 2.
+
+A head is the classification model of that architecture with its encoder taken out, pooler included: its forward, its loss
+and its parameter names are transformers' own, for every architecture and without a copy of their code.
+"""
+
+import copy
+import re
+from collections.abc import Sequence
+from dataclasses import field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+from hf_disparse.config import PruningConfig, TaskConfig, UserError
+
+
+class MultitaskConfig(PreTrainedConfig):
+    """Configuration of a `MultitaskModel`.
+
+    Args:
+        encoder_config: configuration of any encoder that `AutoModel` knows.
+        tasks: one `TaskConfig`, or its dictionary, per head. A list, for its order is that of the parameters.
+    """
+
+    model_type = "hf_disparse_multitask"
+
+    encoder_config: dict | PreTrainedConfig | None = None
+    tasks: list = field(default_factory=list)
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.encoder_config, dict):
+            self.encoder_config = AutoConfig.for_model(**self.encoder_config)
+        self.tasks = [t.to_dict() if isinstance(t, TaskConfig) else t for t in self.tasks]
+        super().__post_init__(**kwargs)
+
+    @property
+    def task_configs(self) -> dict[str, TaskConfig]:
+        """task -> TaskConfig, in the order of the heads."""
+        configs = [TaskConfig.from_dict(task, where="tasks") for task in self.tasks]
+        names = [config.name for config in configs]
+        if len(set(names)) < len(names):
+            raise UserError(f"tasks: expected names that differ from one another, got {names}")
+        return {config.name: config for config in configs}
+
+
+# Assigned here: the base class turns `sub_configs` of a class body into something else in some releases.
+MultitaskConfig.sub_configs = {"encoder_config": AutoConfig}
+
+
+class HiddenStates(nn.Module):
+    """Stands where a head expects its encoder: hands on the shared encoder's output, through the head's own pooler."""
+
+    def __init__(self, pooler: nn.Module | None):
+        super().__init__()
+        self.pooler = pooler
+
+    def forward(self, input_ids=None, inputs_embeds: Tensor | None = None, **_) -> BaseModelOutputWithPooling:
+        """`inputs_embeds` is the shared encoder's last hidden state, (batch, tokens, width)."""
+        pooled = None if self.pooler is None else self.pooler(inputs_embeds)
+        return BaseModelOutputWithPooling(last_hidden_state=inputs_embeds, pooler_output=pooled)
+
+
+class MultitaskModel(PreTrainedModel):
+    """A shared encoder (`self.encoder`) and one head per task (`self.heads[task]`)."""
+
+    config_class = MultitaskConfig
+    base_model_prefix = "encoder"
+    accepts_loss_kwargs = False  # the loss is a mean over the batch: the Trainer divides it when it accumulates
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(self, config: MultitaskConfig):
+        super().__init__(config)
+        if config.encoder_config is None or not config.tasks:
+            raise UserError("MultitaskConfig: expected an encoder_config and at least one task, got none")
+        self.encoder = AutoModel.from_config(config.encoder_config)
+        if getattr(self.encoder, "pooler", None) is not None:
+            self.encoder.pooler = None  # the heads have their own
+        self.heads = nn.ModuleDict()
+        for name, task in config.task_configs.items():
+            if name in dir(self.heads):
+                raise UserError(f"tasks: '{name}' cannot name a task, for torch's ModuleDict has a method of that name")
+            self.heads[name] = _build_head(config.encoder_config, task)
+        self.post_init()
+
+    @property
+    def tasks(self) -> dict[str, TaskConfig]:
+        """task -> TaskConfig, in the order of the heads."""
+        return self.config.task_configs
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing of its own to initialise: encoder and heads are PreTrainedModels that do it their way."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        task: str | None = None,
+        **kwargs: Any,
+    ) -> ModelOutput:
+        """Runs the encoder and the head of `task`; with a single head `task` may be left out.
+
+        Shapes: input_ids, attention_mask, token_type_ids (batch, tokens); labels (batch,) class ids or float targets,
+        (batch, classes) float for multi-label, (batch, tokens) for token classification, -100 where there is none.
+
+        Returns:
+            The output of that architecture's classification model: `loss` if there are labels, and `logits`, (batch,
+            classes) or (batch, tokens, classes).
+        """
+        head = self.heads[self._task(task)]
+        inputs = dict(attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids, **kwargs)
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        hidden = self.encoder(input_ids=input_ids, inputs_embeds=inputs_embeds, **inputs)
+        output = head(inputs_embeds=hidden[0], attention_mask=attention_mask, labels=labels, return_dict=True)
+        for name in ("hidden_states", "attentions"):
+            if getattr(hidden, name, None) is not None:
+                output[name] = getattr(hidden, name)
+        return output
+
+    def _task(self, task: str | None) -> str:
+        if task is None and len(self.heads) == 1:
+            return next(iter(self.heads))
+        if task not in self.heads:
+            raise ValueError(f"task: expected one of {', '.join(self.heads)}, got {task!r}")
+        return task
+
+    @classmethod
+    def from_encoder(cls, name_or_path: str, tasks: Sequence[TaskConfig], **kwargs: Any) -> "MultitaskModel":
+        """Starts from a pretrained encoder: any checkpoint that transformers' classification models load, or ours.
+
+        What pretraining left of a head (pooler, transform) starts every head, as `AutoModelForSequenceClassification`
+        does it; the classifiers start fresh. `kwargs` go to `from_pretrained`.
+        """
+        encoder_config = AutoConfig.from_pretrained(name_or_path)
+        if isinstance(encoder_config, MultitaskConfig):
+            source = cls.from_pretrained(name_or_path, **kwargs)
+            model = cls(MultitaskConfig(encoder_config=source.config.encoder_config, tasks=list(tasks)))
+            model.encoder.load_state_dict(source.encoder.state_dict())
+            return model.to(source.dtype)
+        model = cls(MultitaskConfig(encoder_config=encoder_config, tasks=list(tasks)))
+        for auto in {_auto_class(task): None for task in tasks}:
+            full, report = auto.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+            prefix = full.base_model_prefix + "."
+            fresh = set(report["missing_keys"])
+            known = {name: tensor for name, tensor in full.state_dict().items() if name not in fresh}
+            encoder = {n.removeprefix(prefix): t for n, t in known.items() if n.startswith(prefix)}
+            model.to(full.dtype).encoder.load_state_dict({n: encoder[n] for n in model.encoder.state_dict()})
+            for head in (model.heads[t.name] for t in tasks if _auto_class(t) is auto):
+                names = [n for n in head.state_dict() if n in known and not n.startswith("classifier.")]
+                head.load_state_dict({n: known[n] for n in names}, strict=False)
+        return model
+
+
+def _auto_class(task: TaskConfig):
+    is_token = task.problem_type == "token_classification"
+    return AutoModelForTokenClassification if is_token else AutoModelForSequenceClassification
+
+
+def head_config(encoder_config: PreTrainedConfig, task: TaskConfig) -> PreTrainedConfig:
+    """The encoder's configuration as the plain classification model of one task would have it."""
+    config = copy.deepcopy(encoder_config)
+    config.id2label = dict(enumerate(task.labels or ["LABEL_0"]))
+    config.label2id = {label: i for i, label in config.id2label.items()}
+    if task.problem_type != "token_classification":
+        config.problem_type = task.problem_type
+    return config
+
+
+def _build_head(encoder_config: PreTrainedConfig, task: TaskConfig) -> PreTrainedModel:
+    """The architecture's classification model, its encoder replaced by `HiddenStates`."""
+    try:
+        with torch.device("meta"):  # the encoder inside is thrown away: give it no memory
+            head = _auto_class(task).from_config(head_config(encoder_config, task))
+    except ValueError as error:
+        raise UserError(f"model: {encoder_config.model_type} has no head for {task.problem_type}: {error}") from None
+    setattr(head, head.base_model_prefix, HiddenStates(getattr(head.base_model, "pooler", None)))
+    return head if torch.get_default_device().type == "meta" else head.to_empty(device="cpu")
+
+
+def prunable_parameters(model: nn.Module, config: PruningConfig | None = None) -> dict[str, nn.Parameter]:
+    """The weights that pruning may zero, by their name in `model`: 2-D weights of Linear modules of the encoder.
+
+    By default those of its layers, that is, below a ModuleList of the encoder: not embeddings, norms, biases, poolers or
+    heads. `config.target_modules` chooses among all Linear modules of the encoder instead, `config.exclude_modules` takes
+    away. Works on a `MultitaskModel` and on any transformers model with an encoder (`model.base_model`).
+
+    Raises:
+        UserError: nothing matches.
+    """
+    encoder = model.base_model
+    prefix = next(name for name, module in model.named_modules() if module is encoder)
+    lists = [name + "." for name, module in encoder.named_modules() if isinstance(module, nn.ModuleList)]
+    target, exclude = (config.target_modules, config.exclude_modules) if config else (None, None)
+    found = {}
+    for name, module in encoder.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        full = f"{prefix}.{name}" if prefix else name
+        wanted = name.startswith(tuple(lists)) if target is None else _matches(full, target)
+        if wanted and not (exclude is not None and _matches(full, exclude)):
+            found[f"{full}.weight"] = module.weight
+    if not found:
+        wish = f"target_modules={target!r}, exclude_modules={exclude!r}"
+        raise UserError(f"pruning: no Linear module of the encoder matches {wish}; the names look like '{full}'")
+    return found
+
+
+def _matches(name: str, patterns: str | Sequence[str]) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their endings."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
+
+
+AutoConfig.register(MultitaskConfig.model_type, MultitaskConfig)
+AutoModel.register(MultitaskConfig, MultitaskModel)

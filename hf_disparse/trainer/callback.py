@@ -1,0 +1,128 @@
+"""Pruning inside any transformers Trainer: scores, decides and masks on schedule, and holds the zeros."""
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from hf_disparse import decision
+from hf_disparse.config import PruningConfig, UserError
+from hf_disparse.masks import MaskHooks, apply_masks
+from hf_disparse.model import prunable_parameters
+from hf_disparse.schedule import sparsity_at, update_steps
+from hf_disparse.scores import Batch, LossFunction, model_loss, score
+
+
+def decide_by(config: PruningConfig, task_scores, sparsity: float, active=None) -> decision.Masks:
+    """The masks that `config.decision` makes of the scores; arguments as in `decision.decide`."""
+    rule = {
+        "unanimous": decision.decide,
+        "joint": decision.decide,  # of one task: the scores are already those of the summed losses
+        "quorum": partial(decision.decide, quorum=config.quorum),
+        "sum": decision.decide_sum,
+        "max": decision.decide_max,
+        "mean_rank": decision.decide_mean_rank,
+    }[config.decision]
+    return rule(task_scores, sparsity, active=active)
+
+
+class PruningCallback(TrainerCallback):
+    """Prunes the model of any Trainer on the schedule of `config` and keeps pruned weights at exactly zero.
+
+    Args:
+        config: what to prune, or None to hold `masks` and prune nothing.
+        loaders: task -> batches to score on, iterated from the start at every update.
+        masks: weights already pruned, such as `find_masks` finds in a sparse checkpoint. They stay pruned.
+        loss_fn: (model, batch) -> loss.
+        weights: task -> weight in the joint decision.
+
+    Attributes:
+        masks: the masks in force, None before the first pruning.
+    """
+
+    def __init__(
+        self,
+        config: PruningConfig | None,
+        loaders: Mapping[str, Iterable[Batch]],
+        *,
+        masks: Mapping[str, Tensor] | None = None,
+        loss_fn: LossFunction = model_loss,
+        weights: Mapping[str, float] | None = None,
+    ):
+        if config is not None and config.quorum > len(loaders):
+            raise UserError(
+                f"pruning.quorum: expected at most the number of tasks, {len(loaders)}, got {config.quorum}"
+            )
+        self.config, self.loaders, self.masks = config, loaders, masks
+        self._loss_fn, self._weights = loss_fn, weights
+        self._hooks: MaskHooks | None = None
+
+    @property
+    def last_update(self) -> int:
+        """The optimizer step of the last change of masks, -1 without any."""
+        steps = update_steps(self.config) if self.config else range(0)
+        return steps[-1] if steps else -1
+
+    def on_train_begin(self, args, state, control, *, model, **kwargs):
+        """Holds the masks there are; refuses a schedule that training would cut off."""
+        if self.last_update >= state.max_steps:
+            steps = f"the last pruning is at step {self.last_update}, training ends at step {state.max_steps}"
+            raise UserError(f"pruning: {steps}; prune earlier or train longer")
+        if self.config and self.config.sparsity:
+            prunable_parameters(model, self.config)  # refuses modules that match nothing now rather than at start_step
+        if self.masks is not None:
+            self._hold(model, self.masks)
+
+    def on_step_begin(self, args, state, control, *, model, **kwargs):
+        """Prunes if the schedule says so, on the weights as the last step left them."""
+        sparsity = sparsity_at(self.config, state.global_step) if self.config else None
+        if sparsity is not None:
+            self.prune(model, sparsity, progress=state.is_local_process_zero and not args.disable_tqdm)
+
+    def on_optimizer_step(self, args, state, control, *, model, **kwargs):
+        """Undoes what momentum and weight decay did to pruned weights."""
+        if self.masks is not None:
+            apply_masks(model, self.masks)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Lets the gradients pass again."""
+        self._release()
+
+    def prune(self, model: nn.Module, sparsity: float, progress: bool = False) -> None:
+        """Scores every task, decides, applies and holds the masks; does nothing to a model that is as sparse already."""
+        parameters = prunable_parameters(model, self.config)
+        active = None
+        if self.masks is not None:
+            active = {name: self.masks[name].to(p.device) for name, p in parameters.items() if name in self.masks}
+            size = sum(keep.numel() for keep in active.values())
+            if size and size - sum(int(keep.sum()) for keep in active.values()) >= round(sparsity * size):
+                return
+        joint = self.config.decision == "joint"
+        stream = score(
+            model,
+            self.loaders,
+            self.config.criterion,
+            parameters=parameters,
+            num_batches=self.config.score_batches,
+            joint=joint,
+            weights=self._weights,
+            loss_fn=self._loss_fn,
+            seed=self.config.seed,
+            progress=progress,
+        )
+        self._hold(model, decide_by(self.config, stream, sparsity, active))
+
+    def _hold(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+        self._release()
+        parameters = dict(model.named_parameters())
+        self.masks = {
+            name: keep.to(parameters[name].device) if name in parameters else keep for name, keep in masks.items()
+        }
+        apply_masks(model, self.masks)
+        self._hooks = MaskHooks(model, self.masks)
+
+    def _release(self) -> None:
+        if self._hooks:
+            self._hooks.remove()
+            self._hooks = None

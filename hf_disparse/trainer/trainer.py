@@ -1,0 +1,303 @@
+"""`DisparseTrainer`: transformers' Trainer on several tasks, with pruning."""
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from hf_disparse.config import PruningConfig, UserError, closest
+from hf_disparse.masks import MASKS_NAME, load_masks, save_masks
+from hf_disparse.model import MultitaskModel
+from hf_disparse.tasks import MultitaskCollator, TaskBatchSampler, TaskDataset, average, compute_metrics
+from hf_disparse.trainer.callback import PruningCallback
+
+_CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+@dataclass
+class DisparseTrainingArguments(TrainingArguments):
+    """TrainingArguments and how the next batch's task is drawn (see `TaskBatchSampler`).
+
+    Args:
+        task_sampling: `proportional`, `temperature` or `round_robin`.
+        sampling_temperature: 1 draws by size, more draws more evenly.
+        sampling_cap: with `temperature`, no task counts as larger than this.
+    """
+
+    task_sampling: str = "proportional"
+    sampling_temperature: float = 1.0
+    sampling_cap: int | None = None
+
+
+class DisparseTrainer(Trainer):
+    """A Trainer for several tasks on one encoder that prunes it on the way.
+
+    With a `MultitaskModel`, `train_dataset` and `eval_dataset` map a task's name to its tokenized rows; losses go to the
+    task of the batch times the task's weight, and evaluation gives `eval_<task>_<metric>` and one `eval_average`. Any
+    other model, such as one of `AutoModelForSequenceClassification`, is one task with the data sets of a plain Trainer.
+
+    Args:
+        pruning_config: what to prune and when; without it this is a multitask Trainer.
+        masks: weights of a sparse model to hold at zero, as `find_masks` finds them.
+        args: `TrainingArguments`, or `DisparseTrainingArguments` to choose how tasks are drawn.
+        The others are those of `transformers.Trainer`.
+
+    Raises:
+        UserError: `nn.DataParallel` or DeepSpeed, data sets that do not fit the model's tasks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *,
+        pruning_config: PruningConfig | None = None,
+        masks: Mapping[str, Tensor] | None = None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        **kwargs: Any,
+    ):
+        self.is_multitask = isinstance(model, MultitaskModel)
+        if self.is_multitask:
+            _check_datasets(model, train_dataset=train_dataset, eval_dataset=eval_dataset)
+            data_collator = MultitaskCollator(processing_class, model.tasks, pad=data_collator)
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        if self.args.n_gpu > 1:
+            raise UserError(
+                f"training: expected one process per GPU, got one process for {self.args.n_gpu} (nn.DataParallel); "
+                "start with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES"
+            )
+        if self.is_deepspeed_enabled:
+            raise UserError("training: DeepSpeed steps inside backward, where masks cannot be held; use DDP or FSDP2")
+        self.pruning_config = pruning_config
+        tasks = self.train_dataset if self.is_multitask and self.train_dataset else ["train"]
+        weights = {t: model.tasks[t].weight for t in tasks} if self.is_multitask and self.train_dataset else None
+        self.pruner = PruningCallback(
+            pruning_config,
+            {task: _ScoringBatches(self, task) for task in tasks},
+            masks=masks,
+            loss_fn=self._scoring_loss,
+            weights=weights,
+        )
+        self.add_callback(self.pruner)
+
+    # Data: one task per batch
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of one task each, drawn as the arguments say."""
+        if not self.is_multitask:
+            return super().get_train_dataloader()
+        if not self.train_dataset:
+            raise UserError("train_dataset: training expects a dict of task -> Dataset, got none")
+        args = self.args
+        dataset = TaskDataset(self.train_dataset)
+        options = {}
+        if isinstance(args, DisparseTrainingArguments):
+            options = dict(sampling=args.task_sampling, temperature=args.sampling_temperature, cap=args.sampling_cap)
+        sampler = TaskBatchSampler(
+            dataset.sizes,
+            self._train_batch_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            world_size=args.world_size,
+            **options,
+        )
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=self._get_collator_with_removed_columns(self.data_collator, description="training"),
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """As in Trainer; the name of a task gives the batches of that task."""
+        if self.is_multitask and isinstance(eval_dataset, str):
+            eval_dataset = {eval_dataset: self.eval_dataset[eval_dataset]}
+        return super().get_eval_dataloader(self._joined(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset) -> DataLoader:
+        """As in Trainer; a MultitaskModel takes {task: rows}."""
+        return super().get_test_dataloader(self._joined(test_dataset))
+
+    def _joined(self, dataset):
+        return TaskDataset(dataset) if self.is_multitask and isinstance(dataset, Mapping) else dataset
+
+    # Training: losses by task, nothing that is not finite
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The task's loss, in training times the task's weight."""
+        weight = self.model.tasks[inputs["task"]].weight if self.is_multitask and model.training else 1.0
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        loss = loss if weight == 1.0 else loss * weight
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """One forward and backward pass; a loss that is not finite ends training before it reaches the weights."""
+        task = f"task '{inputs['task']}'" if self.is_multitask else "the batch"
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._require_finite(loss, f"loss of {task}")
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None:  # with a loss scaler an overflow is normal: it skips the step
+            self._require_finite(torch.as_tensor(grad_norm), "gradient norm")
+        return grad_norm
+
+    def _require_finite(self, value: Tensor, what: str) -> None:
+        if not torch.isfinite(value).all():
+            raise UserError(
+                f"training: expected a finite {what}, got {value.item()} at step {self.state.global_step + 1}; the weights "
+                "are those of the step before and the last checkpoint stays.\nTry a lower learning_rate, or max_grad_norm: 1.0."
+            )
+
+    def _scoring_loss(self, model: nn.Module, batch) -> Tensor:
+        with self.compute_loss_context_manager():
+            return self.compute_loss(model, batch)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """As in Trainer, with the sparsity of the prunable weights beside the loss."""
+        masks = self.pruner.masks
+        if masks and "loss" in logs:
+            size = sum(keep.numel() for keep in masks.values())
+            logs["sparsity"] = 1 - sum(int(keep.sum()) for keep in masks.values()) / size
+        super().log(logs, *args, **kwargs)
+
+    # Evaluation: every task by its own metrics, one average
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Evaluates every task: `eval_<task>_loss`, `eval_<task>_<metric>`, and `eval_average` over the tasks.
+
+        Callbacks hear of it once, with everything, so that best-model selection and early stopping may use the average.
+        """
+        datasets = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not (self.is_multitask and isinstance(datasets, Mapping)):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        metrics, values = {}, {}
+        for task, rows in datasets.items():
+            prefix = f"{metric_key_prefix}_{task}"
+            output = self.evaluation_loop(
+                self.get_eval_dataloader({task: rows}), f"Evaluation of {task}", None, ignore_keys, prefix
+            )
+            metrics |= output.metrics
+            values[task] = {
+                m: output.metrics[f"{prefix}_{m}"]
+                for m in self.model.tasks[task].metric
+                if f"{prefix}_{m}" in output.metrics
+            }
+        if all(values.values()):
+            metrics[f"{metric_key_prefix}_average"] = average(values)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        """As in Trainer, with the metrics of the task whose batches these are, unless `compute_metrics` was given."""
+        own = self.compute_metrics
+        if own is None and isinstance(dataloader.dataset, TaskDataset):
+            task = self.model.tasks[next(iter(dataloader.dataset.sizes))]
+            self.compute_metrics = lambda p: compute_metrics(task, p.predictions, p.label_ids)
+        try:
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+        finally:
+            self.compute_metrics = own
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        """A model that is not yet as sparse as it will be is never the best one."""
+        return self.state.global_step > self.pruner.last_update and super()._determine_best_metric(metrics, trial)
+
+    # Checkpoints: masks beside the optimizer's state, the config beside the weights
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As in Trainer; `resume_from_checkpoint=True` takes the last checkpoint that was written to its end."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise UserError(f"resume_from_checkpoint: there is no whole checkpoint in {self.args.output_dir}")
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.pruner.masks is not None and self.args.should_save:
+            save_masks(self.pruner.masks, Path(output_dir, MASKS_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and Path(checkpoint, MASKS_NAME).is_file():
+            self.pruner.masks = load_masks(Path(checkpoint, MASKS_NAME))
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.pruning_config is not None:
+            self.pruning_config.save_pretrained(output_dir or self.args.output_dir)
+
+
+class _ScoringBatches:
+    """The batches that one task is scored on: seeded by the config and the step, without touching the global generators."""
+
+    def __init__(self, trainer: DisparseTrainer, task: str):
+        self.trainer, self.task = trainer, task
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        trainer = self.trainer
+        rows = (
+            TaskDataset({self.task: trainer.train_dataset[self.task]})
+            if trainer.is_multitask
+            else trainer.train_dataset
+        )
+        collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="scoring")
+        seed = trainer.pruning_config.seed + trainer.state.global_step
+        sampler = TaskBatchSampler({self.task: len(rows)}, trainer._train_batch_size, seed=seed)
+        for epoch in itertools.count():
+            sampler.set_epoch(epoch)
+            for indices in sampler:
+                yield trainer._prepare_inputs(collate([rows[i] for i in indices]))
+
+
+def last_whole_checkpoint(folder: str | Path) -> str | None:
+    """The newest `checkpoint-N` of `folder` that was written to its end, or None.
+
+    `trainer_state.json` is written last: where it parses and the others are there, they are whole.
+    """
+    found = [p for p in Path(folder).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    for path in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        if all((path / name).is_file() for name in _CHECKPOINT_FILES) and any(path.glob("rng_state*.pth")):
+            return str(path)
+    return None
+
+
+def _check_datasets(model: MultitaskModel, **datasets) -> None:
+    for key, value in datasets.items():
+        if value is None:
+            continue
+        if not isinstance(value, Mapping):
+            example = next(iter(model.tasks))
+            got = type(value).__name__
+            raise UserError(f"{key}: expected a dict of task -> Dataset, got {got}. Did you mean {{'{example}': ...}}?")
+        for task in value:
+            if task not in model.tasks:
+                raise UserError(f"{key}: the model has no task '{task}'{closest(task, model.tasks)}")
