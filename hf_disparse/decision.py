@@ -145,8 +145,8 @@ def _stream(task_scores: TaskScores, sparsity: float, active: Scores | None, add
             raise ValueError(f"scores: expected finite numbers, got NaN or infinity in '{name}' of task '{task}'")
         buffer = add(buffer, flat, live)
         tasks += 1
-    if not tasks or not shapes:
-        raise ValueError("task_scores: expected at least one task with at least one parameter, got none")
+    if not tasks:
+        raise ValueError("task_scores: expected at least one task, got none")
     cost = finish(buffer, tasks)
     size = len(cost)
     count = size - round(sparsity * size)
@@ -165,7 +165,9 @@ def _split(flat: Tensor, shapes: Mapping[str, torch.Size]) -> Iterable[tuple[str
 
 
 def _check(task: str, scores: Scores, shapes: Mapping[str, torch.Size] | None) -> None:
-    """Raises ValueError unless `scores` has exactly the parameters and shapes of the first task."""
+    """Raises ValueError unless `scores` has exactly the parameters and shapes of the first task, and at least one."""
+    if not scores:
+        raise ValueError(f"task '{task}': expected at least one parameter, got none")
     for name in [] if shapes is None else sorted(set(shapes) ^ set(scores)):
         have, lack = ("it", "the first task") if name in scores else ("the first task", "it")
         raise ValueError(

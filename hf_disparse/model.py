@@ -153,6 +153,7 @@ class MultitaskModel(PreTrainedModel):
             model = cls(MultitaskConfig(encoder_config=source.config.encoder_config, tasks=list(tasks)))
             model.encoder.load_state_dict(source.encoder.state_dict())
             return model.to(source.dtype)
+        encoder_config.name_or_path = ""  # a local path is nobody's business once the model is published
         model = cls(MultitaskConfig(encoder_config=encoder_config, tasks=list(tasks)))
         for auto in {_auto_class(task): None for task in tasks}:
             full, report = auto.from_pretrained(name_or_path, output_loading_info=True, **kwargs)

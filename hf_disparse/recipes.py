@@ -1,18 +1,57 @@
 """A recipe: one YAML file that is one complete run. Layer 10."""
 
 import re
+import sys
+import types
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import torch
 import yaml
-from transformers.utils import logging
 
-from hf_disparse.config import DataConfig, PruningConfig, TaskConfig, UserError, _Config, closest, is_count, require
+from hf_disparse.config import (
+    DataConfig,
+    PruningConfig,
+    TaskConfig,
+    UserError,
+    _Config,
+    closest,
+    is_count,
+    is_number,
+    require,
+)
 from hf_disparse.trainer import DisparseTrainingArguments
 
 SECTIONS = ("model", "tasks", "pruning", "training", "recovery", "seed", "output_dir")
+
+# TrainingArguments checks few types and bounds; what it lets pass ends deep inside torch.
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "adam_beta1": 0,
+    "adam_beta2": 0,
+    "adam_epsilon": 0,
+    "dataloader_num_workers": 0,
+    "save_total_limit": 1,
+    "eval_accumulation_steps": 1,
+    "sampling_temperature": 1,
+    "sampling_cap": 1,
+}
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "a mapping",
+    types.NoneType: "nothing",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +110,11 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = (), output_dir: str
         values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeError) as error:
         raise UserError(f"{path}: expected a recipe, got {type(error).__name__}: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected YAML, got a file that does not parse: {_one_line(error)}") from None
-    require(isinstance(values, dict), str(path), f"a mapping with the sections {', '.join(SECTIONS)}", values)
+    if not isinstance(values, dict):
+        got = "an empty file" if values is None else _KINDS.get(type(values), type(values).__name__)
+        raise UserError(f"{path}: expected a mapping with the sections {', '.join(SECTIONS)}, got {got}")
     for override in overrides:
         _override(values, override)
     if output_dir is not None:
@@ -83,34 +124,57 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = (), output_dir: str
 
 def parse_recipe(values: dict[str, Any]) -> Recipe:
     """Checks a recipe that was read; see `read_recipe`."""
+    _check_keys(values, "recipe", depth=3)
     for key in values:
         if key not in SECTIONS:
             raise UserError(f"recipe: there is no section '{key}'{closest(key, SECTIONS)}")
     for key in ("model", "tasks", "output_dir"):
         if values.get(key) is None:
             raise UserError(f"recipe: the section '{key}' is required and was not given")
-    for key in ("training", "recovery", "pruning"):
-        require(isinstance(values.get(key) or {}, dict), key, "a mapping of fields to values", values.get(key))
+    sections = {key: {} if values.get(key) is None else values[key] for key in ("training", "recovery", "pruning")}
+    for key, section in sections.items():
+        require(isinstance(section, dict), key, "a mapping of fields to values", section)
     seed, output_dir = values.get("seed", 0), values["output_dir"]
     require(is_count(seed, 0) and seed < 2**32, "seed", "a whole number of at least 0 and below 2^32", seed)
     require(isinstance(output_dir, str) and bool(output_dir), "output_dir", "a folder", output_dir)
-    training, recovery = values.get("training") or {}, values.get("recovery") or {}
+    training, recovery = sections["training"], sections["recovery"]
     _check_training(training, "training")
     _check_training(recovery, "recovery")
-    _arguments({**training, **recovery}, output_dir, seed)
     recipe = Recipe(
         model=ModelConfig.from_dict(values["model"], "model"),
         tasks=_tasks(values["tasks"]),
-        pruning=PruningConfig.from_dict({"seed": seed, **(values.get("pruning") or {})}, "pruning"),
+        pruning=PruningConfig.from_dict({"seed": seed, **sections["pruning"]}, "pruning"),
         training=training,
         recovery=recovery,
         seed=seed,
-        output_dir=output_dir,
+        output_dir=str(Path(output_dir).expanduser()),  # as TrainingArguments does it with the phases' folders
         values=values,
     )
-    if recipe.pruning.quorum > len(recipe.tasks):
-        raise UserError(f"pruning.quorum: expected at most {len(recipe.tasks)} tasks, got {recipe.pruning.quorum}")
+    tasks = len(recipe.tasks)
+    if recipe.pruning.quorum > tasks:
+        raise UserError(f"pruning.quorum: expected at most the number of tasks, {tasks}, got {recipe.pruning.quorum}")
+    for phase in ("dense", "sparse"):
+        _check_best_metric(recipe, recipe.arguments(phase, output_dir).metric_for_best_model)
     return recipe
+
+
+def _check_keys(values: dict, where: str, depth: int) -> None:
+    """Every key is one line of text, down to the fields of a task."""
+    for key, inner in values.items():
+        require(isinstance(key, str) and key.isprintable(), where, "plain text as every key", key)
+        if depth > 1 and isinstance(inner, dict):
+            _check_keys(inner, key if where == "recipe" else f"{where}.{key}", depth - 1)
+
+
+def _check_best_metric(recipe: Recipe, metric: str | None) -> None:
+    """Refuses to choose the best checkpoint by a metric that evaluation will not have."""
+    known = ["average"]
+    for name, (task, _) in recipe.tasks.items():
+        known += [f"{name}_{metric}" for metric in (*task.metric, "loss")]
+    if metric is not None and metric.removeprefix("eval_") not in known:
+        raise UserError(
+            f"training.metric_for_best_model: evaluation has no '{metric}'; expected one of: {', '.join(known)}"
+        )
 
 
 def _tasks(values: Any) -> dict[str, tuple[TaskConfig, DataConfig]]:
@@ -131,22 +195,53 @@ def _tasks(values: Any) -> dict[str, tuple[TaskConfig, DataConfig]]:
 
 
 def _check_training(values: dict[str, Any], where: str) -> None:
+    hints = get_type_hints(DisparseTrainingArguments)
     known = {f.name for f in fields(DisparseTrainingArguments) if f.init}
-    for key in values:
+    for key, value in values.items():
         if key in ("output_dir", "seed"):
             raise UserError(f"{where}.{key}: set '{key}' at the top of the recipe")
         if key not in known:
             raise UserError(f"{where}.{key}: TrainingArguments has no such field{closest(key, sorted(known))}")
+        kinds = _kinds(hints[key])
+        expected = " or ".join(_KINDS[kind] for kind in kinds)
+        require(any(_is_a(value, kind) for kind in kinds), f"{where}.{key}", expected, value)
+        least = _LEAST.get(key)
+        require(least is None or value is None or value >= least, f"{where}.{key}", f"at least {least}", value)
+
+
+def _kinds(hint: Any) -> list[type]:
+    """The types of `_KINDS` that a field's annotation admits; what YAML cannot write (enums, classes) is left out."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return [kind for part in get_args(hint) for kind in _kinds(part)]
+    kind = get_origin(hint) or hint
+    return [kind] if kind in _KINDS else []
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    """Whether a YAML value is of that type: a whole number is a number too, true and false are not."""
+    if kind is float:
+        return is_number(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _arguments(values: dict[str, Any], output_dir: str, seed: int) -> DisparseTrainingArguments:
-    logging.set_verbosity_error()
+    on_gpu = torch.cuda.is_available() and not values.get("use_cpu")
+    for key in ("bf16", "bf16_full_eval"):
+        if values.get(key) and not values.get("use_cpu") and not torch.cuda.is_available():
+            remedy = f"set training.use_cpu: true to compute on the CPU, or training.{key}: false"
+            raise UserError(f"training.{key}: expected a GPU, got a machine without one; {remedy}")
+    for key in ("fp16", "fp16_full_eval"):
+        if values.get(key) and not on_gpu:
+            raise UserError(f"training.{key}: expected a GPU, got the CPU; set training.{key}: false, or bf16 instead")
     try:
-        return DisparseTrainingArguments(output_dir=output_dir, seed=seed, **values)
+        # Bars belong on a terminal; in a log they are thousands of lines.
+        return DisparseTrainingArguments(
+            output_dir=output_dir, seed=seed, **{"disable_tqdm": not sys.stderr.isatty(), **values}
+        )
     except (
         Exception
     ) as error:  # TrainingArguments raises whatever its checks meet; all of it is about the user's values
-        raise UserError(f"training: TrainingArguments refuses these values: {_one_line(error)}") from None
+        raise UserError(f"training: TrainingArguments refuses these values: {_one_line(error)}") from error
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -157,17 +252,21 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: expected section.key=value, such as pruning.sparsity=0.9")
     try:
         value = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"--set {override}: expected a value in YAML, got {text!r}") from None
     places = [values]
     for depth, key in enumerate(keys[:-1]):
         if key == "*":
             places = [inner for place in places for inner in place.values()]
         else:
-            places = [place.setdefault(key, {}) for place in places]
-            places = [place if place is not None else {} for place in places]
+            for place in places:
+                if place.get(key) is None:  # a section that is absent, or a heading with nothing below it
+                    place[key] = {}
+            places = [place[key] for place in places]
+        where = f"--set {'.'.join(keys[: depth + 1])}"
+        require(len(places) > 0, where, "something that '*' stands for", {})
         for place in places:
-            require(isinstance(place, dict), f"--set {'.'.join(keys[: depth + 1])}", "a mapping", place)
+            require(isinstance(place, dict), where, "a mapping", place)
     for place in places:
         place[keys[-1]] = value
 
@@ -186,7 +285,8 @@ _Loader.add_implicit_resolver(
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    merge = "tag:yaml.org,2002:merge"  # `<<: *anchor`, whose keys the mapping's own ones replace
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
     twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
     if twice is not None:
         raise yaml.constructor.ConstructorError(None, None, f"the key '{twice}' stands twice", node.start_mark)

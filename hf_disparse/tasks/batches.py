@@ -1,6 +1,7 @@
 """One task per batch: the joined data set, the seeded sampler over tasks, and the collator."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from hf_disparse.config import TaskConfig, UserError, closest
+from hf_disparse.config import TaskConfig, UserError, closest, require
 
 SAMPLING = ("proportional", "temperature", "round_robin")
 
@@ -31,8 +32,10 @@ class TaskDataset(Dataset):
         return sum(self.sizes.values())
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if index < 0:
+            index += len(self)
         for task, size in self.sizes.items():
-            if index < size:
+            if 0 <= index < size:
                 return {**self.datasets[task][index], "task": task}
             index -= size
         raise IndexError(index)
@@ -68,6 +71,8 @@ class TaskBatchSampler:
             raise UserError(f"sampling_temperature: expected a number of at least 1, got {temperature!r}")
         if cap is not None and cap < 1:
             raise UserError(f"sampling_cap: expected a whole number of at least 1, got {cap!r}")
+        for key, value in {**sizes, "batch_size": batch_size, "world_size": world_size}.items():
+            require(value >= 1, key, "at least one", value)
         self.sizes, self.sampling, self.temperature, self.cap = dict(sizes), sampling, temperature, cap
         self.seed, self.world_size, self.epoch = seed, world_size, 0
         self._rows = batch_size
@@ -86,13 +91,16 @@ class TaskBatchSampler:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         tasks = list(self.sizes)
         first = dict(zip(tasks, torch.tensor([0, *self.sizes.values()]).cumsum(0).tolist(), strict=False))
-        waiting: dict[str, list[int]] = {task: [] for task in tasks}
+        rows = {task: self._endless(task, first[task], generator) for task in tasks}
         for task in self._order(generator):
             for _ in range(self.world_size):
-                while len(waiting[task]) < self._rows:
-                    waiting[task] += torch.randperm(self.sizes[task], generator=generator).tolist()
-                batch, waiting[task] = waiting[task][: self._rows], waiting[task][self._rows :]
-                yield [first[task] + i for i in batch]
+                yield list(islice(rows[task], self._rows))
+
+    def _endless(self, task: str, first: int, generator: torch.Generator) -> Iterator[int]:
+        """A task's indices in random order, over and over; an order is drawn when its first index is needed."""
+        while True:
+            for i in torch.randperm(self.sizes[task], generator=generator).tolist():
+                yield first + i
 
     def _order(self, generator: torch.Generator) -> list[str]:
         """The tasks of one epoch's blocks."""

@@ -2,16 +2,31 @@
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
-from datasets.exceptions import DatasetsError
+from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
-from hf_disparse.config import DataConfig, TaskConfig, UserError, closest
+from hf_disparse.config import DataConfig, TaskConfig, UserError, closest, is_count, require
 from hf_disparse.tasks import demo
+from hf_disparse.tasks.labels import LabelEncoder, show
 
-_BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+# Of a CSV file only an empty cell is missing: "None" and "NA" are a class's name or a text more often than not, and
+# pandas would turn them into examples without a label, which then go unnoticed.
+_CSV = {"keep_default_na": False, "na_values": [""]}
+_BUILDERS = {
+    ".csv": ("csv", _CSV),
+    ".tsv": ("csv", {**_CSV, "sep": "\t"}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".parquet": ("parquet", {}),
+}
+_NO_OPTIONS = {
+    "path": "use data",
+    "name": "use subset",
+    "split": "use train_split and validation_split",
+    "streaming": "the data is read as a whole",
+}
 
 
 def resolve(reference: str) -> str:
@@ -25,7 +40,10 @@ def resolve(reference: str) -> str:
     if not reference.startswith("package:"):
         return reference
     name, _, inner = reference.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(name.replace("-", "_")) if name.replace("-", "_").isidentifier() else None
+    module = name.replace("-", "_")
+    if not module.isidentifier():
+        raise UserError(f"{reference}: expected package:NAME/path, got the package name '{name}'")
+    spec = None if module == "__main__" else importlib.util.find_spec(module)  # which has none, and find_spec raises
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             f"{reference}: the package '{name}' is not installed; try: pip install {name.replace('_', '-')}"
@@ -43,48 +61,97 @@ def load_task(task: TaskConfig, data: DataConfig, seed: int = 0) -> tuple[Datase
     Raises:
         UserError: data, file, split or column that is not there, or a split without examples.
     """
+    train = _load_split(task, data, "train_split")
     if data.validation_fraction is None:
-        train, validation = (_load_split(task, data, s) for s in (data.train_split, data.validation_split))
+        validation = _load_split(task, data, "validation_split")
     else:
-        train = _load_split(task, data, data.train_split)
-        parts = train.train_test_split(test_size=data.validation_fraction, seed=seed)
-        train, validation = parts["train"], parts["test"]
+        train, validation = _hold_out(train, task, data.validation_fraction, seed)
     train = _cap(train, data.max_train_rows, seed)
     validation = _cap(validation, data.max_validation_rows, seed)
     for split, rows in (("training", train), ("validation", validation)):
-        for column in (*task.columns, task.label_column):
-            if column not in rows.column_names:
-                raise UserError(f"tasks.{task.name}: there is no column '{column}'{closest(column, rows.column_names)}")
+        _check_columns(rows, task)
         if len(rows) == 0:
             raise UserError(f"tasks.{task.name}: expected at least one {split} example, got none from {data.data}")
     return train, validation
 
 
-def _load_split(task: TaskConfig, data: DataConfig, split: str) -> Dataset:
-    where = f"tasks.{task.name}.data"
-    if data.data.startswith("demo:"):
-        splits = demo.load(data.data.removeprefix("demo:"), where)
-    else:
-        source = resolve(data.data)
-        builder = _BUILDERS.get(Path(source).suffix.lower())
-        if builder and not Path(source).is_file():
-            raise UserError(f"{where}: expected a file, but there is none at {source}")
-        try:
-            arguments = dict(path=builder, data_files=source) if builder else dict(path=source, name=data.subset)
-            splits = load_dataset(**arguments, **data.options)
-        except (OSError, ValueError, TypeError, UnicodeError, DatasetsError) as error:
-            raise UserError(
-                f"{where}: expected data that `datasets` loads, got {_one_line(error)} for {source}"
-            ) from None
+def _check_columns(rows: Dataset, task: TaskConfig) -> None:
+    for column in (*task.columns, task.label_column):
+        if column not in rows.column_names:
+            raise UserError(f"tasks.{task.name}: there is no column '{column}'{closest(column, rows.column_names)}")
+    if task.label_column in task.columns:
+        raise UserError(
+            f"tasks.{task.name}.label_column: expected another column than the texts', got '{task.label_column}'"
+        )
+
+
+def _hold_out(rows: Dataset, task: TaskConfig, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    try:
+        parts = rows.train_test_split(test_size=fraction, seed=seed)
+    except ValueError:
+        raise UserError(
+            f"tasks.{task.name}.validation_fraction: expected a part that leaves training examples, "
+            f"got {fraction} of {len(rows)}"
+        ) from None
+    return parts["train"], parts["test"]
+
+
+def _load_split(task: TaskConfig, data: DataConfig, key: str) -> Dataset:
+    """The rows of the split that the field `key` of `data` names."""
+    where, split = f"tasks.{task.name}", getattr(data, key)
+    splits = _load_demo(data, where) if data.data.startswith("demo:") else _load_splits(data, where)
     name = split.partition("[")[0]
-    if not isinstance(splits, DatasetDict) or name not in splits:
-        raise UserError(f"tasks.{task.name}: there is no split '{name}'{closest(name, splits)}")
+    if name not in splits:
+        way_out = ", or set validation_fraction" if key == "validation_split" else ""
+        raise UserError(f"{where}.{key}: there is no split '{name}'{closest(name, splits)}{way_out}")
     if name == split:
         return splits[name]
     try:
         return _slice(splits[name], split[len(name) :])
     except ValueError:
-        raise UserError(f"tasks.{task.name}: expected a split such as train[:80%], got '{split}'") from None
+        raise UserError(f"{where}.{key}: expected a split such as train[:80%], got '{split}'") from None
+
+
+def _load_demo(data: DataConfig, where: str) -> DatasetDict:
+    for key in ("subset", "options"):
+        if getattr(data, key):
+            raise UserError(f"{where}.{key}: expected nothing with {data.data}, got {getattr(data, key)!r}")
+    return demo.load(data.data.removeprefix("demo:"), f"{where}.data")
+
+
+def _load_splits(data: DataConfig, where: str) -> DatasetDict:
+    """All splits of a file, a folder or a Hub id."""
+    source = resolve(data.data)
+    suffix = Path(source.removesuffix(".gz")).suffix.lower()
+    builder, defaults = _BUILDERS.get(suffix, (None, {}))
+    if builder and not Path(source).is_file():
+        raise UserError(f"{where}.data: expected a file, but there is none at {source}")
+    if not builder and Path(source).is_file():
+        raise UserError(
+            f"{where}.data: expected a file of type {', '.join(_BUILDERS)}, a folder or a Hub id, got {source}"
+        )
+    if builder and data.subset:
+        raise UserError(f"{where}.subset: expected nothing with a single file, got '{data.subset}'")
+    for option, instead in _NO_OPTIONS.items():
+        if option in data.options:
+            raise UserError(f"{where}.options: '{option}' cannot be set here; {instead}")
+    arguments = {"path": builder, "data_files": source} if builder else {"path": source, "name": data.subset}
+    clash = [option for option in data.options if option in arguments]
+    if clash:
+        raise UserError(f"{where}.options: '{clash[0]}' cannot be set here; data names the file")
+    try:
+        return load_dataset(**arguments, **{**defaults, **data.options})
+    except Exception as error:  # pandas, arrow, datasets and the Hub's clients raise a dozen kinds here
+        if isinstance(error, DatasetGenerationError) and error.__cause__:
+            error = error.__cause__  # it says only that something went wrong
+        way_out = ""
+        if isinstance(error, UnicodeError):
+            way_out = "\nName the file's encoding, such as options: {encoding: latin-1}."
+        elif "onfig name is missing" in str(error):
+            way_out = f"\nName one of them in {where}.subset."
+        raise UserError(
+            f"{where}.data: expected data that `datasets` loads, got {source}: {_one_line(error)}{way_out}"
+        ) from None
 
 
 def _slice(rows: Dataset, part: str) -> Dataset:
@@ -112,12 +179,18 @@ def tokenize(
     """Turns raw examples into model inputs and `labels`; texts longer than `max_length` tokens are truncated.
 
     Returns:
-        The tokenized examples and the number of unlabelled ones (None or -1) that were left out.
+        The tokenized examples and the number of unlabelled ones (None or NaN; -1 for a single class; token
+        classification of no words) that were left out.
 
     Raises:
-        UserError: a label outside the task's classes, a text that is no string, or no labelled example at all.
+        UserError: a column that is not there, a label outside the task's classes, a text that is no string, or no
+            labelled example at all.
     """
-    labels = _Labels(task, rows)
+    require(is_count(max_length, 3), "max_length", "a whole number of at least 3", max_length)
+    _check_columns(rows, task)
+    # Numpy or torch formats, and columns that happen to be named as the outputs are, would shine through.
+    rows = rows.with_format(None).select_columns([*task.columns, task.label_column])
+    labels = LabelEncoder(task, rows.features[task.label_column])
     encode = _encode_tokens if task.problem_type == "token_classification" else _encode_texts
     batches = {"batched": True, "load_from_cache_file": False, "desc": f"tokenizing {task.name}"}
     raw = rows[task.label_column]
@@ -139,7 +212,8 @@ def _encode_texts(batch, task, tokenizer, max_length, labels) -> dict[str, list]
     for column, values in zip(task.columns, texts, strict=True):
         for value in values:
             if not isinstance(value, str):
-                raise UserError(f"tasks.{task.name}: expected text in column '{column}', got {value!r}")
+                way_out = "; leave such rows out of the data" if value is None else ""
+                raise UserError(f"tasks.{task.name}: expected text in column '{column}', got {show(value)}{way_out}")
     encoded = dict(tokenizer(*texts, truncation=True, max_length=max_length))
     encoded["labels"] = [labels.encode(value) for value in batch[task.label_column]]
     return encoded
@@ -147,70 +221,22 @@ def _encode_texts(batch, task, tokenizer, max_length, labels) -> dict[str, list]
 
 def _encode_tokens(batch, task, tokenizer, max_length, labels) -> dict[str, list]:
     """A word's label stands on its first token; the others and the special ones have -100, which the loss ignores."""
-    words = batch[task.columns[0]]
-    encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
+    column = task.columns[0]
+    for words, values in zip(batch[column], batch[task.label_column], strict=True):
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise UserError(f"tasks.{task.name}: expected a list of words in column '{column}', got {show(words)}")
+        if not isinstance(values, list) or len(values) != len(words):
+            got = f"{len(values)} for {len(words)} words" if isinstance(values, list) else show(values)
+            raise UserError(f"tasks.{task.name}: expected a label per word in column '{task.label_column}', got {got}")
+    encoded = tokenizer(batch[column], is_split_into_words=True, truncation=True, max_length=max_length)
     aligned = []
     for row, values in enumerate(batch[task.label_column]):
-        if len(values) != len(words[row]):
-            raise UserError(
-                f"tasks.{task.name}: expected a label per word, got {len(values)} for {len(words[row])} words"
-            )
         ids, previous = [], None
         for word in encoded.word_ids(row):
             ids.append(-100 if word is None or word == previous else labels.encode_class(values[word]))
             previous = word
         aligned.append(ids)
     return {**encoded, "labels": aligned}
-
-
-class _Labels:
-    """Turns raw labels into ids, multi-hot vectors or floats."""
-
-    def __init__(self, task: TaskConfig, rows: Dataset):
-        self.task = task
-        self.ids = {name: i for i, name in enumerate(task.labels)}
-        feature = rows.features.get(task.label_column)
-        names = feature.names if isinstance(feature, ClassLabel) else None
-        # A data set that names its classes otherwise, or in another order, is followed by name where the names agree.
-        self.order = [self.ids[n] for n in names] if names and set(names) == set(task.labels) else None
-
-    def missing(self, value: Any) -> bool:
-        return value is None or (value == -1 and self.task.problem_type == "single_label_classification")
-
-    def encode(self, value: Any) -> int | float | list[float]:
-        if self.task.problem_type == "regression":
-            try:
-                return float(value)
-            except (TypeError, ValueError):
-                raise self._error(value, "a number") from None
-        if self.task.problem_type == "multi_label_classification":
-            return self._multi_hot(value)
-        return self.encode_class(value)
-
-    def encode_class(self, value: Any) -> int:
-        if isinstance(value, str) and value in self.ids:
-            return self.ids[value]
-        whole = isinstance(value, (bool, int)) or (isinstance(value, float) and value.is_integer())
-        if whole and 0 <= int(value) < len(self.ids):
-            return self.order[int(value)] if self.order else int(value)
-        raise self._error(value, f"one of {', '.join(self.ids)} or an id in 0..{len(self.ids) - 1}")
-
-    def _multi_hot(self, value: Any) -> list[float]:
-        """From a list of names, or from one 0 or 1 per class."""
-        value = list(value) if isinstance(value, (list, tuple)) else [value]
-        if not any(isinstance(v, str) for v in value) and len(value) == len(self.ids) and set(value) <= {0, 1}:
-            return [float(v) for v in value]
-        hot = [0.0] * len(self.ids)
-        for label in value:
-            if not isinstance(label, str):
-                raise self._error(value, f"names of classes, or {len(self.ids)} zeros and ones")
-            hot[self.encode_class(label)] = 1.0
-        return hot
-
-    def _error(self, value: Any, expected: str) -> UserError:
-        return UserError(
-            f"tasks.{self.task.name}: expected {expected} in column '{self.task.label_column}', got {value!r}"
-        )
 
 
 def _one_line(error: Exception) -> str:

@@ -33,7 +33,8 @@ def compute_metrics(task: TaskConfig, logits: np.ndarray, labels: np.ndarray) ->
 def _f1(task: TaskConfig, predictions: np.ndarray, labels: np.ndarray) -> float:
     average = "binary" if task.num_labels == 2 else "macro"
     if task.problem_type == "multi_label_classification":
-        average = "micro"
+        # scikit-learn reads a single column as a class 0 and a class 1, and their micro average is the accuracy.
+        average = "binary" if task.num_labels == 1 else "micro"
     return float(f1_score(labels, predictions, average=average, zero_division=0))
 
 

@@ -1,0 +1,97 @@
+"""Raw labels of any spelling as what a loss takes: ids, multi-hot vectors or floats."""
+
+import math
+import re
+from typing import Any
+
+from datasets import ClassLabel
+
+from hf_disparse.config import TaskConfig, UserError
+
+
+class LabelEncoder:
+    """Turns the raw labels of one column into ids, multi-hot vectors or floats.
+
+    A label may be a class's name or its id. Where both readings are possible the name wins, so that stars 1 to 5 with
+    `labels=("1", "2", "3", "4", "5")` mean what they say; classes named by numbers are never taken by id.
+
+    Args:
+        task: the classes and the problem type.
+        feature: the column's feature. Where a `ClassLabel`, alone or in a list, shares names with the task, its ids are
+            read as its own names, for a data set may order them otherwise or have more of them.
+    """
+
+    def __init__(self, task: TaskConfig, feature: Any = None):
+        self.task = task
+        self.ids = {name: i for i, name in enumerate(task.labels)}
+        self._lower = {name.lower(): i for i, name in enumerate(task.labels)}
+        feature = getattr(feature, "feature", feature)  # of a list
+        self._holds_ids = isinstance(feature, ClassLabel)
+        self._names = feature.names if self._holds_ids and set(feature.names) & set(task.labels) else None
+        numerals = any(re.fullmatch(r"[+-]?\d+(\.\d+)?", name) for name in task.labels)
+        self._takes_ids = self._names is None and not numerals
+
+    def missing(self, value: Any) -> bool:
+        """True for no label at all: None, NaN, -1 unless it names a class, the labels of no words."""
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return True
+        if self.task.problem_type == "token_classification":
+            return value == []
+        return self.task.problem_type == "single_label_classification" and value == -1 and "-1" not in self.ids
+
+    def encode(self, value: Any) -> int | float | list[float]:
+        """The label of one example; not for token classification, which encodes word by word."""
+        if self.task.problem_type == "regression":
+            return self._number(value)
+        if self.task.problem_type == "multi_label_classification":
+            return self._multi_hot(value)
+        return self.encode_class(value)
+
+    def encode_class(self, value: Any) -> int:
+        """The id of a class given by name or id."""
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        is_id = isinstance(value, int) and not isinstance(value, bool)
+        if self._names and is_id and 0 <= value < len(self._names):
+            value = self._names[value]
+        if isinstance(value, (str, int, float)) and str(value) in self.ids:
+            return self.ids[str(value)]
+        # A CSV file's "true" and "yes,no" arrive as bools; "true" is a name, and only failing that True is class 1.
+        if isinstance(value, bool) and str(value).lower() in self._lower:
+            return self._lower[str(value).lower()]
+        if self._takes_ids and isinstance(value, int) and 0 <= value < len(self.ids):
+            return int(value)
+        names = ", ".join(self.task.labels[:12]) + (", ..." if len(self.ids) > 12 else "")
+        raise self._error(value, f"one of {names}" + f" or an id in 0..{len(self.ids) - 1}" * self._takes_ids)
+
+    def _number(self, value: Any) -> float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise self._error(value, "a number") from None
+        if not math.isfinite(number):
+            raise self._error(value, "a finite number")
+        return number
+
+    def _multi_hot(self, value: Any) -> list[float]:
+        """From a list of names, from one 0 or 1 per class, or from the ids of a list of `ClassLabel`."""
+        value = list(value) if isinstance(value, (list, tuple)) else [value]
+        bits = all(isinstance(v, (int, float)) and v in (0, 1) for v in value)
+        if bits and len(value) == len(self.ids) and not self._holds_ids:
+            return [float(v) for v in value]
+        hot = [0.0] * len(self.ids)
+        for label in value:
+            if not isinstance(label, str) and not self._holds_ids:
+                raise self._error(value, f"names of classes, or {len(self.ids)} zeros and ones")
+            hot[self.encode_class(label)] = 1.0
+        return hot
+
+    def _error(self, value: Any, expected: str) -> UserError:
+        key = f"tasks.{self.task.name}"
+        return UserError(f"{key}: expected {expected} in column '{self.task.label_column}', got {show(value)}")
+
+
+def show(value: Any) -> str:
+    """`repr(value)`, cut to fit a line."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

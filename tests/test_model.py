@@ -1,0 +1,207 @@
+"""The multitask model against plain transformers: same weights, same logits, for every supported architecture."""
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from hf_disparse import MultitaskConfig, MultitaskModel, PruningConfig, TaskConfig, UserError, prunable_parameters
+from hf_disparse.model import head_config
+from tests.tiny import CONFIGS, tiny_model
+
+TASKS = [
+    TaskConfig(name="single", columns="text", labels=["a", "b", "c"]),
+    TaskConfig(name="multi", columns="text", labels=["x", "y"], problem_type="multi_label_classification"),
+    TaskConfig(name="real", columns="text", problem_type="regression"),
+    TaskConfig(name="tokens", columns="words", labels=["O", "B", "I"], problem_type="token_classification"),
+]
+INPUTS = {
+    "input_ids": torch.tensor([[2, 5, 9, 11, 3], [2, 7, 3, 0, 0]]),
+    "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
+}
+LABELS = {
+    "single": torch.tensor([2, 0]),
+    "multi": torch.tensor([[1.0, 0.0], [1.0, 1.0]]),
+    "real": torch.tensor([0.5, -1.0]),
+    "tokens": torch.tensor([[-100, 1, 2, 0, -100], [-100, 0, -100, -100, -100]]),
+}
+
+
+def build(model_type: str) -> MultitaskModel:
+    torch.manual_seed(0)
+    return MultitaskModel(MultitaskConfig(encoder_config=CONFIGS[model_type](), tasks=TASKS))
+
+
+def plain_model(model: MultitaskModel, task: TaskConfig):
+    """The architecture's own classification model with the weights of one task."""
+    auto = AutoModelForTokenClassification if task.name == "tokens" else AutoModelForSequenceClassification
+    plain = auto.from_config(head_config(model.config.encoder_config, task))
+    state = {f"{plain.base_model_prefix}.{n}": t for n, t in model.encoder.state_dict().items()}
+    plain.load_state_dict({**state, **model.heads[task.name].state_dict()}, strict=True)
+    return plain
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_logits_loss_and_gradients_are_those_of_transformers(model_type, task):
+    model = build(model_type).eval()
+    plain = plain_model(model, task).eval()
+    ours = model(**INPUTS, labels=LABELS[task.name], task=task.name)
+    theirs = plain(**INPUTS, labels=LABELS[task.name])
+    assert torch.equal(ours.logits, theirs.logits)
+    assert torch.equal(ours.loss, theirs.loss)
+    ours.loss.backward()
+    theirs.loss.backward()
+    prefix = plain.base_model_prefix
+    gradients = {name: p.grad for name, p in plain.named_parameters()}
+    prunable = prunable_parameters(model)
+    assert prunable
+    for name, p in prunable.items():
+        torch.testing.assert_close(p.grad, gradients[f"{prefix}.{name.removeprefix('encoder.')}"])
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_saved_models_load_through_auto_classes_bit_for_bit(model_type, tmp_path):
+    model = build(model_type).eval()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert isinstance(loaded, MultitaskModel)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), MultitaskConfig)
+    assert list(loaded.state_dict()) == list(model.state_dict()), "the order of the parameters changed"
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True)
+    )
+    assert list(loaded.tasks.values()) == TASKS
+    for task in TASKS:
+        # Not bit for bit: mapped memory is aligned otherwise, and kernels round by alignment.
+        torch.testing.assert_close(loaded(**INPUTS, task=task.name).logits, model(**INPUTS, task=task.name).logits)
+
+
+# Linear modules in one layer, and those outside of the layers, which are not prunable by default
+LINEARS = {"bert": 6, "roberta": 6, "distilbert": 6, "electra": 6, "mpnet": 6, "deberta-v2": 8, "modernbert": 4}
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_prunable_are_the_linears_of_the_layers(model_type):
+    model = build(model_type)
+    names = list(prunable_parameters(model))
+    assert len(names) == 2 * LINEARS[model_type]
+    assert all(name.startswith("encoder.") for name in names)
+    assert not [name for name in names if "embed" in name or "pooler" in name or "norm" in name.lower()]
+
+
+def test_a_plain_classification_model_has_the_same_prunable_weights():
+    plain = AutoModelForSequenceClassification.from_config(CONFIGS["bert"]())
+    ours = [name.removeprefix("encoder.") for name in prunable_parameters(build("bert"))]
+    assert [name.removeprefix("bert.") for name in prunable_parameters(plain)] == ours
+
+
+@pytest.mark.parametrize(
+    ("target", "exclude", "count"),
+    [
+        (["query", "key"], None, 4),
+        (r".*layer\.0\..*dense", None, 3),
+        (None, ["query"], 10),
+        (None, r".*layer\.1.*", 6),
+        (["encoder.encoder.layer.1.output.dense"], None, 1),
+        (["output.dense"], ["attention.output.dense"], 2),
+    ],
+)
+def test_target_and_exclude_modules_mean_what_peft_means(target, exclude, count):
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    model = build("bert")
+    found = prunable_parameters(model, PruningConfig(target_modules=target, exclude_modules=exclude))
+    assert len(found) == count
+    if target is not None:
+        peft = type("Config", (), dict(target_modules=target, exclude_modules=exclude, layers_to_transform=None))()
+        expected = [
+            f"{name}.weight"
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and check_target_module_exists(peft, name)
+            if name.startswith("encoder.")
+        ]
+        assert list(found) == expected
+
+
+def test_modules_that_match_nothing_are_refused_with_an_example():
+    with pytest.raises(UserError, match=r"target_modules=\('nothing',\).*names look like 'encoder\."):
+        prunable_parameters(build("bert"), PruningConfig(target_modules=["nothing"]))
+
+
+@pytest.mark.parametrize("model_type", ["bert", "modernbert", "distilbert", "roberta"])
+def test_from_encoder_starts_as_transformers_classification_model_does(model_type, tmp_path):
+    """Encoder, and what pretraining left of the head, come from the checkpoint; classifiers are fresh and differ."""
+    torch.manual_seed(1)
+    pretrained = AutoModelForSequenceClassification.from_config(CONFIGS[model_type]())
+    with torch.no_grad():
+        for p in pretrained.parameters():
+            p.add_(0.25)  # also of biases, so that nothing fresh equals it
+    pretrained.save_pretrained(tmp_path)
+    model = MultitaskModel.from_encoder(str(tmp_path), TASKS)
+    source = pretrained.state_dict()
+    prefix = pretrained.base_model_prefix
+    for name, tensor in model.encoder.state_dict().items():
+        assert torch.equal(tensor, source[f"{prefix}.{name}"]), name
+    for task in ("single", "multi", "real"):
+        for name, tensor in model.heads[task].state_dict().items():
+            same = tensor.shape == source[name].shape and torch.equal(tensor, source[name])
+            assert same != name.startswith("classifier."), name
+    assert str(tmp_path) not in model.config.to_json_string(), "the path of a local folder would be published"
+
+
+def test_from_encoder_takes_the_encoder_of_a_multitask_model(tmp_path):
+    source = tiny_model(seed=3)
+    source.save_pretrained(tmp_path)
+    model = MultitaskModel.from_encoder(str(tmp_path), [TASKS[0]])
+    assert list(model.tasks) == ["single"]
+    for a, b in zip(model.encoder.state_dict().values(), source.encoder.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_task_is_needed_where_there_are_several():
+    model = build("bert")
+    with pytest.raises(ValueError, match="expected one of single, multi, real, tokens, got None"):
+        model(**INPUTS)
+    with pytest.raises(ValueError, match="got 'other'"):
+        model(**INPUTS, task="other")
+    only = MultitaskModel(MultitaskConfig(encoder_config=CONFIGS["bert"](), tasks=TASKS[:1])).eval()
+    assert torch.equal(only(**INPUTS).logits, only(**INPUTS, task="single").logits)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "words"),
+    [
+        ([TASKS[0], TASKS[0]], "names that differ"),
+        ([TaskConfig(name="train", columns="text", labels=["a", "b"])], "'train' cannot name a task"),
+        ([], "at least one task"),
+    ],
+)
+def test_tasks_that_do_not_make_a_model_are_refused(tasks, words):
+    with pytest.raises(UserError, match=words):
+        MultitaskModel(MultitaskConfig(encoder_config=CONFIGS["bert"](), tasks=tasks))
+
+
+def test_heads_start_different_and_initialised_as_the_architecture_does():
+    model = build("bert")
+    heads = [model.heads[name].classifier.weight for name in ("single", "tokens")]
+    assert not torch.equal(heads[0][:2], heads[1][:2])
+    for head in heads:
+        assert 0 < head.std() < 5 * CONFIGS["bert"]().initializer_range
+    assert (model.heads["single"].classifier.bias == 0).all()
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    plain, saving = build("bert"), build("bert")
+    saving.gradient_checkpointing_enable()
+    for model in (plain, saving):
+        model.train()
+        torch.manual_seed(5)
+        model(**INPUTS, labels=LABELS["single"], task="single").loss.backward()
+    for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, msg=name)
