@@ -1,0 +1,127 @@
+"""A run that dies resumes bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from hf_disparse import PruningConfig, UserError, last_whole_checkpoint, load_masks
+from hf_disparse.masks import MASKS_NAME
+from tests.test_trainer import assert_same, multitask_trainer, weights
+
+CUBIC = PruningConfig(sparsity=0.8, schedule="cubic", start_step=2, end_step=16, update_every=4, score_batches=2)
+# 3 tasks of 40, 31 and 22 rows in batches of 4 are 24 batches an epoch, 12 steps of 2: 20 steps end in the second epoch.
+STEPS = dict(max_steps=20, gradient_accumulation_steps=2, save_strategy="steps", save_steps=3, learning_rate=3e-3)
+
+
+class Died(Exception):
+    pass
+
+
+class DieAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Died
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    trainer = multitask_trainer(tmp_path_factory.mktemp("whole"), CUBIC, **STEPS)
+    trainer.train()
+    return weights(trainer.model), trainer.pruner.masks, trainer.evaluate()
+
+
+# 4 and 8 prune at that step; 7, 10 resume across a pruning step; 14 and 19 are in the second epoch.
+@pytest.mark.parametrize("step", [4, 7, 8, 10, 12, 14, 19])
+def test_a_killed_run_ends_in_the_bits_of_the_undisturbed_one(tmp_path, undisturbed, step):
+    with pytest.raises(Died):
+        multitask_trainer(tmp_path, CUBIC, callbacks=[DieAt(step)], **STEPS).train()
+    trainer = multitask_trainer(tmp_path, CUBIC, **STEPS)
+    torch.manual_seed(99)  # what the new process did before must not matter
+    trainer.train(resume_from_checkpoint=True)
+    expected, masks, metrics = undisturbed
+    assert_same(expected, weights(trainer.model))
+    assert_same(masks, trainer.pruner.masks)
+    ours = trainer.evaluate()
+    measured = [key for key in metrics if key.endswith(("loss", "accuracy", "pearson", "average"))]
+    assert len(measured) == 7
+    assert {key: ours[key] for key in measured} == {key: metrics[key] for key in measured}
+
+
+def test_a_checkpoint_holds_the_masks_at_one_bit_a_weight(tmp_path):
+    trainer = multitask_trainer(tmp_path, CUBIC, **STEPS | {"max_steps": 18})
+    trainer.train()
+    masks = load_masks(tmp_path / "checkpoint-18" / MASKS_NAME)
+    assert_same({n: m.cpu() for n, m in trainer.pruner.masks.items()}, masks)
+    assert not (tmp_path / "checkpoint-3" / MASKS_NAME).exists(), "nothing was pruned by then"
+
+
+@pytest.mark.parametrize(
+    "tear",
+    [
+        lambda p: (p / "trainer_state.json").unlink(),
+        lambda p: (p / "trainer_state.json").write_text('{"global_step": 1'),
+        lambda p: (p / "model.safetensors").unlink(),
+        lambda p: (p / "optimizer.pt").unlink(),
+        lambda p: (p / "rng_state.pth").unlink(),
+    ],
+)
+def test_a_torn_checkpoint_is_passed_over(tmp_path, tear):
+    multitask_trainer(tmp_path, **STEPS | {"max_steps": 9}).train()
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
+    tear(tmp_path / "checkpoint-9")
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+
+
+def test_nothing_to_resume_from_says_so(tmp_path):
+    assert last_whole_checkpoint(tmp_path / "absent") is None
+    with pytest.raises(UserError, match="there is no whole checkpoint in"):
+        multitask_trainer(tmp_path, **STEPS).train(resume_from_checkpoint=True)
+
+
+_SCRIPT = """
+import sys, torch
+from pathlib import Path
+from tests.test_resume import CUBIC, STEPS
+from tests.test_trainer import multitask_trainer
+from hf_disparse import last_whole_checkpoint, save_masks
+torch.set_num_threads(1)
+folder = sys.argv[1]
+trainer = multitask_trainer(folder, CUBIC, **STEPS | {"save_steps": 1})
+trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+torch.save(trainer.model.state_dict(), Path(folder, "end.pt"))
+"""
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments_ends_in_the_same_bits(tmp_path):
+    """Real processes, killed wherever they happen to be, checkpoint writes included."""
+    command = [sys.executable, "-c", _SCRIPT]
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*command, str(whole)], cwd=root, env=environment, check=True, timeout=300)
+    generator = torch.Generator().manual_seed(0)
+    deaths = 0
+    for _ in range(6):
+        process = subprocess.Popen([*command, str(killed)], cwd=root, env=environment, stderr=subprocess.DEVNULL)
+        before = last_whole_checkpoint(killed)
+        while process.poll() is None and last_whole_checkpoint(killed) == before:
+            pass  # until it has made progress of its own
+        try:
+            process.wait(timeout=float(torch.rand((), generator=generator)) * 0.6)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            deaths += 1
+        process.wait()
+    subprocess.run([*command, str(killed)], cwd=root, env=environment, check=True, timeout=300)
+    assert deaths >= 3
+    assert_same(torch.load(whole / "end.pt", weights_only=True), torch.load(killed / "end.pt", weights_only=True))
