@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,12 +28,11 @@ def main() -> None:
     try:
         app()
     except UserError as error:
+        for bar in list(tqdm._instances):
+            bar.close()  # the error belongs on a line of its own
         lines = [line for line in str(error).splitlines() if line.strip()][:3]
         print("error: " + "\n".join(lines), file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
 
 
 @app.command(epilog="Example: hf-disparse train recipes/quickstart.yaml --set pruning.sparsity=0.9 --output_dir out-90")
@@ -51,7 +51,12 @@ def train(
     if dry_run:
         print_plan(run.plan(parsed))
     else:
-        print_results(run.train(parsed), parsed.output_dir)
+        try:
+            results = run.train(parsed)
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+            raise typer.Exit(130) from None
+        print_results(results, parsed.output_dir)
 
 
 @app.command(epilog="Example: hf-disparse evaluate runs/quickstart")
@@ -69,7 +74,7 @@ def evaluate(
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    table = _table("task", "metric", "value", title=model)
+    table = _table("task", "metric", "value")
     for task, metrics in result["tasks"].items():
         for metric, value in metrics.items():
             table.add_row(task, metric, f"{value:.1f}")
@@ -81,9 +86,8 @@ def evaluate(
 
 def print_results(results: dict, folder: str) -> None:
     """One table of what a run cost each task, and what it saved."""
-    table = _table(
-        "task", "metric", "majority", "dense", "sparse", "difference", title=f"dense against sparse: {folder}"
-    )
+    print(f"dense against sparse: {folder}")  # not as the table's title, which would be folded to its width
+    table = _table("task", "metric", "majority", "dense", "sparse", "difference")
     for task, metrics in results["dense"]["tasks"].items():
         for metric, dense in metrics.items():
             sparse = results["sparse"]["tasks"][task][metric]
@@ -115,24 +119,29 @@ def print_sparsity(sparsity: dict[str, float]) -> None:
 
 def print_plan(plan: dict) -> None:
     """What a dry run found."""
-    table = _table("task", "training examples", "validation examples")
+    table = _table("task", "training examples", "validation examples", "left out, unlabelled")
     for task, rows in plan["examples"]["train"].items():
-        table.add_row(task, f"{rows:,}", f"{plan['examples']['validation'][task]:,}")
+        table.add_row(task, f"{rows:,}", f"{plan['examples']['validation'][task]:,}", f"{plan['unlabelled'][task]:,}")
     Console().print(table)
     print(f"prunable weights: {plan['prunable']:,} of {plan['parameters']:,} parameters. Nothing was trained.")
 
 
-def _table(*columns: str, title: str | None = None) -> Table:
-    table = Table(title=title, title_justify="left")
+def _table(*columns: str) -> Table:
+    table = Table()
     for column in columns:
         table.add_column(column, justify="left" if column in ("task", "metric") else "right")
     return table
 
 
 def _quiet() -> None:
-    """Progress bars and our own words; the libraries speak up for errors only."""
+    """Progress bars on a terminal and our own words; the libraries speak up for errors only."""
     import datasets
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # of loading and saving weights; training has its own
     datasets.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()

@@ -44,6 +44,11 @@ def require(condition: bool, key: str, expected: str, got: Any) -> None:
         raise UserError(f"{key}: expected {expected}, got {got!r}")
 
 
+def one_line(error: Exception) -> str:
+    """The message of someone else's error, without line breaks and cut to a few lines' length."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def is_number(value: Any) -> bool:
     """True for an int or a float that is not a bool, NaN or infinite."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
@@ -54,7 +59,7 @@ def is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-class _Config:
+class Config:
     """Dictionaries in, dictionaries out; a key that is not a field is an error that names the closest field."""
 
     @classmethod
@@ -84,6 +89,8 @@ def _strings(config: Any, key: str, *, allow_empty: bool) -> None:
     """Turns a string or a sequence of strings in the field `key` into a tuple."""
     value = getattr(config, key)
     value = (value,) if isinstance(value, str) else value
+    if isinstance(value, (list, tuple)) and any(isinstance(v, (bool, int, float)) for v in value):
+        raise UserError(f"{key}: expected names, got {value!r}; put them in quotes, as YAML reads yes and 1 otherwise")
     good = isinstance(value, (list, tuple)) and all(isinstance(v, str) and v for v in value)
     require(good and (allow_empty or len(value) > 0), key, "a name or a list of names", value)
     require(len(set(value)) == len(value), key, "names that differ from one another", value)
@@ -91,7 +98,7 @@ def _strings(config: Any, key: str, *, allow_empty: bool) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskConfig(_Config):
+class TaskConfig(Config):
     """One task of a multitask model: what its examples look like and how it is judged.
 
     Args:
@@ -144,7 +151,7 @@ class TaskConfig(_Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(_Config):
+class DataConfig(Config):
     """Where the examples of one task are.
 
     Args:
@@ -183,7 +190,7 @@ class DataConfig(_Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruningConfig(_Config):
+class PruningConfig(Config):
     """How a shared encoder is made sparse by scores: criterion, decision, schedule.
 
     Args:
@@ -239,7 +246,7 @@ class PruningConfig(_Config):
             if isinstance(value, str):
                 try:
                     re.compile(value)
-                except re.error as error:
+                except (re.error, OverflowError) as error:
                     raise UserError(f"{key}: not a regular expression: {error}") from None
             elif value is not None:
                 _strings(self, key, allow_empty=False)

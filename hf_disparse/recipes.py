@@ -1,25 +1,25 @@
 """A recipe: one YAML file that is one complete run. Layer 10."""
 
 import re
-import sys
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from enum import Enum
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-import torch
 import yaml
 
 from hf_disparse.config import (
+    Config,
     DataConfig,
     PruningConfig,
     TaskConfig,
     UserError,
-    _Config,
     closest,
     is_count,
     is_number,
+    one_line,
     require,
 )
 from hf_disparse.trainer import DisparseTrainingArguments
@@ -55,7 +55,7 @@ _KINDS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(_Config):
+class ModelConfig(Config):
     """Which encoder to start from.
 
     Args:
@@ -111,7 +111,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = (), output_dir: str
     except (OSError, UnicodeError) as error:
         raise UserError(f"{path}: expected a recipe, got {type(error).__name__}: {error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: expected YAML, got a file that does not parse: {_one_line(error)}") from None
+        raise UserError(f"{path}: expected YAML, got a file that does not parse: {one_line(error)}") from None
     if not isinstance(values, dict):
         got = "an empty file" if values is None else _KINDS.get(type(values), type(values).__name__)
         raise UserError(f"{path}: expected a mapping with the sections {', '.join(SECTIONS)}, got {got}")
@@ -202,11 +202,21 @@ def _check_training(values: dict[str, Any], where: str) -> None:
             raise UserError(f"{where}.{key}: set '{key}' at the top of the recipe")
         if key not in known:
             raise UserError(f"{where}.{key}: TrainingArguments has no such field{closest(key, sorted(known))}")
+        choices = _choices(hints[key])
+        if choices and value not in choices:
+            remedy = "; put 'no' in quotes, for YAML reads it as false" if value is False and "no" in choices else ""
+            raise UserError(f"{where}.{key}: unknown value {value!r}{remedy or closest(value, choices)}")
         kinds = _kinds(hints[key])
         expected = " or ".join(_KINDS[kind] for kind in kinds)
         require(any(_is_a(value, kind) for kind in kinds), f"{where}.{key}", expected, value)
         least = _LEAST.get(key)
         require(least is None or value is None or value >= least, f"{where}.{key}", f"at least {least}", value)
+
+
+def _choices(hint: Any) -> list[str]:
+    """The values of the enum that a field's annotation names, such as those of `lr_scheduler_type`."""
+    enums = [part for part in get_args(hint) if isinstance(part, type) and issubclass(part, Enum)]
+    return [member.value for enum in enums for member in enum]
 
 
 def _kinds(hint: Any) -> list[type]:
@@ -225,23 +235,15 @@ def _is_a(value: Any, kind: type) -> bool:
 
 
 def _arguments(values: dict[str, Any], output_dir: str, seed: int) -> DisparseTrainingArguments:
-    on_gpu = torch.cuda.is_available() and not values.get("use_cpu")
-    for key in ("bf16", "bf16_full_eval"):
-        if values.get(key) and not values.get("use_cpu") and not torch.cuda.is_available():
-            remedy = f"set training.use_cpu: true to compute on the CPU, or training.{key}: false"
-            raise UserError(f"training.{key}: expected a GPU, got a machine without one; {remedy}")
-    for key in ("fp16", "fp16_full_eval"):
-        if values.get(key) and not on_gpu:
-            raise UserError(f"training.{key}: expected a GPU, got the CPU; set training.{key}: false, or bf16 instead")
     try:
-        # Bars belong on a terminal; in a log they are thousands of lines.
-        return DisparseTrainingArguments(
-            output_dir=output_dir, seed=seed, **{"disable_tqdm": not sys.stderr.isatty(), **values}
-        )
-    except (
-        Exception
-    ) as error:  # TrainingArguments raises whatever its checks meet; all of it is about the user's values
-        raise UserError(f"training: TrainingArguments refuses these values: {_one_line(error)}") from error
+        # disable_tqdm: its default goes by transformers' log level, which we lower.
+        return DisparseTrainingArguments(output_dir=output_dir, seed=seed, **{"disable_tqdm": False, **values})
+    except Exception as error:  # its checks raise whatever they meet; all of it is about the user's values
+        for key in ("bf16", "bf16_full_eval"):
+            if values.get(key) and "bf16" in str(error) and not values.get("use_cpu"):
+                remedy = f"set training.use_cpu: true to compute on the CPU, or training.{key}: false"
+                raise UserError(f"training.{key}: expected a GPU that knows bfloat16, got none; {remedy}") from error
+        raise UserError(f"training: TrainingArguments refuses these values: {one_line(error)}") from error
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -269,10 +271,6 @@ def _override(values: dict[str, Any], override: str) -> None:
             require(isinstance(place, dict), where, "a mapping", place)
     for place in places:
         place[keys[-1]] = value
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 class _Loader(yaml.SafeLoader):

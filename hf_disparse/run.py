@@ -5,10 +5,12 @@ the sparse model with its tokenizer and `results.json` on top. Starting the same
 """
 
 import json
+import math
 import os
 import platform
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
@@ -16,14 +18,13 @@ import torch
 import transformers
 import yaml
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, TrainerState, set_seed
 
 import hf_disparse
-from hf_disparse.config import UserError
+from hf_disparse.config import UserError, closest, one_line, require
 from hf_disparse.masks import sparsity_report
 from hf_disparse.model import MultitaskModel, prunable_parameters
-from hf_disparse.recipes import Recipe, parse_recipe, read_recipe
-from hf_disparse.schedule import update_steps
+from hf_disparse.recipes import Recipe, read_recipe
 from hf_disparse.tasks import average, load_task, resolve, tokenize
 from hf_disparse.trainer import DisparseTrainer, last_whole_checkpoint
 
@@ -38,12 +39,14 @@ def train(recipe: Recipe) -> dict[str, Any]:
         UserError: the output folder holds another run, or something the recipe names is not there or not right.
     """
     folder = Path(recipe.output_dir)
-    _claim(folder, recipe)
+    _refuse_others(folder, recipe)
     if (folder / RESULTS_NAME).is_file():
-        return json.loads((folder / RESULTS_NAME).read_text())
+        return _read(folder / RESULTS_NAME)
     start = time.perf_counter()
-    tokenizer, data = prepare(recipe)
+    tokenizer, data, unlabelled = prepare(recipe)
     seconds = {"data": time.perf_counter() - start}
+    _rehearse(recipe, tokenizer, data)
+    _claim(folder, recipe)  # only now: a recipe that cannot run must not lay its hand on the folder
     dense = _phase(recipe, "dense", tokenizer, data)
     sparse = _phase(recipe, "sparse", tokenizer, data)
     for phase in (dense, sparse):
@@ -53,7 +56,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
         "dense": dense.pop("metrics"),
         "sparse": sparse.pop("metrics"),
         "majority": {name: _majority(recipe.tasks[name][0], rows) for name, rows in data["validation"].items()},
-        "examples": {split: {name: len(rows) for name, rows in tasks.items()} for split, tasks in data.items()},
+        "examples": _sizes(data),
+        "unlabelled": unlabelled,
         "bytes": {"dense": dense.pop("bytes"), "sparse": sparse.pop("bytes")},
         "seconds": {**seconds, "total": sum(seconds.values())},
         "environment": environment(),
@@ -67,25 +71,19 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
-    """Everything `train` does before the first step: loads data and encoder, checks them, trains nothing."""
-    tokenizer, data = prepare(recipe)
-    model = _new_model(recipe)
-    prunable = prunable_parameters(model, recipe.pruning)
-    arguments = recipe.arguments("sparse", recipe.output_dir)
-    steps = update_steps(recipe.pruning)
-    if arguments.max_steps > 0 and steps and steps[-1] >= arguments.max_steps:
-        raise UserError(
-            f"pruning: the last pruning is at step {steps[-1]}, training ends at step {arguments.max_steps}"
-        )
+    """Everything `train` does before the first step: loads data and encoder, checks them, trains and writes nothing."""
+    _refuse_others(Path(recipe.output_dir), recipe)
+    tokenizer, data, unlabelled = prepare(recipe)
+    model = _rehearse(recipe, tokenizer, data)
     return {
-        "examples": {split: {name: len(rows) for name, rows in tasks.items()} for split, tasks in data.items()},
-        "prunable": sum(p.numel() for p in prunable.values()),
+        "examples": _sizes(data),
+        "unlabelled": unlabelled,
+        "prunable": sum(p.numel() for p in prunable_parameters(model, recipe.pruning).values()),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "vocabulary": len(tokenizer),
     }
 
 
-def evaluate(model_name: str, recipe_path: str | None = None, overrides=(), output_dir: str = "") -> dict[str, Any]:
+def evaluate(model_name: str, recipe_path: str | None = None, overrides=()) -> dict[str, Any]:
     """Evaluates a model that `train` wrote on the validation data of its recipe, or of another one.
 
     Returns:
@@ -93,45 +91,64 @@ def evaluate(model_name: str, recipe_path: str | None = None, overrides=(), outp
     """
     source = resolve(model_name)
     path = recipe_path or Path(source, RECIPE_NAME)
-    if not Path(path).is_file():
+    if not recipe_path and not path.is_file():
         raise UserError(f"{model_name}: expected a run folder with {RECIPE_NAME}, got none there; name one by --recipe")
     recipe = read_recipe(path, overrides)
-    model = _load_model(source)
-    for name in recipe.tasks:
-        if name not in model.tasks:
-            raise UserError(f"tasks.{name}: the model has no such task; it has {', '.join(model.tasks)}")
-    tokenizer, data = prepare(recipe, source)
-    arguments = recipe.arguments("sparse", output_dir or recipe.output_dir)
-    trainer = DisparseTrainer(model, arguments, eval_dataset=data["validation"], processing_class=tokenizer)
+    model = _load_pretrained(model_name, MultitaskModel, source)
+    _judge_as(recipe, model)
+    tokenizer, data, _ = prepare(recipe, source, splits=("validation",))
+    with TemporaryDirectory() as folder:  # a Trainer makes its output folder, and evaluation leaves nothing behind
+        trainer = _trainer(recipe, "sparse", folder, model, tokenizer, data)
+        trainer.remove_callback(PrinterCallback)  # the caller prints the metrics
+        metrics = _values(trainer)
     prunable = prunable_parameters(model, recipe.pruning)
-    return {**_values(trainer), "sparsity": sparsity_report(model, model.encoder, prunable)}
+    return {**metrics, "sparsity": sparsity_report(model, model.encoder, prunable)}
 
 
-def prepare(recipe: Recipe, tokenizer_name: str | None = None) -> tuple[PreTrainedTokenizerBase, Splits]:
-    """Loads and tokenizes all tasks: the tokenizer and {"train" and "validation": {task: rows}}."""
-    tokenizer = _load_pretrained(AutoTokenizer, tokenizer_name or resolve(recipe.model.encoder))
-    data: Splits = {"train": {}, "validation": {}}
+def _judge_as(recipe: Recipe, model: MultitaskModel) -> None:
+    """Gives the model's tasks the recipe's columns and metrics; refuses tasks that its heads were not made for."""
+    tasks = model.tasks
+    for name, (task, _) in recipe.tasks.items():
+        if name not in tasks:
+            raise UserError(f"tasks.{name}: the model has no such task{closest(name, tasks)}")
+        for key in ("problem_type", "labels"):
+            expected, got = getattr(tasks[name], key), getattr(task, key)
+            require(got == expected, f"tasks.{name}.{key}", f"{expected!r}, as the model was trained", got)
+        tasks[name] = task
+    model.config.tasks = [task.to_dict() for task in tasks.values()]
+
+
+def prepare(
+    recipe: Recipe, tokenizer_name: str | None = None, splits: tuple[str, ...] = ("train", "validation")
+) -> tuple[PreTrainedTokenizerBase, Splits, dict[str, int]]:
+    """Loads and tokenizes all tasks.
+
+    Returns:
+        The tokenizer, {split: {task: rows}} for `splits`, and {task: examples left out for want of a label}.
+    """
+    where = "tokenizer" if tokenizer_name else "model.encoder"
+    tokenizer = _load_pretrained(where, AutoTokenizer, tokenizer_name or resolve(recipe.model.encoder))
+    data: Splits = {split: {} for split in splits}
+    unlabelled = dict.fromkeys(recipe.tasks, 0)
     for name, (task, source) in recipe.tasks.items():
-        for split, rows in zip(data, load_task(task, source, recipe.seed), strict=True):
-            data[split][name], _ = tokenize(rows, task, tokenizer, recipe.model.max_length)
-    return tokenizer, data
+        raw = dict(zip(("train", "validation"), load_task(task, source, recipe.seed), strict=True))
+        for split in splits:
+            data[split][name], left_out = tokenize(raw[split], task, tokenizer, recipe.model.max_length)
+            unlabelled[name] += left_out
+    return tokenizer, data, unlabelled
+
+
+def _sizes(data: Splits) -> dict[str, dict[str, int]]:
+    return {split: {name: len(rows) for name, rows in tasks.items()} for split, tasks in data.items()}
 
 
 def _phase(recipe: Recipe, phase: str, tokenizer: PreTrainedTokenizerBase, data: Splits) -> dict[str, Any]:
     """Trains and evaluates one phase, or what is left of it; a finished one is only read."""
     folder = Path(recipe.output_dir, phase)
     if (folder / PHASE_NAME).is_file():
-        return json.loads((folder / PHASE_NAME).read_text())
+        return _read(folder / PHASE_NAME)
     model = _new_model(recipe) if phase == "dense" else _load_model(Path(recipe.output_dir, "dense"))
-    pruning = recipe.pruning if phase == "sparse" else None
-    trainer = DisparseTrainer(
-        model,
-        recipe.arguments(phase, folder),
-        pruning_config=pruning,
-        train_dataset=data["train"],
-        eval_dataset=data["validation"],
-        processing_class=tokenizer,
-    )
+    trainer = _trainer(recipe, phase, folder, model, tokenizer, data)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
     trained = time.perf_counter()
@@ -146,6 +163,59 @@ def _phase(recipe: Recipe, phase: str, tokenizer: PreTrainedTokenizerBase, data:
     }
     _write(folder / PHASE_NAME, json.dumps(result))
     return result
+
+
+def _trainer(recipe: Recipe, phase: str, folder: str | Path, model, tokenizer, data: Splits) -> DisparseTrainer:
+    arguments = recipe.arguments(phase, folder)
+    try:
+        return DisparseTrainer(
+            model,
+            arguments,
+            pruning_config=recipe.pruning if phase == "sparse" else None,
+            train_dataset=data.get("train"),
+            eval_dataset=data["validation"],
+            processing_class=tokenizer,
+        )
+    except UserError:
+        raise
+    except (ImportError, RuntimeError, ValueError) as error:  # what the arguments ask for is not installed, or not here
+        raise UserError(f"training: Trainer refuses these values: {one_line(error)}") from error
+
+
+def _rehearse(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Splits) -> MultitaskModel:
+    """Refuses before the first step what would end training hours later; returns the model that would be trained."""
+    model = _new_model(recipe)
+    _check_length(recipe, model, data)
+    for phase in ("dense", "sparse"):
+        with TemporaryDirectory() as folder:
+            trainer = _trainer(recipe, phase, folder, model, tokenizer, data)
+            state = TrainerState(max_steps=_steps(trainer))
+            trainer.pruner.on_train_begin(trainer.args, state, trainer.control, model=model)
+    return model
+
+
+def _steps(trainer: DisparseTrainer) -> int:
+    """The optimizer steps that training will take."""
+    args, batches = trainer.args, len(trainer.get_train_dataloader())
+    in_epochs = math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
+    return in_epochs if args.max_steps < 0 else args.max_steps
+
+
+def _check_length(recipe: Recipe, model: MultitaskModel, data: Splits) -> None:
+    """Runs the longest text of each task if it may have more tokens than the encoder has positions."""
+    positions = getattr(model.config.encoder_config, "max_position_embeddings", None) or math.inf
+    for name in recipe.tasks:
+        longest = max((ids for split in data.values() for ids in split[name]["input_ids"]), key=len)
+        if len(longest) <= positions - 2:  # RoBERTa and its kin keep two for themselves
+            continue
+        try:
+            with torch.no_grad():
+                model.encoder(input_ids=torch.tensor([longest]))
+        except (IndexError, RuntimeError) as error:
+            raise UserError(
+                f"model.max_length: expected no more tokens than the encoder has positions, {positions}, got a text of "
+                f"{len(longest)} in task '{name}'; lower it"
+            ) from error
 
 
 def _values(trainer: DisparseTrainer) -> dict[str, Any]:
@@ -169,42 +239,68 @@ def _majority(task, rows: Dataset) -> float | None:
 def _new_model(recipe: Recipe) -> MultitaskModel:
     set_seed(recipe.seed)
     tasks = [task for task, _ in recipe.tasks.values()]
-    return _load_pretrained(MultitaskModel, resolve(recipe.model.encoder), "from_encoder", tasks)
+    return _load_pretrained("model.encoder", MultitaskModel, resolve(recipe.model.encoder), "from_encoder", tasks)
 
 
 def _load_model(folder: str | Path) -> MultitaskModel:
-    return _load_pretrained(MultitaskModel, str(folder))
+    return _load_pretrained("output_dir", MultitaskModel, str(folder))
 
 
-def _load_pretrained(cls, name: str, method: str = "from_pretrained", *arguments):
+def _load_pretrained(where: str, cls, name: str, method: str = "from_pretrained", *arguments):
     """`cls.from_pretrained(name)`; a model that is not there or does not load is the user's to mend."""
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise UserError(f"{where}: expected a Hub id or a folder, but there is no folder {name}")
     try:
         return getattr(cls, method)(name, *arguments)
     except UserError:
         raise
     except Exception as error:  # transformers, tokenizers, safetensors and the Hub raise a dozen kinds here
-        text = " ".join(str(error).split())[:300]
-        raise UserError(f"model: expected a model that loads from {name}, got {type(error).__name__}: {text}") from None
+        got = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{where}: expected a model that loads from {name}, got {got}") from error
+
+
+def _refuse_others(folder: Path, recipe: Recipe) -> None:
+    """Refuses a folder that holds another run or something else, and changes nothing."""
+    path = folder / RECIPE_NAME
+    try:
+        theirs = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+        others = theirs is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"output_dir: cannot read {folder}: {one_line(error)}") from error
+    if others or not isinstance(theirs, dict | None):
+        raise UserError(
+            f"output_dir: expected a new or empty folder, or one of this run, got {folder}, which holds something else.\n"
+            "Give this run its own --output_dir."
+        )
+    mine = recipe.values
+    # A run may be moved and go on elsewhere: where it is does not make it another one.
+    keys = sorted(k for k in {*(theirs or mine), *mine} - {"output_dir"} if (theirs or mine).get(k) != mine.get(k))
+    if keys:
+        raise UserError(
+            f"output_dir: {folder} holds another run, which differs in {', '.join(keys)}.\n"
+            "Give this one its own --output_dir, or delete that folder to start over."
+        )
 
 
 def _claim(folder: Path, recipe: Recipe) -> None:
-    """Marks the folder as this recipe's; refuses one that holds another run or something else."""
-    path = folder / RECIPE_NAME
-    if path.is_file():
-        theirs = yaml.safe_load(path.read_text())
-        if theirs != recipe.values:
-            keys = sorted(k for k in {*theirs, *recipe.values} if theirs.get(k) != recipe.values.get(k))
-            raise UserError(
-                f"output_dir: {folder} holds another run, which differs in {', '.join(keys)}.\n"
-                "Give this one its own --output_dir, or delete that folder to start over."
-            )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"output_dir: expected a new or empty folder, or one of this run, got {folder}")
+    """Marks the folder as this recipe's."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(path, yaml.safe_dump(recipe.values, sort_keys=False))
+        if not (folder / RECIPE_NAME).is_file():
+            _write(folder / RECIPE_NAME, yaml.safe_dump(recipe.values, sort_keys=False))
     except OSError as error:
-        raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from None
+        raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}; name another one") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What `_write` wrote there."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"output_dir: expected JSON in {path}, got a file that does not parse: {one_line(error)}.\n"
+            "Delete that file, and the same command makes it again."
+        ) from error
 
 
 def _write(path: Path, text: str) -> None:
@@ -225,6 +321,3 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "device": gpu or f"CPU, {torch.get_num_threads()} threads",
     }
-
-
-__all__ = ["environment", "evaluate", "parse_recipe", "plan", "prepare", "train"]

@@ -70,7 +70,7 @@ def test_pruning_config_refuses_nonsense_with_key_expected_and_got(values, words
         ({"problem_type": "classification"}, "problem_type: unknown value 'classification'; did you mean"),
         ({"labels": ["one"]}, "labels: expected the names of at least 2 classes"),
         ({"labels": ["one", "one"]}, "labels: expected names that differ"),
-        ({"labels": [0, 1]}, "labels: expected a name or a list of names"),
+        ({"labels": [0, 1]}, "labels: expected names, got .0, 1.; put them in quotes"),
         ({"problem_type": "regression"}, "labels: expected none for regression"),
         ({"metric": "acuracy"}, "metric: 'acuracy' does not fit single_label_classification; did you mean 'accuracy'"),
         ({"weight": 0}, "weight: expected a number above 0"),

@@ -72,13 +72,25 @@ def test_a_checkpoint_holds_the_masks_at_one_bit_a_weight(tmp_path):
         lambda p: (p / "model.safetensors").unlink(),
         lambda p: (p / "optimizer.pt").unlink(),
         lambda p: (p / "rng_state.pth").unlink(),
+        lambda p: os.truncate(p / "model.safetensors", 5000),
+        lambda p: os.truncate(p / "optimizer.pt", 5000),
+        lambda p: os.truncate(p / MASKS_NAME, 100),
     ],
 )
 def test_a_torn_checkpoint_is_passed_over(tmp_path, tear):
-    multitask_trainer(tmp_path, **STEPS | {"max_steps": 9}).train()
+    config = PruningConfig(sparsity=0.5, criterion="magnitude")
+    multitask_trainer(tmp_path, config, **STEPS | {"max_steps": 9}).train()
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
     tear(tmp_path / "checkpoint-9")
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+
+
+def test_a_pruned_checkpoint_without_its_masks_is_refused(tmp_path):
+    with pytest.raises(Died):
+        multitask_trainer(tmp_path, CUBIC, callbacks=[DieAt(14)], **STEPS).train()
+    (tmp_path / "checkpoint-12" / MASKS_NAME).unlink()
+    with pytest.raises(UserError, match=f"{MASKS_NAME}: there is no such file"):
+        multitask_trainer(tmp_path, CUBIC, **STEPS).train(resume_from_checkpoint=True)
 
 
 def test_nothing_to_resume_from_says_so(tmp_path):

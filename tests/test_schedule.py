@@ -1,5 +1,7 @@
 """When masks change and how far."""
 
+from itertools import pairwise
+
 import pytest
 
 from hf_disparse import PruningConfig
@@ -25,7 +27,7 @@ def test_cubic_ends_at_the_target_exactly_and_never_falls_back(start, end, every
     assert steps[-1] == end
     assert values[-1] == 0.9
     assert all(start < step <= end for step in steps)
-    assert all(b - a == every for a, b in zip(steps, steps[1:], strict=False))
+    assert all(b - a == every for a, b in pairwise(steps))
     assert values == sorted(values)
     assert values[0] > 0
 

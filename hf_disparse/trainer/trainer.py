@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -15,10 +17,9 @@ from transformers import Trainer, TrainingArguments
 from hf_disparse.config import PruningConfig, UserError, closest
 from hf_disparse.masks import MASKS_NAME, load_masks, save_masks
 from hf_disparse.model import MultitaskModel
+from hf_disparse.schedule import update_steps
 from hf_disparse.tasks import MultitaskCollator, TaskBatchSampler, TaskDataset, average, compute_metrics
 from hf_disparse.trainer.callback import PruningCallback
-
-_CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
 
 @dataclass
@@ -34,6 +35,15 @@ class DisparseTrainingArguments(TrainingArguments):
     task_sampling: str = "proportional"
     sampling_temperature: float = 1.0
     sampling_cap: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        TaskBatchSampler({"task": 1}, 1, **self.sampling())  # refuses what it cannot do now rather than at train()
+
+    def sampling(self) -> dict[str, Any]:
+        """The arguments of `TaskBatchSampler` that these are."""
+        names = {"sampling": "task_sampling", "temperature": "sampling_temperature", "cap": "sampling_cap"}
+        return {argument: getattr(self, name) for argument, name in names.items()}
 
 
 class DisparseTrainer(Trainer):
@@ -108,15 +118,12 @@ class DisparseTrainer(Trainer):
             raise UserError("train_dataset: training expects a dict of task -> Dataset, got none")
         args = self.args
         dataset = TaskDataset(self.train_dataset)
-        options = {}
-        if isinstance(args, DisparseTrainingArguments):
-            options = dict(sampling=args.task_sampling, temperature=args.sampling_temperature, cap=args.sampling_cap)
         sampler = TaskBatchSampler(
             dataset.sizes,
             self._train_batch_size,
             seed=args.seed if args.data_seed is None else args.data_seed,
             world_size=args.world_size,
-            **options,
+            **(args.sampling() if isinstance(args, DisparseTrainingArguments) else {}),
         )
         loader = DataLoader(
             dataset,
@@ -199,6 +206,7 @@ class DisparseTrainer(Trainer):
             output = self.evaluation_loop(
                 self.get_eval_dataloader({task: rows}), f"Evaluation of {task}", None, ignore_keys, prefix
             )
+            self.callback_handler.on_predict(self.args, self.state, self.control, output.metrics)  # ends this task's bar
             metrics |= output.metrics
             values[task] = {
                 m: output.metrics[f"{prefix}_{m}"]
@@ -243,8 +251,12 @@ class DisparseTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and Path(checkpoint, MASKS_NAME).is_file():
-            self.pruner.masks = load_masks(Path(checkpoint, MASKS_NAME))
+        if checkpoint is None:
+            return
+        path = Path(checkpoint, MASKS_NAME)
+        pruned = self.pruning_config and any(s < self.state.global_step for s in update_steps(self.pruning_config))
+        if pruned or path.is_file():  # a checkpoint that was pruned without its masks is refused by load_masks
+            self.pruner.masks = load_masks(path)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
@@ -277,17 +289,26 @@ class _ScoringBatches:
 def last_whole_checkpoint(folder: str | Path) -> str | None:
     """The newest `checkpoint-N` of `folder` that was written to its end, or None.
 
-    `trainer_state.json` is written last: where it parses and the others are there, they are whole.
+    `trainer_state.json` is written last: where it parses, a killed process had written the others. They are looked at
+    all the same, for disks fill and files get cut.
     """
     found = [p for p in Path(folder).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
     for path in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            continue
-        if all((path / name).is_file() for name in _CHECKPOINT_FILES) and any(path.glob("rng_state*.pth")):
+        if _is_whole(path):
             return str(path)
     return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        for path in (checkpoint / "model.safetensors", *checkpoint.glob(MASKS_NAME)):
+            with safe_open(str(path), framework="pt"):  # checks the header against the size of the file
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    archives = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
+    return len(archives) > 2 and all(zipfile.is_zipfile(path) for path in archives)
 
 
 def _check_datasets(model: MultitaskModel, **datasets) -> None:

