@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -92,12 +93,11 @@ class PruningCallback(TrainerCallback):
     def prune(self, model: nn.Module, sparsity: float, progress: bool = False) -> None:
         """Scores every task, decides, applies and holds the masks; does nothing to a model that is as sparse already."""
         parameters = prunable_parameters(model, self.config)
-        active = None
-        if self.masks is not None:
-            active = {name: self.masks[name].to(p.device) for name, p in parameters.items() if name in self.masks}
-            size = sum(keep.numel() for keep in active.values())
-            if size and size - sum(int(keep.sum()) for keep in active.values()) >= round(sparsity * size):
-                return
+        held = self.masks or {}
+        active = {name: held.get(name, torch.ones_like(p, dtype=torch.bool)) for name, p in parameters.items()}
+        size = sum(keep.numel() for keep in active.values())
+        if size - sum(int(keep.sum()) for keep in active.values()) >= round(sparsity * size):
+            return
         joint = self.config.decision == "joint"
         stream = score(
             model,
@@ -111,15 +111,13 @@ class PruningCallback(TrainerCallback):
             seed=self.config.seed,
             progress=progress,
         )
-        self._hold(model, decide_by(self.config, stream, sparsity, active))
+        self._hold(model, {**held, **decide_by(self.config, stream, sparsity, active)})
 
     def _hold(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         self._release()
         parameters = dict(model.named_parameters())
-        self.masks = {
-            name: keep.to(parameters[name].device) if name in parameters else keep for name, keep in masks.items()
-        }
-        apply_masks(model, self.masks)
+        self.masks = {n: keep.to(parameters[n].device) if n in parameters else keep for n, keep in masks.items()}
+        apply_masks(model, self.masks)  # refuses the masks of another model
         self._hooks = MaskHooks(model, self.masks)
 
     def _release(self) -> None:

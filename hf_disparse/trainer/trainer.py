@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 
 from hf_disparse.config import PruningConfig, UserError, closest
@@ -96,6 +96,12 @@ class DisparseTrainer(Trainer):
             )
         if self.is_deepspeed_enabled:
             raise UserError("training: DeepSpeed steps inside backward, where masks cannot be held; use DDP or FSDP2")
+        if self.is_multitask and self.args.label_smoothing_factor:
+            other = [t.name for t in model.tasks.values() if t.problem_type != "single_label_classification"]
+            if other:
+                raise UserError(
+                    f"training.label_smoothing_factor: expected 0 with task '{other[0]}', which has no classes to smooth"
+                )
         self.pruning_config = pruning_config
         tasks = self.train_dataset if self.is_multitask and self.train_dataset else ["train"]
         weights = {t: model.tasks[t].weight for t in tasks} if self.is_multitask and self.train_dataset else None
@@ -206,7 +212,9 @@ class DisparseTrainer(Trainer):
             output = self.evaluation_loop(
                 self.get_eval_dataloader({task: rows}), f"Evaluation of {task}", None, ignore_keys, prefix
             )
-            self.callback_handler.on_predict(self.args, self.state, self.control, output.metrics)  # ends this task's bar
+            self.callback_handler.on_predict(
+                self.args, self.state, self.control, output.metrics
+            )  # ends this task's bar
             metrics |= output.metrics
             values[task] = {
                 m: output.metrics[f"{prefix}_{m}"]
@@ -272,11 +280,11 @@ class _ScoringBatches:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         trainer = self.trainer
-        rows = (
-            TaskDataset({self.task: trainer.train_dataset[self.task]})
-            if trainer.is_multitask
-            else trainer.train_dataset
-        )
+        rows = trainer.train_dataset
+        if trainer.is_multitask:
+            rows = TaskDataset({self.task: rows[self.task]})
+        elif isinstance(rows, IterableDataset):
+            raise UserError("train_dataset: scoring draws examples at random, got a stream; load it as a Dataset")
         collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="scoring")
         seed = trainer.pruning_config.seed + trainer.state.global_step
         sampler = TaskBatchSampler({self.task: len(rows)}, trainer._train_batch_size, seed=seed)

@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from torch.nn.utils import prune
-from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, logging
+from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, logging
 
 from hf_disparse import (
     DisparseTrainer,
@@ -132,7 +132,9 @@ def benchmark_step(rounds: int) -> None:
             logging_strategy="no", report_to="none", disable_tqdm=True,
         )  # fmt: skip
         times = StepTimes()
-        cls(model, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[times], **extra).train()
+        trainer = cls(model, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[times], **extra)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
         gc.collect()
         return times.seconds
 
