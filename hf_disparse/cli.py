@@ -2,15 +2,15 @@
 
 import json
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+from typer.exceptions import TyperException
 
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Prune one shared Transformer encoder with several task heads, by the vote of all tasks.",
@@ -26,13 +26,22 @@ def main() -> None:
     from hf_disparse.config import UserError
 
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+    except TyperException as error:
+        fail(f"{error.format_message()}\nTry: hf-disparse --help")
+    except typer.Abort:
+        sys.exit(130)
     except UserError as error:
-        for bar in list(tqdm._instances):
-            bar.close()  # the error belongs on a line of its own
-        lines = [line for line in str(error).splitlines() if line.strip()][:3]
-        print("error: " + "\n".join(lines), file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
+
+
+def fail(message: str) -> NoReturn:
+    """Prints at most three lines and ends with status 2."""
+    for bar in list(tqdm._instances):
+        bar.close()  # the error belongs on a line of its own
+    lines = [line for line in message.splitlines() if line.strip()][:3]
+    print("error: " + "\n".join(lines), file=sys.stderr)
+    sys.exit(2)
 
 
 @app.command(epilog="Example: hf-disparse train recipes/quickstart.yaml --set pruning.sparsity=0.9 --output_dir out-90")

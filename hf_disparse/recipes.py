@@ -108,9 +108,9 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = (), output_dir: str
     """
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"{path}: expected a recipe, got {type(error).__name__}: {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: expected a recipe, but reading it fails: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, too
         raise UserError(f"{path}: expected YAML, got a file that does not parse: {one_line(error)}") from None
     if not isinstance(values, dict):
         got = "an empty file" if values is None else _KINDS.get(type(values), type(values).__name__)

@@ -398,3 +398,8 @@ def test_evaluate_as_a_process_prints_json_alone(finished):
     done = subprocess.run([*PROCESS, "evaluate", finished[0], "--json"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["tasks"].keys() == {"two", "three"}
+
+
+@pytest.mark.parametrize("words", [["train"], ["trian", "x"], ["train", "--sett", "x"], ["evaluate", "a", "b"]])
+def test_a_wrong_command_line_is_refused_in_as_few_lines(words):
+    refused(*words, names=("Try: hf-disparse --help",))

@@ -180,7 +180,7 @@ def test_a_file_that_is_no_recipe(write, text, names):
 def test_a_file_that_is_not_there_or_not_text(tmp_path):
     assert "nowhere.yaml" in refusal(read_recipe, tmp_path / "nowhere.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    assert "UnicodeDecodeError" in refusal(read_recipe, tmp_path / "binary.yaml")
+    assert "expected YAML, got a file that does not parse: 'utf-8'" in refusal(read_recipe, tmp_path / "binary.yaml")
 
 
 @pytest.mark.parametrize("section", ["model", "tasks", "output_dir"])
