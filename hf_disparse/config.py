@@ -123,7 +123,7 @@ class TaskConfig(Config):
     def __post_init__(self):
         good_name = isinstance(self.name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name)
         require(bool(good_name), "name", "letters, digits, '_' and '-'", self.name)
-        if self.problem_type not in METRICS:
+        if self.problem_type not in list(METRICS):  # a list, for what YAML gives may not be hashable
             raise UserError(f"problem_type: unknown value {self.problem_type!r}{closest(self.problem_type, METRICS)}")
         _strings(self, "columns", allow_empty=False)
         most = 1 if self.problem_type == "token_classification" else 2

@@ -68,6 +68,7 @@ def test_pruning_config_refuses_nonsense_with_key_expected_and_got(values, words
         ({"columns": ["a", "b", "c"]}, "columns: expected at most 2"),
         ({"columns": ["a", "a"]}, "columns: expected names that differ"),
         ({"problem_type": "classification"}, "problem_type: unknown value 'classification'; did you mean"),
+        ({"problem_type": []}, "problem_type: unknown value"),
         ({"labels": ["one"]}, "labels: expected the names of at least 2 classes"),
         ({"labels": ["one", "one"]}, "labels: expected names that differ"),
         ({"labels": [0, 1]}, "labels: expected names, got .0, 1.; put them in quotes"),
