@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -60,6 +61,8 @@ def train(
     if dry_run:
         print_plan(run.plan(parsed))
     else:
+        if Path(parsed.output_dir, run.RESULTS_NAME).is_file():
+            print(f"{parsed.output_dir} is finished: nothing is left to train", file=sys.stderr)
         try:
             results = run.train(parsed)
         except KeyboardInterrupt:

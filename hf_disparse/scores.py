@@ -56,8 +56,9 @@ GRADIENT_CRITERIA = {"snip": (snip, torch.abs), "disparse": (disparse, torch.abs
 
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """`model(**batch).loss`, the loss of a transformers model."""
-    return model(**batch).loss
+    """`model(**batch).loss`, the loss of a transformers model, the batch moved to the model's device."""
+    device = next(model.parameters()).device
+    return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}).loss
 
 
 def score(
