@@ -2,7 +2,7 @@
 
 import json
 import sys
-from pathlib import Path
+from importlib import metadata
 from typing import Annotated, NoReturn
 
 import typer
@@ -38,18 +38,40 @@ def main() -> None:
 
 def fail(message: str) -> NoReturn:
     """Prints at most three lines and ends with status 2."""
-    for bar in list(tqdm._instances):
-        bar.close()  # the error belongs on a line of its own
+    close_bars()
     lines = [line for line in message.splitlines() if line.strip()][:3]
     print("error: " + "\n".join(lines), file=sys.stderr)
     sys.exit(2)
+
+
+def close_bars() -> None:
+    """What is said after a bar belongs on a line of its own."""
+    for bar in list(tqdm._instances):
+        bar.close()
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"hf_disparse {metadata.version('hf_disparse')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options without a command."""
 
 
 @app.command(epilog="Example: hf-disparse train recipes/quickstart.yaml --set pruning.sparsity=0.9 --output_dir out-90")
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, such as recipes/quickstart.yaml.")],
     set_: _Set = [],  # noqa: B006
-    output_dir: Annotated[str | None, typer.Option("--output_dir", help="Instead of the recipe's.")] = None,
+    output_dir: Annotated[
+        str | None, typer.Option("--output_dir", "--output-dir", help="Instead of the recipe's.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check recipe, data and encoder; train nothing.")] = False,
 ) -> None:
     """Train dense, prune, train sparse, evaluate both; the same command again goes on where it stopped."""
@@ -61,17 +83,16 @@ def train(
     if dry_run:
         print_plan(run.plan(parsed))
     else:
-        if Path(parsed.output_dir, run.RESULTS_NAME).is_file():
-            print(f"{parsed.output_dir} is finished: nothing is left to train", file=sys.stderr)
         try:
             results = run.train(parsed)
         except KeyboardInterrupt:
-            print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+            close_bars()
+            print(f"stopped; the same command goes on from {run.progress(parsed)}", file=sys.stderr)
             raise typer.Exit(130) from None
         print_results(results, parsed.output_dir)
 
 
-@app.command(epilog="Example: hf-disparse evaluate runs/quickstart")
+@app.command(epilog="Example: hf-disparse evaluate runs/quickstart --set 'tasks.*.max_validation_rows=500'")
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder that `train` wrote.")],
     recipe: Annotated[str | None, typer.Option(help="Whose tasks and data; the model's own by default.")] = None,

@@ -33,9 +33,12 @@ class UserError(ValueError):
 
 
 def closest(word: str, known) -> str:
-    """Returns `"; did you mean 'x'?"` for the known word closest to `word`, or the list of all of them."""
-    match = get_close_matches(str(word), [str(k) for k in known], n=1)
-    return f"; did you mean '{match[0]}'?" if match else f"; expected one of: {', '.join(map(str, known))}"
+    """Returns `"; did you mean 'x'?"` for the known word closest to `word`, or a list of the known ones."""
+    known = [str(k) for k in known]
+    match = get_close_matches(str(word), known, n=1)
+    if match:
+        return f"; did you mean '{match[0]}'?"
+    return f"; expected one of: {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"
 
 
 def require(condition: bool, key: str, expected: str, got: Any) -> None:
@@ -231,7 +234,8 @@ class PruningConfig(Config):
                 raise UserError(f"{key}: unknown value {getattr(self, key)!r}{closest(getattr(self, key), known)}")
         for key, least in (("quorum", 1), ("start_step", 0), ("update_every", 1), ("score_batches", 1), ("seed", 0)):
             value = getattr(self, key)
-            require(is_count(value, least), key, f"a whole number of at least {least}", value)
+            good = is_count(value, least) and value < 2**32
+            require(good, key, f"a whole number of at least {least} and below 2^32", value)
         fits = self.quorum == 1 or self.decision == "quorum"
         require(fits, "quorum", f"1 with decision '{self.decision}' (set decision: quorum)", self.quorum)
         if self.schedule == "cubic":
@@ -289,7 +293,7 @@ class PruningConfig(Config):
             raise UserError(f"{path}: there is no such file; was this model pruned by hf_disparse?")
         try:
             values = json.loads(path.read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: expected JSON, got a file that does not parse ({error})") from None
         return cls.from_dict(values, where=PRUNING_CONFIG_NAME)
 
@@ -301,6 +305,6 @@ def _method_class(method: str, where: str) -> type[PruningConfig]:
         one = todo.pop()
         classes[one.method] = one
         todo += one.__subclasses__()
-    if method not in classes:
+    if method not in list(classes):  # a list, for what JSON gives may not be hashable
         raise UserError(f"{where}.method: unknown value {method!r}{closest(method, classes)}")
     return classes[method]

@@ -10,6 +10,7 @@ no ties left over, one int32 buffer however many tasks there are. A quorum of m 
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -38,13 +39,11 @@ def decide(task_scores: TaskScores, sparsity: float, quorum: int = 1, active: Sc
     Memory beyond one task's scores: `quorum` int32 buffers of N and one sort's temporaries. Source: DiSparse, Sun et al.
     2022 (arXiv 2206.04662), whose arbiter this makes exact; docs/papers.md.
     """
-    if not isinstance(quorum, int) or quorum < 1:
+    if isinstance(quorum, bool) or not isinstance(quorum, Integral) or quorum < 1:
         raise ValueError(f"quorum: expected a whole number in 1..T, got {quorum!r}")
 
     def smallest_ranks(best: list[Tensor] | None, scores: Tensor, live: Tensor | None) -> list[Tensor]:
-        rank = ranks(scores, live)
-        if best is None:
-            best = []
+        best, rank = best or [], ranks(scores, live)
         for i, held in enumerate(best):  # insertion into the sorted list of the `quorum` smallest, weight by weight
             best[i], rank = torch.minimum(held, rank), torch.maximum(held, rank)
         return [*best, rank] if len(best) < quorum else best
@@ -122,21 +121,24 @@ def _add_normalised(total: Tensor | None, scores: Tensor, live: Tensor | None) -
 def _normalised(scores: Tensor) -> Tensor:
     """Scores that sum to 1 in float64, so that no task weighs more for the scale of its loss; all zeros stay zeros."""
     scores = scores.double()
-    total = scores.sum()
-    return scores / total if total > 0 else scores
+    largest = scores.max()
+    if largest == 0:
+        return scores
+    scores = scores / largest  # before they are added, for the sum of large ones may overflow
+    return scores / scores.sum()
 
 
 def _stream(task_scores: TaskScores, sparsity: float, active: Scores | None, add: Callable, finish: Callable) -> Masks:
     """Folds the tasks into one buffer by `add(buffer, scores, live)`, then keeps the smallest `finish(buffer, tasks)`."""
-    if not 0 <= sparsity < 1:
+    if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not 0 <= sparsity < 1:
         raise ValueError(f"sparsity: expected a number in [0, 1), got {sparsity!r}")
     shapes, live, buffer, tasks = None, None, None, 0
     for task, scores in task_scores.items() if isinstance(task_scores, Mapping) else task_scores:
-        _check(task, scores, shapes)
+        _check(f"task '{task}'", scores, shapes)
         if shapes is None:
             shapes = {name: tensor.shape for name, tensor in scores.items()}
             if active is not None:
-                _check("active", active, shapes)
+                _check("`active`", active, shapes)
                 live = torch.cat([active[name].reshape(-1).bool() for name in shapes])
         flat = torch.cat([scores[name].detach().reshape(-1) for name in shapes])
         del scores
@@ -149,7 +151,7 @@ def _stream(task_scores: TaskScores, sparsity: float, active: Scores | None, add
         raise ValueError("task_scores: expected at least one task, got none")
     cost = finish(buffer, tasks)
     size = len(cost)
-    count = size - round(sparsity * size)
+    count = size - round(float(sparsity) * size)
     if live is not None:
         if count > int(live.sum()):
             pruned = size - int(live.sum())
@@ -164,16 +166,14 @@ def _split(flat: Tensor, shapes: Mapping[str, torch.Size]) -> Iterable[tuple[str
     return zip(shapes, flat.split([shape.numel() for shape in shapes.values()]), strict=True)
 
 
-def _check(task: str, scores: Scores, shapes: Mapping[str, torch.Size] | None) -> None:
+def _check(what: str, scores: Scores, shapes: Mapping[str, torch.Size] | None) -> None:
     """Raises ValueError unless `scores` has exactly the parameters and shapes of the first task, and at least one."""
     if not scores:
-        raise ValueError(f"task '{task}': expected at least one parameter, got none")
+        raise ValueError(f"{what}: expected at least one parameter, got none")
     for name in [] if shapes is None else sorted(set(shapes) ^ set(scores)):
         have, lack = ("it", "the first task") if name in scores else ("the first task", "it")
-        raise ValueError(
-            f"task '{task}': expected the first task's parameters, but {have} has '{name}' and {lack} has not"
-        )
+        raise ValueError(f"{what}: expected the first task's parameters, but {have} has '{name}' and {lack} has not")
     for name, tensor in scores.items():
         if shapes is not None and tensor.shape != shapes[name]:
             want, got = tuple(shapes[name]), tuple(tensor.shape)
-            raise ValueError(f"task '{task}': expected shape {want} for '{name}', as in the first task, got {got}")
+            raise ValueError(f"{what}: expected shape {want} for '{name}', as in the first task, got {got}")

@@ -4,6 +4,7 @@ A mask is {parameter name: bool tensor of the weight's shape}, True = keep.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Sets every pruned weight to exactly +0.0 in place.
 
     Raises:
-        ValueError: a mask without a parameter of that name, or of another shape.
+        ValueError: a mask without a parameter of that name, of another shape, or not of bools.
     """
     parameters = dict(model.named_parameters())
     for name, keep in masks.items():
@@ -33,6 +34,8 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         if parameters[name].shape != keep.shape:
             want, got = tuple(parameters[name].shape), tuple(keep.shape)
             raise ValueError(f"masks: expected shape {want} for '{name}', got {got}")
+        if keep.dtype != torch.bool:
+            raise ValueError(f"masks: expected bools for '{name}', got {keep.dtype}")
         zero_pruned(parameters[name], keep)
 
 
@@ -106,17 +109,19 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
                     f"{path}: expected the shapes of its {len(names)} masks in the metadata, got others or none"
                 )
             return {name: _unpack(file, name, shape, path) for name, shape in shapes.items()}
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except UserError:
+        raise
+    except (SafetensorError, ValueError, RecursionError) as error:  # the last two are json's
         raise UserError(f"{path}: expected whole packed masks, got a file that does not parse ({error})") from None
 
 
 def _unpack(file, name: str, shape: list[int], path: str | Path) -> Tensor:
-    good = isinstance(shape, list) and all(isinstance(n, int) and n >= 0 for n in shape)
+    good = isinstance(shape, list) and len(shape) <= 8 and all(type(n) is int and 0 <= n < 2**40 for n in shape)
     stored = file.get_slice(name)
-    size = int(np.prod(shape, dtype=object)) if good else -1
+    size = math.prod(shape) if good else -1
     if not good or stored.get_dtype() != "U8" or list(stored.get_shape()) != [(size + 7) // 8]:
         raise UserError(
-            f"{path}: expected {shape} packed in bits for '{name}', got {stored.get_shape()} {stored.get_dtype()}"
+            f"{path}: expected the bits of its shape for '{name}', got {stored.get_shape()} {stored.get_dtype()}"
         )
     bits = np.unpackbits(file.get_tensor(name).numpy(), count=size)
     return torch.from_numpy(bits).bool().reshape(shape)

@@ -25,6 +25,8 @@ from transformers.utils import ModelOutput
 
 from hf_disparse.config import PruningConfig, TaskConfig, UserError
 
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
 
 class MultitaskConfig(PreTrainedConfig):
     """Configuration of a `MultitaskModel`.
@@ -146,26 +148,56 @@ class MultitaskModel(PreTrainedModel):
 
         What pretraining left of a head (pooler, transform) starts every head, as `AutoModelForSequenceClassification`
         does it; the classifiers start fresh. `kwargs` go to `from_pretrained`.
+
+        Raises:
+            UserError: an architecture whose heads do not work on the encoder's last hidden state alone.
         """
-        encoder_config = AutoConfig.from_pretrained(name_or_path)
+        encoder_config, rest = AutoConfig.from_pretrained(name_or_path, return_unused_kwargs=True, **kwargs)
+        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         if isinstance(encoder_config, MultitaskConfig):
             source = cls.from_pretrained(name_or_path, **kwargs)
             model = cls(MultitaskConfig(encoder_config=source.config.encoder_config, tasks=list(tasks)))
             model.encoder.load_state_dict(source.encoder.state_dict())
             return model.to(source.dtype)
         encoder_config.name_or_path = ""  # a local path is nobody's business once the model is published
-        model = cls(MultitaskConfig(encoder_config=encoder_config, tasks=list(tasks)))
+        attention = {name: kwargs[name] for name in ("attn_implementation",) if name in kwargs}
+        model = cls(MultitaskConfig(encoder_config=encoder_config, tasks=list(tasks), **attention))
         for auto in {_auto_class(task): None for task in tasks}:
-            full, report = auto.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
-            prefix = full.base_model_prefix + "."
-            fresh = set(report["missing_keys"])
-            known = {name: tensor for name, tensor in full.state_dict().items() if name not in fresh}
-            encoder = {n.removeprefix(prefix): t for n, t in known.items() if n.startswith(prefix)}
-            model.to(full.dtype).encoder.load_state_dict({n: encoder[n] for n in model.encoder.state_dict()})
-            for head in (model.heads[t.name] for t in tasks if _auto_class(t) is auto):
-                names = [n for n in head.state_dict() if n in known and not n.startswith("classifier.")]
-                head.load_state_dict({n: known[n] for n in names}, strict=False)
+            mine = [task for task in tasks if _auto_class(task) is auto]
+            full, report = auto.from_pretrained(
+                name_or_path,
+                config=head_config(encoder_config, mine[0]),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # of the classifier of a fine-tuned checkpoint, which is not taken
+                **{**hub, **rest},
+            )
+            model.to(full.dtype)._take(full, set(report["missing_keys"]), [task.name for task in mine])
         return model
+
+    def _take(self, full: PreTrainedModel, fresh: set[str], tasks: list[str]) -> None:
+        """Copies the encoder, and what is neither `fresh` nor a classifier into the heads of `tasks`; checks the result."""
+        prefix = full.base_model_prefix + "."
+        known = {name: tensor for name, tensor in full.state_dict().items() if name not in fresh}
+        encoder = {name.removeprefix(prefix): tensor for name, tensor in known.items() if name.startswith(prefix)}
+        self.encoder.load_state_dict({name: encoder[name] for name in self.encoder.state_dict()})
+        for head in (self.heads[task] for task in tasks):
+            names = [n for n in head.state_dict() if n in known and not n.startswith("classifier.")]
+            head.load_state_dict({n: known[n] for n in names}, strict=False)
+        full.load_state_dict(self.heads[tasks[0]].state_dict(), strict=False)
+        ids = torch.arange(5, 21).reshape(2, 8) % full.config.vocab_size
+        batch = {"input_ids": ids, "attention_mask": torch.tensor([[1] * 8, [1] * 5 + [0] * 3])}
+        try:
+            with torch.no_grad():
+                same = torch.allclose(
+                    full.eval()(**batch).logits, self.eval()(**batch, task=tasks[0]).logits, atol=1e-4
+                )
+        except Exception:  # whatever an architecture raises whose head wants more than hidden states
+            same = False
+        if not same:
+            kind = f"{type(full).__name__} needs more than its encoder's last hidden state"
+            raise UserError(
+                f"model.encoder: expected an encoder whose heads can share it, got {full.config.model_type}: {kind}"
+            )
 
 
 def _auto_class(task: TaskConfig):
@@ -204,18 +236,22 @@ def prunable_parameters(model: nn.Module, config: PruningConfig | None = None) -
     Raises:
         UserError: nothing matches.
     """
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise UserError("pruning: expected a model without adapters, got one wrapped by PEFT; prune before wrapping")
     encoder = model.base_model
     prefix = next(name for name, module in model.named_modules() if module is encoder)
     lists = [name + "." for name, module in encoder.named_modules() if isinstance(module, nn.ModuleList)]
     target, exclude = (config.target_modules, config.exclude_modules) if config else (None, None)
-    found = {}
+    found, full, seen = {}, "", set()
     for name, module in encoder.named_modules():
         if not isinstance(module, nn.Linear):
             continue
         full = f"{prefix}.{name}" if prefix else name
         wanted = name.startswith(tuple(lists)) if target is None else _matches(full, target)
         if wanted and not (exclude is not None and _matches(full, exclude)):
-            found[f"{full}.weight"] = module.weight
+            if id(module.weight) not in seen:  # a weight that two modules share goes by its first name
+                found[f"{full}.weight"] = module.weight
+            seen.add(id(module.weight))
     if not found:
         wish = f"target_modules={target!r}, exclude_modules={exclude!r}"
         raise UserError(f"pruning: no Linear module of the encoder matches {wish}; the names look like '{full}'")

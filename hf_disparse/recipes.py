@@ -196,7 +196,7 @@ def _tasks(values: Any) -> dict[str, tuple[TaskConfig, DataConfig]]:
 
 def _check_training(values: dict[str, Any], where: str) -> None:
     hints = get_type_hints(DisparseTrainingArguments)
-    known = {f.name for f in fields(DisparseTrainingArguments) if f.init}
+    known = {f.name for f in fields(DisparseTrainingArguments) if f.init} - {"output_dir", "seed"}
     for key, value in values.items():
         if key in ("output_dir", "seed"):
             raise UserError(f"{where}.{key}: set '{key}' at the top of the recipe")

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,10 +19,11 @@ import torch
 import transformers
 import yaml
 from datasets import Dataset
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, TrainerState, set_seed
 
 import hf_disparse
-from hf_disparse.config import UserError, closest, one_line, require
+from hf_disparse.config import UserError, one_line, require
 from hf_disparse.masks import sparsity_report
 from hf_disparse.model import MultitaskModel, prunable_parameters
 from hf_disparse.recipes import Recipe, read_recipe
@@ -41,7 +43,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
     folder = Path(recipe.output_dir)
     _refuse_others(folder, recipe)
     if (folder / RESULTS_NAME).is_file():
-        return _read(folder / RESULTS_NAME)
+        results = _read(folder / RESULTS_NAME)
+        say(f"{folder} is finished: nothing is left to train")
+        return results
     start = time.perf_counter()
     tokenizer, data, unlabelled = prepare(recipe)
     seconds = {"data": time.perf_counter() - start}
@@ -92,7 +96,8 @@ def evaluate(model_name: str, recipe_path: str | None = None, overrides=()) -> d
     source = resolve(model_name)
     path = recipe_path or Path(source, RECIPE_NAME)
     if not recipe_path and not path.is_file():
-        raise UserError(f"{model_name}: expected a run folder with {RECIPE_NAME}, got none there; name one by --recipe")
+        got = "a folder without it; name one by --recipe" if Path(source).is_dir() else "no folder"
+        raise UserError(f"{model_name}: expected the folder of a run, which holds {RECIPE_NAME}, got {got}")
     recipe = read_recipe(path, overrides)
     model = _load_pretrained(model_name, MultitaskModel, source)
     _judge_as(recipe, model)
@@ -110,7 +115,7 @@ def _judge_as(recipe: Recipe, model: MultitaskModel) -> None:
     tasks = model.tasks
     for name, (task, _) in recipe.tasks.items():
         if name not in tasks:
-            raise UserError(f"tasks.{name}: the model has no such task{closest(name, tasks)}")
+            raise UserError(f"tasks.{name}: the model has no such task; it has {', '.join(tasks)}")
         for key in ("problem_type", "labels"):
             expected, got = getattr(tasks[name], key), getattr(task, key)
             require(got == expected, f"tasks.{name}.{key}", f"{expected!r}, as the model was trained", got)
@@ -149,9 +154,12 @@ def _phase(recipe: Recipe, phase: str, tokenizer: PreTrainedTokenizerBase, data:
         return _read(folder / PHASE_NAME)
     model = _new_model(recipe) if phase == "dense" else _load_model(Path(recipe.output_dir, "dense"))
     trainer = _trainer(recipe, phase, folder, model, tokenizer, data)
+    checkpoint = last_whole_checkpoint(folder)
+    say(f"{phase} training, {_steps(trainer)} steps" + (f", resumed from {checkpoint}" if checkpoint else ""))
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+    trainer.train(resume_from_checkpoint=checkpoint)
     trained = time.perf_counter()
+    say(f"evaluation of the {phase} model on {', '.join(recipe.tasks)}")
     metrics = _values(trainer)
     seconds = {f"{phase}_training": trained - start, f"{phase}_evaluation": time.perf_counter() - trained}
     trainer.save_model(str(folder))
@@ -163,6 +171,17 @@ def _phase(recipe: Recipe, phase: str, tokenizer: PreTrainedTokenizerBase, data:
     }
     _write(folder / PHASE_NAME, json.dumps(result))
     return result
+
+
+def say(line: str) -> None:
+    """A line beside the progress bars: what is going on now."""
+    tqdm.write(line, file=sys.stderr)
+
+
+def progress(recipe: Recipe) -> str:
+    """Where the next `train` of this recipe would go on."""
+    phase = "sparse" if Path(recipe.output_dir, "dense", PHASE_NAME).is_file() else "dense"
+    return last_whole_checkpoint(Path(recipe.output_dir, phase)) or f"the start of the {phase} phase"
 
 
 def _trainer(recipe: Recipe, phase: str, folder: str | Path, model, tokenizer, data: Splits) -> DisparseTrainer:

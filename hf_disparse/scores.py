@@ -6,6 +6,7 @@ Layer 3; knows torch only.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 
 import torch
@@ -80,7 +81,7 @@ def score(
         loaders: task -> batches of that task.
         criterion: one of `config.CRITERIA`.
         parameters: the weights to score, by name, as `prunable_parameters(model, config)` gives them.
-        num_batches: batches per task; all that a loader has by default.
+        num_batches: batches per task, a short loader being iterated again; by default one pass over it.
         joint: sum the tasks' losses, each times its weight, before scoring, and yield one pair named "joint".
         weights: task -> weight in that sum; 1 by default.
         loss_fn: (model, batch) -> scalar loss.
@@ -140,16 +141,11 @@ def accumulate(
 def _gradients(model, task, loader, parameters, num_batches, loss_fn, scale) -> Iterator[list[Tensor | None]]:
     """Yields, batch by batch, the gradients of `scale` times the task's loss with respect to `parameters`."""
     seen = 0
-    for batch in islice(loader, num_batches):
+    for batch in islice(_again_and_again(loader) if num_batches else loader, num_batches):
         seen += 1
-        training = model.training
-        model.eval()  # dropout would score a random part of the encoder
-        try:
-            with torch.enable_grad():
-                loss = loss_fn(model, batch) * scale
-                gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        finally:
-            model.train(training)
+        with _scoring(model, parameters), torch.enable_grad():
+            loss = loss_fn(model, batch) * scale
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         if not torch.isfinite(loss):
             raise ValueError(f"task '{task}': expected a finite loss while scoring, got {loss.item()} in batch {seen}")
         yield list(gradients)
@@ -158,8 +154,35 @@ def _gradients(model, task, loader, parameters, num_batches, loss_fn, scale) -> 
         raise ValueError(f"task '{task}': expected at least one batch to score on, got none")
     if num_batches is not None and seen < num_batches:
         raise ValueError(
-            f"task '{task}': expected {num_batches} batches to score on, got {seen}; give it a loader that repeats"
+            f"task '{task}': expected {num_batches} batches to score on, got {seen}; give it a loader that can be iterated again"
         )
+
+
+def _again_and_again(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of a loader, from the start again when it ends; an iterator that has ended stays so."""
+    ended = False
+    while not ended:
+        ended = True
+        for batch in loader:
+            ended = False
+            yield batch
+
+
+@contextmanager
+def _scoring(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Eval mode, for dropout would score a random part of the encoder, and gradients of frozen weights too."""
+    training = [module for module in model.modules() if module.training]
+    frozen = [p for p in parameters.values() if not p.requires_grad]
+    model.eval()
+    for p in frozen:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -340,7 +340,7 @@ def test_evaluate_what_is_not_there_or_does_not_fit(finished, tmp_path):
     three = ("--set", "tasks.two.labels=[never, always, maybe]")
     refused("evaluate", folder, *three, names=("tasks.two.labels", "('no', 'yes')", "maybe"))
     task = "{data: d, columns: c, labels: [x, y]}"
-    refused("evaluate", folder, "--set", f"tasks.tow={task}", names=("tasks.tow", "did you mean 'two'"))
+    refused("evaluate", folder, "--set", f"tasks.tow={task}", names=("tasks.tow", "it has two, three"))
 
 
 # Losses that are not finite
@@ -403,3 +403,9 @@ def test_evaluate_as_a_process_prints_json_alone(finished):
 @pytest.mark.parametrize("words", [["train"], ["trian", "x"], ["train", "--sett", "x"], ["evaluate", "a", "b"]])
 def test_a_wrong_command_line_is_refused_in_as_few_lines(words):
     refused(*words, names=("Try: hf-disparse --help",))
+
+
+def test_version_is_that_of_the_package():
+    from hf_disparse import __version__
+
+    assert hf_disparse("--version")[:2] == (0, f"hf_disparse {__version__}\n")

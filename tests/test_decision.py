@@ -115,6 +115,12 @@ def test_one_task_is_plain_pruning_by_score():
     assert torch.equal(keep, scores >= scores.sort(descending=True).values[249])
 
 
+def test_sums_do_not_overflow():
+    scores = {"t": {"w": torch.tensor([1, 2, 3, 1.7e308, 1.6e308], dtype=torch.float64)}}
+    for rule in (decide_sum, decide_max):
+        assert rule(scores, 0.6)["w"].tolist() == [False, False, False, True, True]
+
+
 def test_tasks_are_consumed_one_at_a_time():
     alive = []
 
@@ -165,9 +171,11 @@ _ONES = {"w": torch.ones(4)}
         (({"a": _ONES}, -0.1), r"sparsity.*\[0, 1\)"),
         (({"a": _ONES}, float("nan")), r"sparsity.*\[0, 1\)"),
         (({"a": _ONES}, 0.5, 0), r"quorum.*1\.\.T.*0"),
+        (({"a": _ONES}, 0.5, True), r"quorum.*True"),
+        (({"a": _ONES}, "0.5"), r"sparsity.*'0.5'"),
         (({"a": _ONES}, 0.5, 2), r"quorum.*1\.\.1.*2"),
         (({"a": _ONES}, 0.25, 1, {"w": torch.tensor([True, True, False, False])}), "already has 2"),
-        (({"a": _ONES}, 0.5, 1, {"v": torch.ones(4).bool()}), "'active'"),
+        (({"a": _ONES}, 0.5, 1, {"v": torch.ones(4).bool()}), "`active`.*'v'"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_the_reason(arguments, words):

@@ -79,6 +79,12 @@ def test_masks_of_another_model_are_refused():
         apply_masks(layer, {"weight": torch.ones(3, 2).bool()})
 
 
+def test_masks_of_numbers_are_refused():
+    """255 as a mask would multiply the bits of kept weights."""
+    with pytest.raises(ValueError, match=r"expected bools for 'weight', got torch.uint8"):
+        apply_masks(nn.Linear(3, 2), {"weight": torch.full((2, 3), 255, dtype=torch.uint8)})
+
+
 def test_report_counts_zeros_by_denominator():
     encoder = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False))
     model = nn.ModuleDict({"encoder": encoder, "head": nn.Linear(2, 4, bias=False)})
@@ -117,6 +123,10 @@ def test_found_masks_are_the_non_zeros():
         ({"w": [4, 4]}, {"w": torch.zeros(3, dtype=torch.uint8)}),  # 16 bits are 2 bytes
         ({"w": [10**9, 10**9]}, {"w": torch.zeros(2, dtype=torch.uint8)}),  # no memory is taken for these
         ({"w": [-4, -4]}, {"w": torch.zeros(2, dtype=torch.uint8)}),
+        ({"w": [0, 10**30]}, {"w": torch.zeros(0, dtype=torch.uint8)}),
+        ({"w": [10**4000] * 50}, {"w": torch.zeros(2, dtype=torch.uint8)}),
+        ({"w": [True, 8]}, {"w": torch.zeros(1, dtype=torch.uint8)}),
+        ({"w": [1] * 10_000}, {"w": torch.zeros(1, dtype=torch.uint8)}),
         ({"w": "4x4"}, {"w": torch.zeros(2, dtype=torch.uint8)}),
         ({"w": [4, 4]}, {"w": torch.zeros(2, dtype=torch.int8)}),
         ({"w": [4, 4]}, {"v": torch.zeros(2, dtype=torch.uint8)}),

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from transformers import (
+    AlbertConfig,
     AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    SqueezeBertConfig,
 )
 
 from hf_disparse import MultitaskConfig, MultitaskModel, PruningConfig, TaskConfig, UserError, prunable_parameters
@@ -161,6 +163,31 @@ def test_from_encoder_takes_the_encoder_of_a_multitask_model(tmp_path):
     assert list(model.tasks) == ["single"]
     for a, b in zip(model.encoder.state_dict().values(), source.encoder.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("config", [AlbertConfig, SqueezeBertConfig])
+def test_an_architecture_whose_heads_cannot_share_an_encoder_is_refused(config, tmp_path):
+    small = dict(vocab_size=64, hidden_size=32, embedding_size=32, num_attention_heads=4, num_hidden_layers=2)
+    AutoModelForSequenceClassification.from_config(config(**small, intermediate_size=64)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"expected an encoder whose heads can share it, got (albert|squeezebert)"):
+        MultitaskModel.from_encoder(str(tmp_path), TASKS[:1])
+
+
+def test_from_encoder_hands_on_what_from_pretrained_takes(tmp_path):
+    AutoModelForSequenceClassification.from_config(CONFIGS["bert"]()).save_pretrained(tmp_path / "inner")
+    model = MultitaskModel.from_encoder(
+        str(tmp_path), TASKS[:1], subfolder="inner", hidden_dropout_prob=0.0, attn_implementation="eager"
+    )
+    assert model.config.encoder_config.hidden_dropout_prob == 0.0
+    assert model.encoder.config._attn_implementation == "eager"
+    assert {module.p for name, module in model.encoder.named_modules() if name.endswith("output.dropout")} == {0.0}
+
+
+def test_a_shared_weight_is_prunable_once():
+    model = build("bert")
+    layers = model.encoder.encoder.layer
+    layers[1].attention.self.query.weight = layers[0].attention.self.query.weight
+    assert len(prunable_parameters(model)) == 11
 
 
 def test_a_task_is_needed_where_there_are_several():

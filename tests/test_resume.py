@@ -8,11 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
-from hf_disparse import PruningConfig, UserError, last_whole_checkpoint, load_masks
+from hf_disparse import (
+    PruningCallback,
+    PruningConfig,
+    UserError,
+    last_whole_checkpoint,
+    load_masks,
+    prunable_parameters,
+)
 from hf_disparse.masks import MASKS_NAME
-from tests.test_trainer import assert_same, multitask_trainer, weights
+from tests.test_trainer import BINARY, arguments, assert_same, multitask_trainer, plain_model, weights
+from tests.tiny import tiny_tokenizer, tokenized_rows
 
 CUBIC = PruningConfig(sparsity=0.8, schedule="cubic", start_step=2, end_step=16, update_every=4, score_batches=2)
 # 3 tasks of 40, 31 and 22 rows in batches of 4 are 24 batches an epoch, 12 steps of 2: 20 steps end in the second epoch.
@@ -52,7 +60,7 @@ def test_a_killed_run_ends_in_the_bits_of_the_undisturbed_one(tmp_path, undistur
     assert_same(masks, trainer.pruner.masks)
     ours = trainer.evaluate()
     measured = [key for key in metrics if key.endswith(("loss", "accuracy", "pearson", "average"))]
-    assert len(measured) == 7
+    assert len(measured) == 8
     assert {key: ours[key] for key in measured} == {key: metrics[key] for key in measured}
 
 
@@ -85,12 +93,38 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path, tear):
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
 
 
-def test_a_pruned_checkpoint_without_its_masks_is_refused(tmp_path):
+def test_masks_that_are_not_in_the_checkpoint_are_found_in_the_zeros(tmp_path, undisturbed):
     with pytest.raises(Died):
         multitask_trainer(tmp_path, CUBIC, callbacks=[DieAt(14)], **STEPS).train()
     (tmp_path / "checkpoint-12" / MASKS_NAME).unlink()
-    with pytest.raises(UserError, match=f"{MASKS_NAME}: there is no such file"):
+    trainer = multitask_trainer(tmp_path, CUBIC, **STEPS)
+    trainer.train(resume_from_checkpoint=True)
+    assert_same(undisturbed[0], weights(trainer.model))
+
+
+def test_a_dense_checkpoint_is_not_taken_for_a_pruned_one(tmp_path):
+    multitask_trainer(tmp_path, **STEPS | {"max_steps": 12}).train()
+    with pytest.raises(UserError, match=r"expected a checkpoint pruned to 0\.\d+, got 0 zeros among 4096 weights"):
         multitask_trainer(tmp_path, CUBIC, **STEPS).train(resume_from_checkpoint=True)
+
+
+def test_a_foreign_trainer_resumes_with_its_zeros(tmp_path):
+    def trainer(*callbacks):
+        rows = tokenized_rows(BINARY, 40)
+        batches = [{"input_ids": torch.tensor([r["input_ids"]]), "labels": torch.tensor([r["labels"]])} for r in rows]
+        pruner = PruningCallback(PruningConfig(sparsity=0.75, score_batches=5, start_step=1), {"only": batches})
+        args = arguments(tmp_path, save_strategy="steps", save_steps=4)
+        return Trainer(
+            plain_model(), args, train_dataset=rows, processing_class=tiny_tokenizer(), callbacks=[pruner, *callbacks]
+        )
+
+    with pytest.raises(Died):
+        trainer(DieAt(6)).train()
+    again = trainer()
+    again.train(resume_from_checkpoint=True)
+    parameters = prunable_parameters(again.model)
+    zeros = sum(int((p == 0).sum()) for p in parameters.values())
+    assert zeros == round(0.75 * sum(p.numel() for p in parameters.values()))
 
 
 def test_nothing_to_resume_from_says_so(tmp_path):
@@ -137,3 +171,43 @@ def test_sigkill_at_random_moments_ends_in_the_same_bits(tmp_path):
     subprocess.run([*command, str(killed)], cwd=root, env=environment, check=True, timeout=300)
     assert deaths >= 3
     assert_same(torch.load(whole / "end.pt", weights_only=True), torch.load(killed / "end.pt", weights_only=True))
+
+
+_TWO = """
+import sys, torch
+from pathlib import Path
+from tests.test_resume import CUBIC, STEPS, DieAt, Died
+from tests.test_trainer import multitask_trainer
+from hf_disparse import last_whole_checkpoint
+torch.set_num_threads(1)
+folder, die = sys.argv[1], int(sys.argv[2])
+trainer = multitask_trainer(folder, CUBIC, callbacks=[DieAt(die)], **STEPS)
+assert trainer.args.world_size == 2
+try:
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+except Died:
+    sys.exit(0)
+torch.save([trainer.model.state_dict(), trainer.pruner.masks], Path(folder, f"end-{trainer.args.process_index}.pt"))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_masks_and_resume_in_the_second_epoch(tmp_path):
+    """An epoch has 6 steps here, so that step 19 is in the fourth."""
+    root = Path(__file__).parents[1]
+    (tmp_path / "two.py").write_text(_TWO)
+
+    def run(folder: str, die: int) -> None:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        command = [*launcher, str(tmp_path / "two.py"), str(tmp_path / folder), str(die)]
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        subprocess.run(command, cwd=root, env=environment, check=True, timeout=300, capture_output=True)
+
+    run("whole", 99)
+    run("killed", 19)
+    assert Path(last_whole_checkpoint(tmp_path / "killed")).name == "checkpoint-18"
+    run("killed", 99)
+    ends = [torch.load(tmp_path / f / f"end-{r}.pt", weights_only=True) for f in ("whole", "killed") for r in (0, 1)]
+    for weights_, masks in ends[1:]:
+        assert_same(ends[0][0], weights_)
+        assert_same(ends[0][1], masks)

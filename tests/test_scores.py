@@ -95,6 +95,27 @@ def test_scoring_leaves_weights_and_random_state_alone():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_short_loader_is_iterated_again():
+    model = Square(W)
+    kwargs = dict(parameters={"weight": model.weight})
+    short = dict(score(model, {"t": [FIRST, SECOND]}, "snip", num_batches=3, **kwargs))
+    long = dict(score(model, {"t": [FIRST, SECOND, FIRST]}, "snip", **kwargs))
+    assert torch.equal(short["t"]["weight"], long["t"]["weight"])
+
+
+def test_a_frozen_encoder_is_scored_and_stays_frozen_and_every_module_keeps_its_mode():
+    model = tiny_model().train()
+    data = {"two": batches(model, "two", 2)}
+    parameters = prunable_parameters(model)
+    free = dict(score(model, data, parameters=parameters))["two"]
+    model.encoder.requires_grad_(False)
+    model.encoder.eval()
+    frozen = dict(score(model, data, parameters=parameters))["two"]
+    assert all(torch.equal(free[name], frozen[name]) for name in parameters)
+    assert not any(p.requires_grad for p in parameters.values())
+    assert model.training and not any(module.training for module in model.encoder.modules())
+
+
 def test_a_weight_that_has_no_part_in_a_loss_scores_zero():
     model = Square(W)
     unused = nn.Parameter(torch.ones(2))
@@ -106,7 +127,7 @@ def test_a_weight_that_has_no_part_in_a_loss_scores_zero():
     ("loader", "options", "words"),
     [
         ([], {}, "task 't': expected at least one batch"),
-        ([FIRST], {"num_batches": 2}, "task 't': expected 2 batches.*got 1"),
+        (iter([FIRST]), {"num_batches": 2}, "task 't': expected 2 batches.*got 1"),
         ([{**FIRST, "y": torch.tensor([float("nan")])}], {}, "task 't': expected a finite loss.*nan in batch 1"),
         ([FIRST], {"criterion": "sinp"}, "criterion: expected one of.*'sinp'"),
     ],

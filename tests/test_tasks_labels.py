@@ -139,13 +139,13 @@ def test_multi_label_is_read_from_names_zeros_and_ones_or_class_label_ids(values
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (["a", "d"], "expected one of a, b, c or an id in 0..2 in column 'label', got 'd'"),
-        ([0, 1], "expected names of classes, or 3 zeros and ones in column 'label', got [0, 1]"),
+        (["a", "d"], "expected a list with some of a, b, c, or 3 zeros and ones"),
+        ([0, 1], "(a CSV file holds no lists: use JSON lines) in column 'label', got [0, 1]"),
         ([0, 1, 2], "3 zeros and ones"),
         ([["a"], ["b"], ["c"]], "3 zeros and ones"),
         ([1.0, NAN, 0.0], "3 zeros and ones"),
         ("a,b", "got 'a,b'"),
-        (-1, "got [-1]"),
+        (-1, "got -1"),
     ],
 )
 def test_wrong_multi_label_is_a_user_error(value, text):

@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import (
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+)
 
 from hf_disparse.config import TaskConfig, UserError, closest, require
 
@@ -120,7 +125,7 @@ class MultitaskCollator:
     """Pads rows of one task to a batch and adds the task's name, as `MultitaskModel.forward` takes it.
 
     Args:
-        tokenizer: pads inputs.
+        tokenizer: pads inputs; without one the rows must be of one length.
         tasks: task -> TaskConfig; the problem type decides how labels are padded and typed.
         pad: a data collator of the user's own, called in place of transformers'.
     """
@@ -129,8 +134,9 @@ class MultitaskCollator:
         self, tokenizer: PreTrainedTokenizerBase | None, tasks: Mapping[str, TaskConfig], pad: Callable | None = None
     ):
         self.tasks = dict(tasks)
-        self._pad = pad or DataCollatorWithPadding(tokenizer)
-        self._pad_tokens = pad or DataCollatorForTokenClassification(tokenizer)
+        with_tokenizer = (DataCollatorWithPadding, DataCollatorForTokenClassification)
+        own = pad or (default_data_collator if tokenizer is None else None)  # as Trainer does it
+        self._pad, self._pad_tokens = (own or collator(tokenizer) for collator in with_tokenizer)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | str]:
         """Rows with `task`, `input_ids`, ..., `labels` -> a batch of tensors, `task` a string."""

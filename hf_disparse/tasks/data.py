@@ -125,7 +125,7 @@ def _load_splits(data: DataConfig, where: str) -> DatasetDict:
     suffix = Path(source.removesuffix(".gz")).suffix.lower()
     builder, defaults = _BUILDERS.get(suffix, (None, {}))
     if builder and not Path(source).is_file():
-        raise UserError(f"{where}.data: expected a file, but there is none at {source}")
+        raise UserError(f"{where}.data: expected a file, but there is none at {Path(source).absolute()}")
     if not builder and Path(source).is_file():
         raise UserError(
             f"{where}.data: expected a file of type {', '.join(_BUILDERS)}, a folder or a Hub id, got {source}"

@@ -61,8 +61,10 @@ class LabelEncoder:
             return self._lower[str(value).lower()]
         if self._takes_ids and isinstance(value, int) and 0 <= value < len(self.ids):
             return int(value)
-        names = ", ".join(self.task.labels[:12]) + (", ..." if len(self.ids) > 12 else "")
-        raise self._error(value, f"one of {names}" + f" or an id in 0..{len(self.ids) - 1}" * self._takes_ids)
+        raise self._error(value, f"one of {self._listed()}" + f" or an id in 0..{len(self.ids) - 1}" * self._takes_ids)
+
+    def _listed(self) -> str:
+        return ", ".join(self.task.labels[:12]) + (", ..." if len(self.ids) > 12 else "")
 
     def _number(self, value: Any) -> float:
         try:
@@ -75,14 +77,16 @@ class LabelEncoder:
 
     def _multi_hot(self, value: Any) -> list[float]:
         """From a list of names, from one 0 or 1 per class, or from the ids of a list of `ClassLabel`."""
-        value = list(value) if isinstance(value, (list, tuple)) else [value]
-        bits = all(isinstance(v, (int, float)) and v in (0, 1) for v in value)
-        if bits and len(value) == len(self.ids) and not self._holds_ids:
-            return [float(v) for v in value]
+        labels = list(value) if isinstance(value, (list, tuple)) else [value]
+        bits = all(isinstance(v, (int, float)) and v in (0, 1) for v in labels)
+        if bits and len(labels) == len(self.ids) and not self._holds_ids:
+            return [float(v) for v in labels]
         hot = [0.0] * len(self.ids)
-        for label in value:
-            if not isinstance(label, str) and not self._holds_ids:
-                raise self._error(value, f"names of classes, or {len(self.ids)} zeros and ones")
+        for label in labels:
+            known = label in self.ids if isinstance(label, str) else self._holds_ids
+            if not known:
+                names = f"a list with some of {self._listed()}, or {len(self.ids)} zeros and ones"
+                raise self._error(value, f"{names} (a CSV file holds no lists: use JSON lines)")
             hot[self.encode_class(label)] = 1.0
         return hot
 

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from hf_disparse import decision
 from hf_disparse.config import PruningConfig, UserError
-from hf_disparse.masks import MaskHooks, apply_masks
+from hf_disparse.masks import MaskHooks, apply_masks, find_masks
 from hf_disparse.model import prunable_parameters
 from hf_disparse.schedule import sparsity_at, update_steps
 from hf_disparse.scores import Batch, LossFunction, model_loss, score
@@ -26,6 +26,16 @@ def decide_by(config: PruningConfig, task_scores, sparsity: float, active=None) 
         "mean_rank": decision.decide_mean_rank,
     }[config.decision]
     return rule(task_scores, sparsity, active=active)
+
+
+def _masks_in_zeros(parameters: Mapping[str, Tensor], sparsity: float) -> decision.Masks:
+    """The masks of a model that was pruned to `sparsity`, from its zeros."""
+    masks = find_masks(parameters)
+    zeros, size = sum(int((~keep).sum()) for keep in masks.values()), sum(keep.numel() for keep in masks.values())
+    if zeros < round(sparsity * size):
+        got = f"{zeros} zeros among {size} weights"
+        raise UserError(f"pruning: expected a checkpoint pruned to {sparsity:.3f}, got {got}; start a run of its own")
+    return masks
 
 
 class PruningCallback(TrainerCallback):
@@ -71,7 +81,10 @@ class PruningCallback(TrainerCallback):
             steps = f"the last pruning is at step {self.last_update}, training ends at step {state.max_steps}"
             raise UserError(f"pruning: {steps}; prune earlier or train longer")
         if self.config and self.config.sparsity:
-            prunable_parameters(model, self.config)  # refuses modules that match nothing now rather than at start_step
+            parameters = prunable_parameters(model, self.config)  # refuses what matches nothing now, not at start_step
+            done = [step for step in update_steps(self.config) if step < state.global_step]
+            if done and self.masks is None:  # resumed from a checkpoint without masks: a foreign Trainer's, say
+                self.masks = _masks_in_zeros(parameters, sparsity_at(self.config, done[-1]))
         if self.masks is not None:
             self._hold(model, self.masks)
 
@@ -88,7 +101,7 @@ class PruningCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         """Lets the gradients pass again."""
-        self._release()
+        self.release()
 
     def prune(self, model: nn.Module, sparsity: float, progress: bool = False) -> None:
         """Scores every task, decides, applies and holds the masks; does nothing to a model that is as sparse already."""
@@ -114,13 +127,14 @@ class PruningCallback(TrainerCallback):
         self._hold(model, {**held, **decide_by(self.config, stream, sparsity, active)})
 
     def _hold(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-        self._release()
+        self.release()
         parameters = dict(model.named_parameters())
         self.masks = {n: keep.to(parameters[n].device) if n in parameters else keep for n, keep in masks.items()}
         apply_masks(model, self.masks)  # refuses the masks of another model
         self._hooks = MaskHooks(model, self.masks)
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Lets the gradients of pruned weights pass again."""
         if self._hooks:
             self._hooks.remove()
             self._hooks = None

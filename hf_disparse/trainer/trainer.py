@@ -12,12 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_disparse.config import PruningConfig, UserError, closest
+from hf_disparse.config import PruningConfig, TaskConfig, UserError, closest
 from hf_disparse.masks import MASKS_NAME, load_masks, save_masks
 from hf_disparse.model import MultitaskModel
-from hf_disparse.schedule import update_steps
 from hf_disparse.tasks import MultitaskCollator, TaskBatchSampler, TaskDataset, average, compute_metrics
 from hf_disparse.trainer.callback import PruningCallback
 
@@ -60,7 +59,8 @@ class DisparseTrainer(Trainer):
         The others are those of `transformers.Trainer`.
 
     Raises:
-        UserError: `nn.DataParallel` or DeepSpeed, data sets that do not fit the model's tasks.
+        UserError: `nn.DataParallel`, DeepSpeed or FSDP, data sets that do not fit the model's tasks; in training also
+            a loss or gradient that is not finite.
     """
 
     def __init__(
@@ -76,10 +76,6 @@ class DisparseTrainer(Trainer):
         processing_class=None,
         **kwargs: Any,
     ):
-        self.is_multitask = isinstance(model, MultitaskModel)
-        if self.is_multitask:
-            _check_datasets(model, train_dataset=train_dataset, eval_dataset=eval_dataset)
-            data_collator = MultitaskCollator(processing_class, model.tasks, pad=data_collator)
         super().__init__(
             model,
             args,
@@ -89,30 +85,22 @@ class DisparseTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        if self.args.n_gpu > 1:
-            raise UserError(
-                f"training: expected one process per GPU, got one process for {self.args.n_gpu} (nn.DataParallel); "
-                "start with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES"
-            )
-        if self.is_deepspeed_enabled:
-            raise UserError("training: DeepSpeed steps inside backward, where masks cannot be held; use DDP or FSDP2")
-        if self.is_multitask and self.args.label_smoothing_factor:
-            other = [t.name for t in model.tasks.values() if t.problem_type != "single_label_classification"]
-            if other:
-                raise UserError(
-                    f"training.label_smoothing_factor: expected 0 with task '{other[0]}', which has no classes to smooth"
-                )
-        self.pruning_config = pruning_config
-        tasks = self.train_dataset if self.is_multitask and self.train_dataset else ["train"]
-        weights = {t: model.tasks[t].weight for t in tasks} if self.is_multitask and self.train_dataset else None
+        self.is_multitask = isinstance(self.model, MultitaskModel)
+        self.tasks = self.model.tasks if self.is_multitask else {}
+        _check_arguments(self)
+        if self.is_multitask:
+            _check_datasets(self.tasks, train_dataset=train_dataset, eval_dataset=eval_dataset)
+            self.data_collator = MultitaskCollator(processing_class, self.tasks, pad=data_collator)
+        self.pruning_config, self._given_masks = pruning_config, masks
         self.pruner = PruningCallback(
             pruning_config,
-            {task: _ScoringBatches(self, task) for task in tasks},
+            {task: _ScoringBatches(self, task) for task in self.tasks or ["train"]},
             masks=masks,
             loss_fn=self._scoring_loss,
-            weights=weights,
+            weights={name: task.weight for name, task in self.tasks.items()},
         )
         self.add_callback(self.pruner)
+        self.add_callback(_EpochOfSampler(self))
 
     # Data: one task per batch
 
@@ -124,7 +112,7 @@ class DisparseTrainer(Trainer):
             raise UserError("train_dataset: training expects a dict of task -> Dataset, got none")
         args = self.args
         dataset = TaskDataset(self.train_dataset)
-        sampler = TaskBatchSampler(
+        self.task_sampler = TaskBatchSampler(
             dataset.sizes,
             self._train_batch_size,
             seed=args.seed if args.data_seed is None else args.data_seed,
@@ -133,7 +121,7 @@ class DisparseTrainer(Trainer):
         )
         loader = DataLoader(
             dataset,
-            batch_sampler=sampler,
+            batch_sampler=self.task_sampler,
             collate_fn=self._get_collator_with_removed_columns(self.data_collator, description="training"),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
@@ -146,20 +134,30 @@ class DisparseTrainer(Trainer):
         """As in Trainer; the name of a task gives the batches of that task."""
         if self.is_multitask and isinstance(eval_dataset, str):
             eval_dataset = {eval_dataset: self.eval_dataset[eval_dataset]}
-        return super().get_eval_dataloader(self._joined(eval_dataset))
+        loader = super().get_eval_dataloader(self._joined(eval_dataset))
+        if self.is_multitask:
+            self.__dict__.pop("_eval_dataloaders", None)  # Trainer keeps persistent loaders under one key for all tasks
+        return loader
 
     def get_test_dataloader(self, test_dataset) -> DataLoader:
         """As in Trainer; a MultitaskModel takes {task: rows}."""
         return super().get_test_dataloader(self._joined(test_dataset))
 
     def _joined(self, dataset):
-        return TaskDataset(dataset) if self.is_multitask and isinstance(dataset, Mapping) else dataset
+        if not self.is_multitask or isinstance(dataset, TaskDataset):
+            return dataset
+        _check_datasets(self.tasks, dataset=dataset)
+        if len(dataset) != 1:
+            raise UserError(
+                f"dataset: expected the rows of one task, got {', '.join(dataset)}; predict them one by one"
+            )
+        return TaskDataset(dataset)
 
     # Training: losses by task, nothing that is not finite
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The task's loss, in training times the task's weight."""
-        weight = self.model.tasks[inputs["task"]].weight if self.is_multitask and model.training else 1.0
+        weight = self.tasks[inputs["task"]].weight if self.is_multitask and model.training else 1.0
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         loss = loss if weight == 1.0 else loss * weight
         return (loss, outputs) if return_outputs else loss
@@ -199,11 +197,15 @@ class DisparseTrainer(Trainer):
     # Evaluation: every task by its own metrics, one average
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Evaluates every task: `eval_<task>_loss`, `eval_<task>_<metric>`, and `eval_average` over the tasks.
+        """Evaluates every task: `eval_<task>_loss`, `eval_<task>_<metric>`, and over the tasks `eval_loss` and `eval_average`.
 
         Callbacks hear of it once, with everything, so that best-model selection and early stopping may use the average.
         """
         datasets = self.eval_dataset if eval_dataset is None else eval_dataset
+        if self.is_multitask and isinstance(datasets, str):
+            datasets = {datasets: self.eval_dataset[datasets]}
+        if self.is_multitask and datasets is not None:
+            _check_datasets(self.tasks, eval_dataset=datasets)
         if not (self.is_multitask and isinstance(datasets, Mapping)):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         metrics, values = {}, {}
@@ -217,11 +219,12 @@ class DisparseTrainer(Trainer):
             )  # ends this task's bar
             metrics |= output.metrics
             values[task] = {
-                m: output.metrics[f"{prefix}_{m}"]
-                for m in self.model.tasks[task].metric
-                if f"{prefix}_{m}" in output.metrics
+                m: output.metrics[f"{prefix}_{m}"] for m in self.tasks[task].metric if f"{prefix}_{m}" in output.metrics
             }
-        if all(values.values()):
+        losses = [metrics[key] for key in (f"{metric_key_prefix}_{task}_loss" for task in datasets) if key in metrics]
+        if losses:
+            metrics[f"{metric_key_prefix}_loss"] = sum(losses) / len(losses)
+        if values and all(values.values()):
             metrics[f"{metric_key_prefix}_average"] = average(values)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -231,7 +234,7 @@ class DisparseTrainer(Trainer):
         """As in Trainer, with the metrics of the task whose batches these are, unless `compute_metrics` was given."""
         own = self.compute_metrics
         if own is None and isinstance(dataloader.dataset, TaskDataset):
-            task = self.model.tasks[next(iter(dataloader.dataset.sizes))]
+            task = self.tasks[next(iter(dataloader.dataset.sizes))]
             self.compute_metrics = lambda p: compute_metrics(task, p.predictions, p.label_ids)
         try:
             return super().evaluation_loop(dataloader, *args, **kwargs)
@@ -244,13 +247,18 @@ class DisparseTrainer(Trainer):
 
     # Checkpoints: masks beside the optimizer's state, the config beside the weights
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As in Trainer; `resume_from_checkpoint=True` takes the last checkpoint that was written to its end."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise UserError(f"resume_from_checkpoint: there is no whole checkpoint in {self.args.output_dir}")
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.model_init is not None:
+            self.pruner.masks = self._given_masks  # the masks of an earlier trial are of another model
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.pruner.release()  # also where training died
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -262,14 +270,24 @@ class DisparseTrainer(Trainer):
         if checkpoint is None:
             return
         path = Path(checkpoint, MASKS_NAME)
-        pruned = self.pruning_config and any(s < self.state.global_step for s in update_steps(self.pruning_config))
-        if pruned or path.is_file():  # a checkpoint that was pruned without its masks is refused by load_masks
+        if path.is_file():
             self.pruner.masks = load_masks(path)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
         if self.pruning_config is not None:
             self.pruning_config.save_pretrained(output_dir or self.args.output_dir)
+
+
+class _EpochOfSampler(TrainerCallback):
+    """Tells the sampler its epoch. Trainer does, too, but not through what Accelerate wraps around it on a resume."""
+
+    def __init__(self, trainer: DisparseTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.trainer.is_multitask:
+            self.trainer.task_sampler.set_epoch(int(state.epoch or 0))
 
 
 class _ScoringBatches:
@@ -308,25 +326,54 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
 
 
 def _is_whole(checkpoint: Path) -> bool:
+    weights = [*checkpoint.glob("model*.safetensors"), *checkpoint.glob("adapter_model.safetensors")]
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())
-        for path in (checkpoint / "model.safetensors", *checkpoint.glob(MASKS_NAME)):
+        for index in checkpoint.glob("model.safetensors.index.json"):
+            weights += [checkpoint / name for name in set(json.loads(index.read_text())["weight_map"].values())]
+        for path in (*weights, *checkpoint.glob(MASKS_NAME)):
             with safe_open(str(path), framework="pt"):  # checks the header against the size of the file
                 pass
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError, KeyError, SafetensorError):
         return False
     archives = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
-    return len(archives) > 2 and all(zipfile.is_zipfile(path) for path in archives)
+    return bool(weights) and len(archives) > 2 and all(zipfile.is_zipfile(path) for path in archives)
 
 
-def _check_datasets(model: MultitaskModel, **datasets) -> None:
+def _check_arguments(trainer: DisparseTrainer) -> None:
+    """Refuses what would be ignored, or go wrong, without a word."""
+    args = trainer.args
+    if args.n_gpu > 1:
+        raise UserError(
+            f"training: expected one process per GPU, got one process for {args.n_gpu} (nn.DataParallel); "
+            "start with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES"
+        )
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise UserError("training: expected whole weights on every process, got DeepSpeed or FSDP; use DDP (torchrun)")
+    if not trainer.is_multitask:
+        return
+    if args.train_sampling_strategy != "random":
+        raise UserError("training.train_sampling_strategy: expected random with several tasks; choose task_sampling")
+    if args.batch_eval_metrics or not args.eval_do_concat_batches:
+        raise UserError(
+            "training: metrics of a task are taken over all of its batches; leave batch_eval_metrics and "
+            "eval_do_concat_batches as they are"
+        )
+    other = [t.name for t in trainer.tasks.values() if t.problem_type in ("regression", "multi_label_classification")]
+    if args.label_smoothing_factor and other:
+        raise UserError(
+            f"training.label_smoothing_factor: expected 0 with task '{other[0]}', whose labels are no classes"
+        )
+
+
+def _check_datasets(tasks: Mapping[str, TaskConfig], **datasets) -> None:
     for key, value in datasets.items():
         if value is None:
             continue
         if not isinstance(value, Mapping):
-            example = next(iter(model.tasks))
+            example = next(iter(tasks))
             got = type(value).__name__
             raise UserError(f"{key}: expected a dict of task -> Dataset, got {got}. Did you mean {{'{example}': ...}}?")
         for task in value:
-            if task not in model.tasks:
-                raise UserError(f"{key}: the model has no task '{task}'{closest(task, model.tasks)}")
+            if task not in tasks:
+                raise UserError(f"{key}: the model has no task '{task}'{closest(task, tasks)}")

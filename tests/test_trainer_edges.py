@@ -1,0 +1,123 @@
+"""DisparseTrainer at its edges: options of Trainer, other ways to call it, what it refuses."""
+
+import pytest
+import torch
+from transformers import TrainerCallback, TrainingArguments
+
+from hf_disparse import DisparseTrainer, PruningConfig, UserError, prunable_parameters
+from tests.test_trainer import BINARY, arguments, multitask_trainer, plain_model
+from tests.tiny import three_datasets, tiny_model, tiny_tokenizer, tokenized_rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"train_dataset": three_datasets()["two"]},
+            "train_dataset: expected a dict of task -> Dataset, got Dataset. Did you mean",
+        ),
+        ({"train_dataset": {"tow": three_datasets()["two"]}}, "the model has no task 'tow'; did you mean 'two'"),
+        ({"eval_dataset": {"four": []}}, "eval_dataset: the model has no task 'four'"),
+        (
+            {"pruning_config": PruningConfig(decision="quorum", quorum=4)},
+            "quorum: expected at most the number of tasks, 3, got 4",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused(tmp_path, changes, words):
+    values = dict(train_dataset=three_datasets(), processing_class=tiny_tokenizer()) | changes
+    with pytest.raises(UserError, match=words):
+        DisparseTrainer(tiny_model(), arguments(tmp_path), **values)
+
+
+@pytest.mark.parametrize("config", [PruningConfig(start_step=8), PruningConfig(schedule="cubic", end_step=20)])
+def test_a_schedule_that_training_cuts_off_is_refused(tmp_path, config):
+    with pytest.raises(UserError, match=r"the last pruning is at step .*, training ends at step 8"):
+        multitask_trainer(tmp_path, config).train()
+
+
+def test_an_empty_task_is_refused(tmp_path):
+    data = three_datasets()
+    trainer = multitask_trainer(tmp_path)
+    trainer.train_dataset = data | {"two": data["two"].select([])}
+    with pytest.raises(UserError, match=r"tasks\.two: expected at least one example"):
+        trainer.train()
+
+
+def test_data_parallel_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(UserError, match=r"one process per GPU, got one process for 2.*torchrun"):
+        multitask_trainer(tmp_path)
+
+
+def test_persistent_workers_evaluate_every_task_on_its_own_rows(tmp_path):
+    plain = multitask_trainer(tmp_path).evaluate()
+    workers = dict(dataloader_num_workers=1, dataloader_persistent_workers=True)
+    found = multitask_trainer(tmp_path, **workers).evaluate()
+    assert {k: v for k, v in found.items() if "time" not in k} == {k: v for k, v in plain.items() if "time" not in k}
+
+
+def test_one_task_is_evaluated_by_its_name(tmp_path):
+    trainer = multitask_trainer(tmp_path)
+    whole, one = trainer.evaluate(), trainer.evaluate("two")
+    assert one["eval_two_accuracy"] == one["eval_average"] == whole["eval_two_accuracy"]
+    assert whole["eval_loss"] == pytest.approx(sum(whole[f"eval_{t}_loss"] for t in ("two", "three", "real")) / 3)
+
+
+def test_every_trial_of_a_search_finds_masks_of_its_own(tmp_path):
+    seeds, found = iter((1, 1, 2)), []
+    trainer = DisparseTrainer(
+        None,
+        arguments(tmp_path),
+        model_init=lambda: tiny_model(seed=next(seeds)),
+        pruning_config=PruningConfig(sparsity=0.5, criterion="magnitude"),
+        train_dataset=three_datasets(),
+        processing_class=tiny_tokenizer(),
+    )
+    for _ in range(2):
+        trainer.train()
+        found.append(trainer.pruner.masks)
+    assert any(not torch.equal(keep, found[1][name]) for name, keep in found[0].items())
+    for name, p in prunable_parameters(trainer.model).items():
+        assert torch.equal(p != 0, found[1][name])
+
+
+def test_gradients_pass_again_after_training_died(tmp_path):
+    class Die(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    trainer = multitask_trainer(tmp_path, PruningConfig(sparsity=0.5, score_batches=1), callbacks=[Die()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.model.zero_grad()
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model(**batch).loss.backward()
+    assert any((p.grad[p == 0] != 0).any() for p in prunable_parameters(trainer.model).values())
+
+
+def test_adapters_are_not_taken_for_weights(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(plain_model(), peft.LoraConfig(target_modules=["query"]))
+    trainer = DisparseTrainer(
+        model,
+        arguments(tmp_path),
+        pruning_config=PruningConfig(),
+        train_dataset=tokenized_rows(BINARY, 8),
+        processing_class=tiny_tokenizer(),
+    )
+    with pytest.raises(UserError, match="prune before wrapping"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy: expected random"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: expected 0 with task 'real'"),
+        ({"batch_eval_metrics": True}, "leave batch_eval_metrics"),
+    ],
+)
+def test_arguments_that_several_tasks_cannot_follow_are_refused(tmp_path, changes, words):
+    with pytest.raises(UserError, match=words):
+        multitask_trainer(tmp_path, **changes)
