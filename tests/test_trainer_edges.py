@@ -57,6 +57,20 @@ def test_persistent_workers_evaluate_every_task_on_its_own_rows(tmp_path):
     assert {k: v for k, v in found.items() if "time" not in k} == {k: v for k, v in plain.items() if "time" not in k}
 
 
+def test_only_tasks_that_are_trained_have_a_say(tmp_path):
+    data = three_datasets()
+    trainer = DisparseTrainer(
+        tiny_model(),
+        arguments(tmp_path),
+        pruning_config=PruningConfig(sparsity=0.5, decision="quorum", quorum=2, score_batches=1),
+        train_dataset={task: data[task] for task in ("three", "real")},
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    zeros = sum(int((~keep).sum()) for keep in trainer.pruner.masks.values())
+    assert zeros == round(0.5 * sum(keep.numel() for keep in trainer.pruner.masks.values()))
+
+
 def test_one_task_is_evaluated_by_its_name(tmp_path):
     trainer = multitask_trainer(tmp_path)
     whole, one = trainer.evaluate(), trainer.evaluate("two")

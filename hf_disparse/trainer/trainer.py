@@ -92,9 +92,10 @@ class DisparseTrainer(Trainer):
             _check_datasets(self.tasks, train_dataset=train_dataset, eval_dataset=eval_dataset)
             self.data_collator = MultitaskCollator(processing_class, self.tasks, pad=data_collator)
         self.pruning_config, self._given_masks = pruning_config, masks
+        judges = (train_dataset or self.tasks) if self.is_multitask else ["train"]  # a head without data has no say
         self.pruner = PruningCallback(
             pruning_config,
-            {task: _ScoringBatches(self, task) for task in self.tasks or ["train"]},
+            {task: _ScoringBatches(self, task) for task in judges},
             masks=masks,
             loss_fn=self._scoring_loss,
             weights={name: task.weight for name, task in self.tasks.items()},
@@ -214,9 +215,8 @@ class DisparseTrainer(Trainer):
             output = self.evaluation_loop(
                 self.get_eval_dataloader({task: rows}), f"Evaluation of {task}", None, ignore_keys, prefix
             )
-            self.callback_handler.on_predict(
-                self.args, self.state, self.control, output.metrics
-            )  # ends this task's bar
+            # Ends this task's progress bar, as on_evaluate would.
+            self.callback_handler.on_predict(self.args, self.state, self.control, output.metrics)
             metrics |= output.metrics
             values[task] = {
                 m: output.metrics[f"{prefix}_{m}"] for m in self.tasks[task].metric if f"{prefix}_{m}" in output.metrics
