@@ -22,6 +22,7 @@ from hf_disparse.config import (
     one_line,
     require,
 )
+from hf_disparse.tasks.glue import glue_fields
 from hf_disparse.trainer import DisparseTrainingArguments
 
 SECTIONS = ("model", "tasks", "pruning", "training", "recovery", "seed", "output_dir")
@@ -178,7 +179,7 @@ def _check_best_metric(recipe: Recipe, metric: str | None) -> None:
 
 
 def _tasks(values: Any) -> dict[str, tuple[TaskConfig, DataConfig]]:
-    """Each entry holds fields of TaskConfig and of DataConfig side by side."""
+    """Each entry holds fields of TaskConfig and of DataConfig side by side; `glue: NAME` fills in those of a GLUE task."""
     require(isinstance(values, dict) and len(values) > 0, "tasks", "a mapping of task names to fields", values)
     in_task = {f.name for f in fields(TaskConfig)} - {"name"}
     in_data = {f.name for f in fields(DataConfig)}
@@ -186,6 +187,9 @@ def _tasks(values: Any) -> dict[str, tuple[TaskConfig, DataConfig]]:
     for name, entry in values.items():
         where = f"tasks.{name}"
         require(isinstance(entry, dict), where, "a mapping of fields to values", entry)
+        if "glue" in entry:
+            own = {key: value for key, value in entry.items() if key != "glue"}
+            entry = {**glue_fields(entry["glue"], f"{where}.glue"), **own}
         for key in entry:
             if key not in in_task | in_data:
                 raise UserError(f"{where}.{key}: there is no such field{closest(key, sorted(in_task | in_data))}")
