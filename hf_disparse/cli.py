@@ -167,7 +167,7 @@ def _table(*columns: str) -> Table:
 
 
 def _quiet() -> None:
-    """Progress bars on a terminal and our own words; the libraries speak up for errors only."""
+    """Our own words and training's bars; the libraries speak up for errors only, and draw bars on a terminal only."""
     import datasets
     import huggingface_hub
     import transformers

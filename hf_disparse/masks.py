@@ -73,6 +73,12 @@ def find_masks(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach() != 0 for name, tensor in parameters.items()}
 
 
+def count_pruned(masks: Mapping[str, Tensor]) -> tuple[int, int]:
+    """How many weights the masks prune, and of how many."""
+    size = sum(keep.numel() for keep in masks.values())
+    return size - sum(int(keep.sum()) for keep in masks.values()), size
+
+
 def sparsity_report(model: nn.Module, encoder: nn.Module, prunable: Mapping[str, Tensor]) -> dict[str, float]:
     """Fraction of exact zeros by denominator: `prunable` weights, all parameters of the `encoder`, all of the `model`."""
 

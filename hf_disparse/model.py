@@ -32,7 +32,8 @@ class MultitaskConfig(PreTrainedConfig):
     """Configuration of a `MultitaskModel`.
 
     Args:
-        encoder_config: configuration of any encoder that `AutoModel` knows.
+        encoder_config: configuration of an encoder whose classification heads work on its last hidden state alone, as
+            `MultitaskModel.from_encoder` checks.
         tasks: one `TaskConfig`, or its dictionary, per head. A list, for its order is that of the parameters.
     """
 

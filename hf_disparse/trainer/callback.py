@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from hf_disparse import decision
 from hf_disparse.config import PruningConfig, UserError
-from hf_disparse.masks import MaskHooks, apply_masks, find_masks
+from hf_disparse.masks import MaskHooks, apply_masks, count_pruned, find_masks
 from hf_disparse.model import prunable_parameters
 from hf_disparse.schedule import sparsity_at, update_steps
 from hf_disparse.scores import Batch, LossFunction, model_loss, score
@@ -31,7 +31,7 @@ def decide_by(config: PruningConfig, task_scores, sparsity: float, active=None) 
 def _masks_in_zeros(parameters: Mapping[str, Tensor], sparsity: float) -> decision.Masks:
     """The masks of a model that was pruned to `sparsity`, from its zeros."""
     masks = find_masks(parameters)
-    zeros, size = sum(int((~keep).sum()) for keep in masks.values()), sum(keep.numel() for keep in masks.values())
+    zeros, size = count_pruned(masks)
     if zeros < round(sparsity * size):
         got = f"{zeros} zeros among {size} weights"
         raise UserError(f"pruning: expected a checkpoint pruned to {sparsity:.3f}, got {got}; start a run of its own")
@@ -108,8 +108,8 @@ class PruningCallback(TrainerCallback):
         parameters = prunable_parameters(model, self.config)
         held = self.masks or {}
         active = {name: held.get(name, torch.ones_like(p, dtype=torch.bool)) for name, p in parameters.items()}
-        size = sum(keep.numel() for keep in active.values())
-        if size - sum(int(keep.sum()) for keep in active.values()) >= round(sparsity * size):
+        pruned, size = count_pruned(active)
+        if pruned >= round(sparsity * size):
             return
         joint = self.config.decision == "joint"
         stream = score(

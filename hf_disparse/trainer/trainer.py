@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_disparse.config import PruningConfig, TaskConfig, UserError, closest
-from hf_disparse.masks import MASKS_NAME, load_masks, save_masks
+from hf_disparse.masks import MASKS_NAME, count_pruned, load_masks, save_masks
 from hf_disparse.model import MultitaskModel
 from hf_disparse.tasks import MultitaskCollator, TaskBatchSampler, TaskDataset, average, compute_metrics
 from hf_disparse.trainer.callback import PruningCallback
@@ -191,8 +191,8 @@ class DisparseTrainer(Trainer):
         """As in Trainer, with the sparsity of the prunable weights beside the loss."""
         masks = self.pruner.masks
         if masks and "loss" in logs:
-            size = sum(keep.numel() for keep in masks.values())
-            logs["sparsity"] = 1 - sum(int(keep.sum()) for keep in masks.values()) / size
+            pruned, size = count_pruned(masks)
+            logs["sparsity"] = pruned / size
         super().log(logs, *args, **kwargs)
 
     # Evaluation: every task by its own metrics, one average
