@@ -143,6 +143,13 @@ class MultitaskModel(PreTrainedModel):
             raise ValueError(f"task: expected one of {', '.join(self.heads)}, got {task!r}")
         return task
 
+    def remove_task(self, name: str) -> None:
+        """Takes a task's head away; the encoder stays as it is."""
+        if name not in self.heads or len(self.heads) == 1:
+            raise UserError(f"tasks: expected one of several tasks, got {name!r}; the model has {', '.join(self.heads)}")
+        del self.heads[name]
+        self.config.tasks = [task.to_dict() for task in self.tasks.values() if task.name != name]
+
     @classmethod
     def from_encoder(cls, name_or_path: str, tasks: Sequence[TaskConfig], **kwargs: Any) -> "MultitaskModel":
         """Starts from a pretrained encoder: any checkpoint that transformers' classification models load, or ours.

@@ -25,7 +25,7 @@ from hf_disparse.config import (
 from hf_disparse.tasks.glue import glue_fields
 from hf_disparse.trainer import DisparseTrainingArguments
 
-SECTIONS = ("model", "tasks", "pruning", "training", "recovery", "seed", "output_dir")
+SECTIONS = ("model", "tasks", "helpers", "pruning", "training", "recovery", "seed", "output_dir")
 
 # TrainingArguments checks few types and bounds; what it lets pass ends deep inside torch.
 _LEAST = {
@@ -77,6 +77,7 @@ class Recipe:
     """A checked recipe.
 
     Args:
+        helpers: tasks that train the dense model only: they are not evaluated, have no vote, and lose their heads.
         training: fields of (Disparse)TrainingArguments for the dense and the sparse phase.
         recovery: those that differ in the sparse phase.
         values: the recipe as plain data, overrides applied: what a run folder remembers.
@@ -84,6 +85,7 @@ class Recipe:
 
     model: ModelConfig
     tasks: dict[str, tuple[TaskConfig, DataConfig]]
+    helpers: tuple[str, ...]
     pruning: PruningConfig
     training: dict[str, Any]
     recovery: dict[str, Any]
@@ -141,9 +143,11 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
     training, recovery = sections["training"], sections["recovery"]
     _check_training(training, "training")
     _check_training(recovery, "recovery")
+    tasks = _tasks(values["tasks"])
     recipe = Recipe(
         model=ModelConfig.from_dict(values["model"], "model"),
-        tasks=_tasks(values["tasks"]),
+        tasks=tasks,
+        helpers=_helpers(values.get("helpers"), tasks),
         pruning=PruningConfig.from_dict({"seed": seed, **sections["pruning"]}, "pruning"),
         training=training,
         recovery=recovery,
@@ -151,9 +155,9 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
         output_dir=str(Path(output_dir).expanduser()),  # as TrainingArguments does it with the phases' folders
         values=values,
     )
-    tasks = len(recipe.tasks)
-    if recipe.pruning.quorum > tasks:
-        raise UserError(f"pruning.quorum: expected at most the number of tasks, {tasks}, got {recipe.pruning.quorum}")
+    votes = len(recipe.tasks) - len(recipe.helpers)
+    if recipe.pruning.quorum > votes:
+        raise UserError(f"pruning.quorum: expected at most the number of tasks, {votes}, got {recipe.pruning.quorum}")
     for phase in ("dense", "sparse"):
         _check_best_metric(recipe, recipe.arguments(phase, output_dir).metric_for_best_model)
     return recipe
@@ -171,6 +175,8 @@ def _check_best_metric(recipe: Recipe, metric: str | None) -> None:
     """Refuses to choose the best checkpoint by a metric that evaluation will not have."""
     known = ["average"]
     for name, (task, _) in recipe.tasks.items():
+        if name in recipe.helpers:
+            continue
         known += [f"{name}_{metric}" for metric in (*task.metric, "loss")]
     if metric is not None and metric.removeprefix("eval_") not in known:
         raise UserError(
@@ -196,6 +202,18 @@ def _tasks(values: Any) -> dict[str, tuple[TaskConfig, DataConfig]]:
         task = TaskConfig.from_dict({"name": name, **{k: v for k, v in entry.items() if k in in_task}}, where)
         tasks[name] = (task, DataConfig.from_dict({k: v for k, v in entry.items() if k in in_data}, where))
     return tasks
+
+
+def _helpers(names: Any, tasks: dict[str, Any]) -> tuple[str, ...]:
+    """Those of the tasks that `helpers` names; at least one task is none."""
+    names = [] if names is None else names
+    require(isinstance(names, list), "helpers", "a list of tasks", names)
+    for name in names:
+        if name not in list(tasks):  # a list, for what YAML gives may not be hashable
+            raise UserError(f"helpers: there is no task {name!r}{closest(name, tasks)}")
+    require(len(set(names)) == len(names), "helpers", "names that differ from one another", names)
+    require(len(names) < len(tasks), "helpers", "fewer names than there are tasks", names)
+    return tuple(names)
 
 
 def _check_training(values: dict[str, Any], where: str) -> None:

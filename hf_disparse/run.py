@@ -114,6 +114,8 @@ def _judge_as(recipe: Recipe, model: MultitaskModel) -> None:
     """Gives the model's tasks the recipe's columns and metrics; refuses tasks that its heads were not made for."""
     tasks = model.tasks
     for name, (task, _) in recipe.tasks.items():
+        if name in recipe.helpers:
+            continue
         if name not in tasks:
             raise UserError(f"tasks.{name}: the model has no such task; it has {', '.join(tasks)}")
         for key in ("problem_type", "labels"):
@@ -138,9 +140,18 @@ def prepare(
     for name, (task, source) in recipe.tasks.items():
         raw = dict(zip(("train", "validation"), load_task(task, source, recipe.seed), strict=True))
         for split in splits:
-            data[split][name], left_out = tokenize(raw[split], task, tokenizer, recipe.model.max_length)
+            if split == "validation" and name in recipe.helpers:
+                continue
+            rows, left_out = tokenize(raw[split], task, tokenizer, recipe.model.max_length)
+            data[split][name] = _by_length(rows) if split == "validation" else rows
             unlabelled[name] += left_out
     return tokenizer, data, unlabelled
+
+
+def _by_length(rows: Dataset) -> Dataset:
+    """The rows from short to long, for evaluation pads a batch to its longest text."""
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    return rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
 
 
 def _sizes(data: Splits) -> dict[str, dict[str, int]]:
@@ -159,9 +170,11 @@ def _phase(recipe: Recipe, phase: str, tokenizer: PreTrainedTokenizerBase, data:
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     trained = time.perf_counter()
-    say(f"evaluation of the {phase} model on {', '.join(recipe.tasks)}")
+    say(f"evaluation of the {phase} model on {', '.join(data['validation'])}")
     metrics = _values(trainer)
     seconds = {f"{phase}_training": trained - start, f"{phase}_evaluation": time.perf_counter() - trained}
+    for name in recipe.helpers if phase == "dense" else ():
+        model.remove_task(name)
     trainer.save_model(str(folder))
     result = {
         "metrics": metrics,
@@ -186,12 +199,15 @@ def progress(recipe: Recipe) -> str:
 
 def _trainer(recipe: Recipe, phase: str, folder: str | Path, model, tokenizer, data: Splits) -> DisparseTrainer:
     arguments = recipe.arguments(phase, folder)
+    train = data.get("train")
+    if train and phase == "sparse":
+        train = {name: rows for name, rows in train.items() if name not in recipe.helpers}
     try:
         return DisparseTrainer(
             model,
             arguments,
             pruning_config=recipe.pruning if phase == "sparse" else None,
-            train_dataset=data.get("train"),
+            train_dataset=train,
             eval_dataset=data["validation"],
             processing_class=tokenizer,
         )
@@ -224,7 +240,7 @@ def _check_length(recipe: Recipe, model: MultitaskModel, data: Splits) -> None:
     """Runs the longest text of each task if it may have more tokens than the encoder has positions."""
     positions = getattr(model.config.encoder_config, "max_position_embeddings", None) or math.inf
     for name in recipe.tasks:
-        longest = max((ids for split in data.values() for ids in split[name]["input_ids"]), key=len)
+        longest = max((ids for split in data.values() if name in split for ids in split[name]["input_ids"]), key=len)
         if len(longest) <= positions - 2:  # RoBERTa and its kin keep two for themselves
             continue
         try:

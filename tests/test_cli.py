@@ -140,6 +140,21 @@ def test_a_run_killed_in_a_phase_goes_on_from_its_checkpoint_to_the_same_bits(co
     _same_run(folder, finished[0])
 
 
+def test_a_helper_trains_the_dense_model_and_is_gone(recipe, tmp_path):
+    """Its head is not published, and it has neither a row nor a vote."""
+    helped = changed(recipe, "tasks.third", recipe["tasks"]["two"]) | {"helpers": ["third"], "output_dir": str(tmp_path / "helped")}
+    status, out, err = hf_disparse("train", write_recipe(tmp_path, helped))
+    assert status == 0, err
+    results = json.loads(Path(helped["output_dir"], "results.json").read_text())
+    assert "third" in results["examples"]["train"] and "third" not in out
+    for place in (results["dense"]["tasks"], results["sparse"]["tasks"], results["examples"]["validation"]):
+        assert list(place) == ["two", "three"]
+    model = AutoModel.from_pretrained(helped["output_dir"])
+    assert list(model.heads) == list(model.tasks) == ["two", "three"]
+    assert "scoring third" not in err and "scoring two" in err
+    assert hf_disparse("evaluate", helped["output_dir"])[0] == 0
+
+
 def test_evaluate_prints_the_values_of_the_results_and_leaves_nothing_behind(finished, tmp_path, monkeypatch):
     folder = finished[0]
     before = snapshot(folder)

@@ -97,6 +97,28 @@ def test_recovery_differs_from_training_in_the_sparse_phase_only():
     assert (dense.seed, dense.output_dir, sparse.output_dir) == (3, "d", "s")
 
 
+@pytest.mark.parametrize(
+    ("helpers", "expected"),
+    [
+        ("two", "a list of tasks"),
+        (["tow"], "did you mean 'two'?"),
+        ([["two"]], "there is no task"),
+        (["two", "two"], "names that differ"),
+        (["two", "real"], "fewer names than there are tasks"),
+    ],
+)
+def test_helpers_are_some_of_the_tasks(helpers, expected):
+    assert expected in refusal(parse_recipe, {**VALID, "helpers": helpers})
+
+
+def test_a_helper_has_no_vote_and_no_metric():
+    assert parse_recipe({**VALID, "helpers": ["real"]}).helpers == ("real",)
+    quorum = {**changed("pruning", decision="quorum", quorum=2), "helpers": ["real"]}
+    assert "at most the number of tasks, 1" in refusal(parse_recipe, quorum)
+    best = {**changed("training", metric_for_best_model="eval_real_pearson"), "helpers": ["real"]}
+    assert "has no 'eval_real_pearson'" in refusal(parse_recipe, best)
+
+
 def test_a_home_folder_is_expanded_as_transformers_expands_it(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     recipe = parse_recipe({**VALID, "output_dir": "~/run"})

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_disparse.config import PruningConfig, TaskConfig, UserError, closest
@@ -118,6 +118,7 @@ class DisparseTrainer(Trainer):
             self._train_batch_size,
             seed=args.seed if args.data_seed is None else args.data_seed,
             world_size=args.world_size,
+            lengths=_lengths(self.train_dataset, args),
             **(args.sampling() if isinstance(args, DisparseTrainingArguments) else {}),
         )
         loader = DataLoader(
@@ -139,6 +140,10 @@ class DisparseTrainer(Trainer):
         if self.is_multitask:
             self.__dict__.pop("_eval_dataloaders", None)  # Trainer keeps persistent loaders under one key for all tasks
         return loader
+
+    def _get_eval_sampler(self, eval_dataset):
+        # Trainer's would group by length and return predictions in that order.
+        return SequentialSampler(eval_dataset) if self.is_multitask else super()._get_eval_sampler(eval_dataset)
 
     def get_test_dataloader(self, test_dataset) -> DataLoader:
         """As in Trainer; a MultitaskModel takes {task: rows}."""
@@ -298,14 +303,15 @@ class _ScoringBatches:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         trainer = self.trainer
-        rows = trainer.train_dataset
+        rows, lengths = trainer.train_dataset, None
         if trainer.is_multitask:
-            rows = TaskDataset({self.task: rows[self.task]})
+            mine = {self.task: rows[self.task]}
+            rows, lengths = TaskDataset(mine), _lengths(mine, trainer.args)
         elif isinstance(rows, IterableDataset):
             raise UserError("train_dataset: scoring draws examples at random, got a stream; load it as a Dataset")
         collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="scoring")
         seed = trainer.pruning_config.seed + trainer.state.global_step
-        sampler = TaskBatchSampler({self.task: len(rows)}, trainer._train_batch_size, seed=seed)
+        sampler = TaskBatchSampler({self.task: len(rows)}, trainer._train_batch_size, lengths=lengths, seed=seed)
         for epoch in itertools.count():
             sampler.set_epoch(epoch)
             for indices in sampler:
@@ -352,8 +358,11 @@ def _check_arguments(trainer: DisparseTrainer) -> None:
         raise UserError("training: expected whole weights on every process, got DeepSpeed or FSDP; use DDP (torchrun)")
     if not trainer.is_multitask:
         return
-    if args.train_sampling_strategy != "random":
-        raise UserError("training.train_sampling_strategy: expected random with several tasks; choose task_sampling")
+    if args.train_sampling_strategy not in ("random", "group_by_length"):
+        got = args.train_sampling_strategy
+        raise UserError(
+            f"training.train_sampling_strategy: expected random or group_by_length with several tasks, got {got!r}"
+        )
     if args.batch_eval_metrics or not args.eval_do_concat_batches:
         raise UserError(
             "training: metrics of a task are taken over all of its batches; leave batch_eval_metrics and "
@@ -364,6 +373,18 @@ def _check_arguments(trainer: DisparseTrainer) -> None:
         raise UserError(
             f"training.label_smoothing_factor: expected 0 with task '{other[0]}', whose labels are no classes"
         )
+
+
+def _lengths(datasets: Mapping[str, Any], args: TrainingArguments) -> dict[str, list[int]] | None:
+    """Task -> the number of tokens of each example, if batches are grouped by length."""
+    if args.train_sampling_strategy != "group_by_length":
+        return None
+    try:
+        return {task: [len(ids) for ids in rows["input_ids"]] for task, rows in datasets.items()}
+    except (KeyError, TypeError) as error:  # rows of the user's own, which need not be a Dataset
+        raise UserError(
+            "training.train_sampling_strategy: group_by_length expects a Dataset with a column 'input_ids' per task"
+        ) from error
 
 
 def _check_datasets(tasks: Mapping[str, TaskConfig], **datasets) -> None:
