@@ -8,7 +8,7 @@ from hf_disparse.decision import decide, decide_max, decide_mean_rank, decide_su
 from hf_disparse.masks import MaskHooks, apply_masks, find_masks, load_masks, save_masks, sparsity_report
 from hf_disparse.model import MultitaskConfig, MultitaskModel, prunable_parameters
 from hf_disparse.scores import score
-from hf_disparse.tasks import load_task, resolve, tokenize
+from hf_disparse.tasks import TaskMetric, load_task, resolve, tokenize
 from hf_disparse.trainer import DisparseTrainer, DisparseTrainingArguments, PruningCallback, last_whole_checkpoint
 
 __version__ = "0.1.0"
@@ -23,6 +23,7 @@ __all__ = [
     "PruningCallback",
     "PruningConfig",
     "TaskConfig",
+    "TaskMetric",
     "UserError",
     "apply_masks",
     "decide",

@@ -146,7 +146,9 @@ class MultitaskModel(PreTrainedModel):
     def remove_task(self, name: str) -> None:
         """Takes a task's head away; the encoder stays as it is."""
         if name not in self.heads or len(self.heads) == 1:
-            raise UserError(f"tasks: expected one of several tasks, got {name!r}; the model has {', '.join(self.heads)}")
+            raise UserError(
+                f"tasks: expected one of several tasks, got {name!r}; the model has {', '.join(self.heads)}"
+            )
         del self.heads[name]
         self.config.tasks = [task.to_dict() for task in self.tasks.values() if task.name != name]
 

@@ -142,7 +142,10 @@ def test_a_run_killed_in_a_phase_goes_on_from_its_checkpoint_to_the_same_bits(co
 
 def test_a_helper_trains_the_dense_model_and_is_gone(recipe, tmp_path):
     """Its head is not published, and it has neither a row nor a vote."""
-    helped = changed(recipe, "tasks.third", recipe["tasks"]["two"]) | {"helpers": ["third"], "output_dir": str(tmp_path / "helped")}
+    helped = changed(recipe, "tasks.third", recipe["tasks"]["two"]) | {
+        "helpers": ["third"],
+        "output_dir": str(tmp_path / "helped"),
+    }
     status, out, err = hf_disparse("train", write_recipe(tmp_path, helped))
     assert status == 0, err
     results = json.loads(Path(helped["output_dir"], "results.json").read_text())

@@ -2,12 +2,13 @@
 
 from hf_disparse.tasks.batches import MultitaskCollator, TaskBatchSampler, TaskDataset
 from hf_disparse.tasks.data import load_task, resolve, tokenize
-from hf_disparse.tasks.metrics import average, compute_metrics
+from hf_disparse.tasks.metrics import TaskMetric, average, compute_metrics
 
 __all__ = [
     "MultitaskCollator",
     "TaskBatchSampler",
     "TaskDataset",
+    "TaskMetric",
     "average",
     "compute_metrics",
     "load_task",

@@ -1,7 +1,9 @@
-"""GLUE's metrics and the like, by scikit-learn and scipy."""
+"""GLUE's metrics and the like: an `evaluate.Metric` that needs no network, by scikit-learn and scipy."""
 
 import math
 
+import datasets
+import evaluate
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
@@ -9,11 +11,39 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from hf_disparse.config import TaskConfig
 
 
-def compute_metrics(task: TaskConfig, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Scores a task's predictions: metric -> value, fractions rather than per cent, as the Trainer reports them.
+class TaskMetric(evaluate.Metric):
+    """The metrics of a task as an `evaluate.Metric`: `compute`, `add_batch` and `evaluate.combine` work as they do there.
 
-    f1 is that of class 1 for two classes, macro-averaged over more, micro-averaged for multi-label. A correlation with a
-    constant is 0.
+    Predictions and references are class ids (one per example, or per word that has a label), floats for regression, and
+    a 0 or 1 per class for multi-label tasks. f1 is that of class 1 for two classes, macro-averaged over more and
+    micro-averaged for multi-label. A correlation with a constant is 0.
+
+    Args:
+        task: its `problem_type` says what a prediction is, its `metric` what to compute.
+        kwargs: those of `evaluate.Metric`; by default examples are held in memory, not in files.
+    """
+
+    def __init__(self, task: TaskConfig, **kwargs):
+        self.task = task
+        super().__init__(**{"keep_in_memory": True, **kwargs})
+
+    def _info(self) -> evaluate.MetricInfo:
+        kind = datasets.Value("float64" if self.task.problem_type == "regression" else "int64")
+        if self.task.problem_type == "multi_label_classification":
+            kind = datasets.List(kind)
+        return evaluate.MetricInfo(
+            description=f"{', '.join(self.task.metric)} for {self.task.problem_type}, as fractions.",
+            citation="",
+            inputs_description="predictions and references, one per example",
+            features=datasets.Features({"predictions": kind, "references": kind}),
+        )
+
+    def _compute(self, predictions, references) -> dict[str, float]:
+        return _values(self.task, np.asarray(predictions), np.asarray(references))
+
+
+def compute_metrics(task: TaskConfig, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The metrics of a head's logits: metric -> value, fractions rather than per cent, as the Trainer reports them.
 
     Shapes: logits (examples, classes) and labels (examples,), multi-label labels (examples, classes), or for token
     classification (examples, tokens, classes) and (examples, tokens), where -100 is left out.
@@ -21,12 +51,15 @@ def compute_metrics(task: TaskConfig, logits: np.ndarray, labels: np.ndarray) ->
     if task.problem_type == "regression":
         predictions, labels = np.reshape(logits, -1), np.reshape(labels, -1)
     elif task.problem_type == "multi_label_classification":
-        predictions = (logits > 0).astype(int)
-        labels = labels.astype(int)
+        predictions, labels = (logits > 0).astype(int), labels.astype(int)
     else:
         predictions = logits.argmax(-1)
         if task.problem_type == "token_classification":
             predictions, labels = predictions[labels != -100], labels[labels != -100]
+    return _values(task, predictions, labels)
+
+
+def _values(task: TaskConfig, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     return {metric: _METRICS[metric](task, predictions, labels) for metric in task.metric}
 
 
