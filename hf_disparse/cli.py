@@ -117,6 +117,87 @@ def evaluate(
     print_sparsity(result["sparsity"])
 
 
+@app.command(
+    epilog="Example: hf-disparse compare recipes/quickstart.yaml --methods dense,random,magnitude,joint,unanimous "
+    "--sparsities 0.7,0.9 --seeds 1,2,3"
+)
+def compare(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file; its budget is every method's budget.")],
+    methods: Annotated[
+        str,
+        typer.Option(help="dense, random, magnitude, joint, sum, max, mean, quorum2 (or another number), unanimous."),
+    ] = "dense,random,magnitude,joint,unanimous",
+    criteria: Annotated[
+        str | None,
+        typer.Option(help="Of the methods that leave it open: snip, disparse, fisher. Default: the recipe's."),
+    ] = None,
+    sparsities: Annotated[str | None, typer.Option(help="Default: the recipe's.")] = None,
+    seeds: Annotated[str, typer.Option(help="One dense model per seed, which all methods start from.")] = "1,2,3",
+    set_: _Set = [],  # noqa: B006
+    output_dir: Annotated[
+        str | None, typer.Option("--output_dir", "--output-dir", help="Default: the recipe's, with -compare added.")
+    ] = None,
+) -> None:
+    """Run pruning methods on one recipe, each at the same number of backward passes; print one table with its spread.
+
+    The same command again goes on where it stopped; other methods, sparsities and seeds add rows to the folder.
+    """
+    _quiet()
+    from hf_disparse import compare as comparing
+    from hf_disparse.recipes import read_recipe
+
+    parsed = read_recipe(recipe, set_, output_dir)
+    if output_dir is None:
+        parsed = read_recipe(recipe, set_, parsed.output_dir.rstrip("/") + "-compare")
+    cells = comparing.grid(
+        _list(methods, "--methods", str),
+        _list(criteria or parsed.pruning.criterion, "--criteria", str),
+        _list(sparsities or str(parsed.pruning.sparsity), "--sparsities", float),
+        _list(seeds, "--seeds", int),
+    )
+    try:
+        report = comparing.compare(parsed, cells)
+    except KeyboardInterrupt:
+        close_bars()
+        done = comparing.progress(parsed, cells)
+        print(f"stopped; {done}, the same command goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print_comparison(report, parsed.output_dir)
+
+
+def _list(text: str, where: str, kind) -> list:
+    """The values between the commas."""
+    from hf_disparse.config import UserError
+
+    try:
+        values = [kind(part.strip()) for part in text.split(",") if part.strip()]
+    except ValueError:
+        values = []
+    if not values:
+        raise UserError(f"{where}: expected values with commas between them, got {text!r}")
+    return values
+
+
+def print_comparison(report: dict, folder: str) -> None:
+    """The table of a comparison; ends with status 1 if a cell failed."""
+    from hf_disparse import compare as comparing
+
+    close_bars()
+    if report["rows"]:
+        header, rows = comparing.table(report)
+        shown = _table(*header)
+        for row in rows:
+            shown.add_row(*row)
+        Console().print(shown)
+        print(comparing.caption(report))
+        print(f"written: {folder}/{comparing.MARKDOWN_NAME} and {comparing.JSON_NAME}")
+    for name, reason in report["failed"].items():
+        print(f"failed: {name}: {reason}", file=sys.stderr)
+    if report["failed"]:
+        print("the same command tries them again", file=sys.stderr)
+        raise typer.Exit(1)
+
+
 def print_results(results: dict, folder: str) -> None:
     """One table of what a run cost each task, and what it saved."""
     print(f"dense against sparse: {folder}")  # not as the table's title, which would be folded to its width
@@ -162,7 +243,8 @@ def print_plan(plan: dict) -> None:
 def _table(*columns: str) -> Table:
     table = Table()
     for column in columns:
-        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+        left = column in ("task", "metric", "method")
+        table.add_column(column, justify="left" if left else "right", no_wrap=left)
     return table
 
 

@@ -25,7 +25,7 @@ from hf_disparse.config import (
 from hf_disparse.tasks.glue import glue_fields
 from hf_disparse.trainer import DisparseTrainingArguments
 
-SECTIONS = ("model", "tasks", "helpers", "pruning", "training", "recovery", "seed", "output_dir")
+SECTIONS = ("model", "tasks", "helpers", "teachers", "pruning", "training", "recovery", "seed", "output_dir")
 
 # TrainingArguments checks few types and bounds; what it lets pass ends deep inside torch.
 _LEAST = {
@@ -78,6 +78,7 @@ class Recipe:
 
     Args:
         helpers: tasks that train the dense model only: they are not evaluated, have no vote, and lose their heads.
+        teachers: task -> the model to distil from, where it is not the run's dense model.
         training: fields of (Disparse)TrainingArguments for the dense and the sparse phase.
         recovery: those that differ in the sparse phase.
         values: the recipe as plain data, overrides applied: what a run folder remembers.
@@ -86,6 +87,7 @@ class Recipe:
     model: ModelConfig
     tasks: dict[str, tuple[TaskConfig, DataConfig]]
     helpers: tuple[str, ...]
+    teachers: dict[str, str]
     pruning: PruningConfig
     training: dict[str, Any]
     recovery: dict[str, Any]
@@ -148,6 +150,7 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
         model=ModelConfig.from_dict(values["model"], "model"),
         tasks=tasks,
         helpers=_helpers(values.get("helpers"), tasks),
+        teachers=_teachers(values.get("teachers"), tasks),
         pruning=PruningConfig.from_dict({"seed": seed, **sections["pruning"]}, "pruning"),
         training=training,
         recovery=recovery,
@@ -214,6 +217,19 @@ def _helpers(names: Any, tasks: dict[str, Any]) -> tuple[str, ...]:
     require(len(set(names)) == len(names), "helpers", "names that differ from one another", names)
     require(len(names) < len(tasks), "helpers", "fewer names than there are tasks", names)
     return tuple(names)
+
+
+def _teachers(names: Any, tasks: dict[str, Any]) -> dict[str, str]:
+    """Task -> a model's name or folder."""
+    names = {} if names is None else names
+    require(isinstance(names, dict), "teachers", "a mapping of tasks to models", names)
+    for task, name in names.items():
+        if task not in tasks:
+            raise UserError(f"teachers: there is no task '{task}'{closest(task, tasks)}")
+        require(
+            isinstance(name, str) and bool(name), f"teachers.{task}", "a folder that `train` wrote, or a Hub id", name
+        )
+    return names
 
 
 def _check_training(values: dict[str, Any], where: str) -> None:

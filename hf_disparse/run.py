@@ -6,7 +6,6 @@ the sparse model with its tokenizer and `results.json` on top. Starting the same
 
 import json
 import math
-import os
 import platform
 import sys
 import time
@@ -17,7 +16,6 @@ from typing import Any
 import datasets
 import torch
 import transformers
-import yaml
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, TrainerState, set_seed
@@ -27,10 +25,11 @@ from hf_disparse.config import UserError, one_line, require
 from hf_disparse.masks import sparsity_report
 from hf_disparse.model import MultitaskModel, prunable_parameters
 from hf_disparse.recipes import Recipe, read_recipe
+from hf_disparse.run_folder import RECIPE_NAME, claim, read_json, refuse_others, write_whole
 from hf_disparse.tasks import average, load_task, resolve, tokenize
 from hf_disparse.trainer import DisparseTrainer, last_whole_checkpoint
 
-RECIPE_NAME, RESULTS_NAME, PHASE_NAME = "recipe.yaml", "results.json", "phase.json"
+RESULTS_NAME, PHASE_NAME = "results.json", "phase.json"
 Splits = dict[str, dict[str, Dataset]]
 
 
@@ -41,18 +40,18 @@ def train(recipe: Recipe) -> dict[str, Any]:
         UserError: the output folder holds another run, or something the recipe names is not there or not right.
     """
     folder = Path(recipe.output_dir)
-    _refuse_others(folder, recipe)
+    refuse_others(folder, recipe)
     if (folder / RESULTS_NAME).is_file():
-        results = _read(folder / RESULTS_NAME)
+        results = read_json(folder / RESULTS_NAME)
         say(f"{folder} is finished: nothing is left to train")
         return results
     start = time.perf_counter()
     tokenizer, data, unlabelled = prepare(recipe)
     seconds = {"data": time.perf_counter() - start}
-    _rehearse(recipe, tokenizer, data)
-    _claim(folder, recipe)  # only now: a recipe that cannot run must not lay its hand on the folder
-    dense = _phase(recipe, "dense", tokenizer, data)
-    sparse = _phase(recipe, "sparse", tokenizer, data)
+    rehearse(recipe, tokenizer, data)
+    claim(folder, recipe)  # only now: a recipe that cannot run must not lay its hand on the folder
+    dense = train_phase(recipe, "dense", folder / "dense", tokenizer, data)
+    sparse = train_phase(recipe, "sparse", folder / "sparse", tokenizer, data, start=folder / "dense")
     for phase in (dense, sparse):
         seconds |= phase.pop("seconds")
     results = {
@@ -70,15 +69,15 @@ def train(recipe: Recipe) -> dict[str, Any]:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     recipe.pruning.save_pretrained(folder)
-    _write(folder / RESULTS_NAME, json.dumps(results, indent=2) + "\n")
+    write_whole(folder / RESULTS_NAME, json.dumps(results, indent=2) + "\n")
     return results
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
     """Everything `train` does before the first step: loads data and encoder, checks them, trains and writes nothing."""
-    _refuse_others(Path(recipe.output_dir), recipe)
+    refuse_others(Path(recipe.output_dir), recipe)
     tokenizer, data, unlabelled = prepare(recipe)
-    model = _rehearse(recipe, tokenizer, data)
+    model = rehearse(recipe, tokenizer, data)
     return {
         "examples": _sizes(data),
         "unlabelled": unlabelled,
@@ -105,7 +104,7 @@ def evaluate(model_name: str, recipe_path: str | None = None, overrides=()) -> d
     with TemporaryDirectory() as folder:  # a Trainer makes its output folder, and evaluation leaves nothing behind
         trainer = _trainer(recipe, "sparse", folder, model, tokenizer, data)
         trainer.remove_callback(PrinterCallback)  # the caller prints the metrics
-        metrics = _values(trainer)
+        metrics = _values(trainer, data)
     prunable = prunable_parameters(model, recipe.pruning)
     return {**metrics, "sparsity": sparsity_report(model, model.encoder, prunable)}
 
@@ -131,7 +130,8 @@ def prepare(
     """Loads and tokenizes all tasks.
 
     Returns:
-        The tokenizer, {split: {task: rows}} for `splits`, and {task: examples left out for want of a label}.
+        The tokenizer, {split: {task: rows}} for `splits`, and {task: examples left out for want of a label}. A recipe
+        that chooses its best model has half of the validation data in a split `selection`, for that and nothing else.
     """
     where = "tokenizer" if tokenizer_name else "model.encoder"
     tokenizer = _load_pretrained(where, AutoTokenizer, tokenizer_name or resolve(recipe.model.encoder))
@@ -143,8 +143,17 @@ def prepare(
             if split == "validation" and name in recipe.helpers:
                 continue
             rows, left_out = tokenize(raw[split], task, tokenizer, recipe.model.max_length)
-            data[split][name] = _by_length(rows) if split == "validation" else rows
+            data[split][name] = rows
             unlabelled[name] += left_out
+    if any(recipe.arguments(phase, recipe.output_dir).load_best_model_at_end for phase in ("dense", "sparse")):
+        data["selection"] = {}
+        for name, rows in data["validation"].items():
+            require(
+                len(rows) > 1, f"tasks.{name}", "two validation examples, one to choose the best model by", len(rows)
+            )
+            halves = rows.train_test_split(0.5, seed=0)  # the same halves whatever the run's seed
+            data["selection"][name], data["validation"][name] = halves["train"], halves["test"]
+    data["validation"] = {name: _by_length(rows) for name, rows in data["validation"].items()}
     return tokenizer, data, unlabelled
 
 
@@ -158,21 +167,31 @@ def _sizes(data: Splits) -> dict[str, dict[str, int]]:
     return {split: {name: len(rows) for name, rows in tasks.items()} for split, tasks in data.items()}
 
 
-def _phase(recipe: Recipe, phase: str, tokenizer: PreTrainedTokenizerBase, data: Splits) -> dict[str, Any]:
-    """Trains and evaluates one phase, or what is left of it; a finished one is only read."""
-    folder = Path(recipe.output_dir, phase)
+def train_phase(
+    recipe: Recipe,
+    phase: str,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Splits,
+    start: Path | None = None,
+) -> dict[str, Any]:
+    """Trains and evaluates one phase in `folder`, or what is left of it; a finished one is only read.
+
+    Args:
+        start: the folder of the finished dense phase, for the sparse one.
+    """
     if (folder / PHASE_NAME).is_file():
-        return _read(folder / PHASE_NAME)
-    model = _new_model(recipe) if phase == "dense" else _load_model(Path(recipe.output_dir, "dense"))
-    trainer = _trainer(recipe, phase, folder, model, tokenizer, data)
+        return read_json(folder / PHASE_NAME)
+    model = _load_model(start) if start else _new_model(recipe)
+    trainer = _trainer(recipe, phase, folder, model, tokenizer, data, _teachers(recipe, phase, start))
     checkpoint = last_whole_checkpoint(folder)
     say(f"{phase} training, {_steps(trainer)} steps" + (f", resumed from {checkpoint}" if checkpoint else ""))
-    start = time.perf_counter()
+    begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     trained = time.perf_counter()
     say(f"evaluation of the {phase} model on {', '.join(data['validation'])}")
-    metrics = _values(trainer)
-    seconds = {f"{phase}_training": trained - start, f"{phase}_evaluation": time.perf_counter() - trained}
+    metrics = _values(trainer, data)
+    seconds = {f"{phase}_training": trained - begin, f"{phase}_evaluation": time.perf_counter() - trained}
     for name in recipe.helpers if phase == "dense" else ():
         model.remove_task(name)
     trainer.save_model(str(folder))
@@ -182,8 +201,18 @@ def _phase(recipe: Recipe, phase: str, tokenizer: PreTrainedTokenizerBase, data:
         "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         "sparsity": sparsity_report(model, model.encoder, prunable_parameters(model, recipe.pruning)),
     }
-    _write(folder / PHASE_NAME, json.dumps(result))
+    write_whole(folder / PHASE_NAME, json.dumps(result))
     return result
+
+
+def _teachers(recipe: Recipe, phase: str, dense: Path | None) -> dict[str, MultitaskModel] | MultitaskModel | None:
+    """The recipe's teachers, or for the sparse phase the dense model, if there is something to learn from them."""
+    if not recipe.arguments(phase, recipe.output_dir).distils:
+        return None
+    if recipe.teachers:
+        names = recipe.teachers.items()
+        return {task: _load_pretrained(f"teachers.{task}", MultitaskModel, resolve(name)) for task, name in names}
+    return _load_model(dense) if dense else None
 
 
 def say(line: str) -> None:
@@ -197,7 +226,7 @@ def progress(recipe: Recipe) -> str:
     return last_whole_checkpoint(Path(recipe.output_dir, phase)) or f"the start of the {phase} phase"
 
 
-def _trainer(recipe: Recipe, phase: str, folder: str | Path, model, tokenizer, data: Splits) -> DisparseTrainer:
+def _trainer(recipe: Recipe, phase: str, folder, model, tokenizer, data: Splits, teachers=None) -> DisparseTrainer:
     arguments = recipe.arguments(phase, folder)
     train = data.get("train")
     if train and phase == "sparse":
@@ -207,8 +236,9 @@ def _trainer(recipe: Recipe, phase: str, folder: str | Path, model, tokenizer, d
             model,
             arguments,
             pruning_config=recipe.pruning if phase == "sparse" else None,
+            teachers=teachers,
             train_dataset=train,
-            eval_dataset=data["validation"],
+            eval_dataset=data.get("selection", data["validation"]),
             processing_class=tokenizer,
         )
     except UserError:
@@ -217,13 +247,14 @@ def _trainer(recipe: Recipe, phase: str, folder: str | Path, model, tokenizer, d
         raise UserError(f"training: Trainer refuses these values: {one_line(error)}") from error
 
 
-def _rehearse(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Splits) -> MultitaskModel:
+def rehearse(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Splits) -> MultitaskModel:
     """Refuses before the first step what would end training hours later; returns the model that would be trained."""
     model = _new_model(recipe)
     _check_length(recipe, model, data)
     for phase in ("dense", "sparse"):
+        teachers = _teachers(recipe, phase, None) or (model if phase == "sparse" else None)
         with TemporaryDirectory() as folder:
-            trainer = _trainer(recipe, phase, folder, model, tokenizer, data)
+            trainer = _trainer(recipe, phase, folder, model, tokenizer, data, teachers)
             state = TrainerState(max_steps=_steps(trainer))
             trainer.pruner.on_train_begin(trainer.args, state, trainer.control, model=model)
     return model
@@ -253,12 +284,12 @@ def _check_length(recipe: Recipe, model: MultitaskModel, data: Splits) -> None:
             ) from error
 
 
-def _values(trainer: DisparseTrainer) -> dict[str, Any]:
-    """{"tasks": {name: {metric: value}}, "average": x} in GLUE's 0 to 100."""
-    metrics = trainer.evaluate()
+def _values(trainer: DisparseTrainer, data: Splits) -> dict[str, Any]:
+    """{"tasks": {name: {metric: value}}, "average": x} on the validation data, in GLUE's 0 to 100."""
+    metrics = trainer.evaluate(data["validation"])
     tasks = {
         name: {metric: 100 * metrics[f"eval_{name}_{metric}"] for metric in trainer.model.tasks[name].metric}
-        for name in trainer.eval_dataset
+        for name in data["validation"]
     }
     return {"tasks": tasks, "average": average(tasks)}
 
@@ -292,57 +323,6 @@ def _load_pretrained(where: str, cls, name: str, method: str = "from_pretrained"
     except Exception as error:  # transformers, tokenizers, safetensors and the Hub raise a dozen kinds here
         got = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{where}: expected a model that loads from {name}, got {got}") from error
-
-
-def _refuse_others(folder: Path, recipe: Recipe) -> None:
-    """Refuses a folder that holds another run or something else, and changes nothing."""
-    path = folder / RECIPE_NAME
-    try:
-        theirs = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-        others = theirs is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"output_dir: cannot read {folder}: {one_line(error)}") from error
-    if others or not isinstance(theirs, dict | None):
-        raise UserError(
-            f"output_dir: expected a new or empty folder, or one of this run, got {folder}, which holds something else.\n"
-            "Give this run its own --output_dir."
-        )
-    mine = recipe.values
-    # A run may be moved and go on elsewhere: where it is does not make it another one.
-    keys = sorted(k for k in {*(theirs or mine), *mine} - {"output_dir"} if (theirs or mine).get(k) != mine.get(k))
-    if keys:
-        raise UserError(
-            f"output_dir: {folder} holds another run, which differs in {', '.join(keys)}.\n"
-            "Give this one its own --output_dir, or delete that folder to start over."
-        )
-
-
-def _claim(folder: Path, recipe: Recipe) -> None:
-    """Marks the folder as this recipe's."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / RECIPE_NAME).is_file():
-            _write(folder / RECIPE_NAME, yaml.safe_dump(recipe.values, sort_keys=False))
-    except OSError as error:
-        raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}; name another one") from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """What `_write` wrote there."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"output_dir: expected JSON in {path}, got a file that does not parse: {one_line(error)}.\n"
-            "Delete that file, and the same command makes it again."
-        ) from error
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def environment() -> dict[str, Any]:

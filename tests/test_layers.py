@@ -17,6 +17,8 @@ LAYER = {
     "trainer": 7,
     "recipes": 10,
     "run": 10,
+    "run_folder": 10,
+    "compare": 10,
     "cli": 10,
 }
 # Algorithms never import transformers; scores and decision know nothing of ours.

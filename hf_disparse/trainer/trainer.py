@@ -2,47 +2,25 @@
 
 import itertools
 import json
-import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_disparse.config import PruningConfig, TaskConfig, UserError, closest
+from hf_disparse.config import PruningConfig, UserError
 from hf_disparse.masks import MASKS_NAME, count_pruned, load_masks, save_masks
 from hf_disparse.model import MultitaskModel
 from hf_disparse.tasks import MultitaskCollator, TaskBatchSampler, TaskDataset, average, compute_metrics
+from hf_disparse.trainer.arguments import DisparseTrainingArguments, check_arguments, check_datasets
 from hf_disparse.trainer.callback import PruningCallback
+from hf_disparse.trainer.checkpoints import last_whole_checkpoint
+from hf_disparse.trainer.losses import GradientSurgery, distillation_loss, hidden_loss, uncertainty_weight
 
-
-@dataclass
-class DisparseTrainingArguments(TrainingArguments):
-    """TrainingArguments and how the next batch's task is drawn (see `TaskBatchSampler`).
-
-    Args:
-        task_sampling: `proportional`, `temperature` or `round_robin`.
-        sampling_temperature: 1 draws by size, more draws more evenly.
-        sampling_cap: with `temperature`, no task counts as larger than this.
-    """
-
-    task_sampling: str = "proportional"
-    sampling_temperature: float = 1.0
-    sampling_cap: int | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        TaskBatchSampler({"task": 1}, 1, **self.sampling())  # refuses what it cannot do now rather than at train()
-
-    def sampling(self) -> dict[str, Any]:
-        """The arguments of `TaskBatchSampler` that these are."""
-        names = {"sampling": "task_sampling", "temperature": "sampling_temperature", "cap": "sampling_cap"}
-        return {argument: getattr(self, name) for argument, name in names.items()}
+LOSS_MEANS_NAME = "loss_means.json"
 
 
 class DisparseTrainer(Trainer):
@@ -55,7 +33,8 @@ class DisparseTrainer(Trainer):
     Args:
         pruning_config: what to prune and when; without it this is a multitask Trainer.
         masks: weights of a sparse model to hold at zero, as `find_masks` finds them.
-        args: `TrainingArguments`, or `DisparseTrainingArguments` to choose how tasks are drawn.
+        teachers: a MultitaskModel, or task -> model, to learn from as the arguments on distillation say.
+        args: `TrainingArguments`, or `DisparseTrainingArguments` to choose how tasks are drawn and losses made.
         The others are those of `transformers.Trainer`.
 
     Raises:
@@ -70,6 +49,7 @@ class DisparseTrainer(Trainer):
         *,
         pruning_config: PruningConfig | None = None,
         masks: Mapping[str, Tensor] | None = None,
+        teachers: nn.Module | Mapping[str, nn.Module] | None = None,
         data_collator=None,
         train_dataset=None,
         eval_dataset=None,
@@ -87,9 +67,12 @@ class DisparseTrainer(Trainer):
         )
         self.is_multitask = isinstance(self.model, MultitaskModel)
         self.tasks = self.model.tasks if self.is_multitask else {}
-        _check_arguments(self)
+        self._teachers = self._check_teachers(teachers)
+        self.loss_means: dict[str, float] = {}  # running, with loss_weighting="uncertainty"
+        self._surgery = GradientSurgery() if self._weighting == "pcgrad" else None
+        check_arguments(self)
         if self.is_multitask:
-            _check_datasets(self.tasks, train_dataset=train_dataset, eval_dataset=eval_dataset)
+            check_datasets(self.tasks, train_dataset=train_dataset, eval_dataset=eval_dataset)
             self.data_collator = MultitaskCollator(processing_class, self.tasks, pad=data_collator)
         self.pruning_config, self._given_masks = pruning_config, masks
         judges = (train_dataset or self.tasks) if self.is_multitask else ["train"]  # a head without data has no say
@@ -152,7 +135,7 @@ class DisparseTrainer(Trainer):
     def _joined(self, dataset):
         if not self.is_multitask or isinstance(dataset, TaskDataset):
             return dataset
-        _check_datasets(self.tasks, dataset=dataset)
+        check_datasets(self.tasks, dataset=dataset)
         if len(dataset) != 1:
             raise UserError(
                 f"dataset: expected the rows of one task, got {', '.join(dataset)}; predict them one by one"
@@ -161,18 +144,80 @@ class DisparseTrainer(Trainer):
 
     # Training: losses by task, nothing that is not finite
 
+    @property
+    def _weighting(self) -> str:
+        return getattr(self.args, "loss_weighting", "fixed")
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The task's loss, in training times the task's weight."""
-        weight = self.tasks[inputs["task"]].weight if self.is_multitask and model.training else 1.0
+        """The task's loss; in training with the teacher's share in it and times the task's weight."""
+        if not (self.is_multitask and model.training):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        task, teacher = inputs["task"], self._teachers.get(inputs["task"])
+        if teacher is not None:
+            inputs = {**inputs, "output_hidden_states": self.args.distillation_hidden > 0}
+        labels = inputs.get("labels")
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if teacher is not None:
+            loss = self._distilled(loss, outputs, teacher, {**inputs, "labels": labels})
+        weight = self.tasks[task].weight
+        if self._weighting == "uncertainty":
+            weight *= self._uncertainty_weight(task, loss)
         loss = loss if weight == 1.0 else loss * weight
         return (loss, outputs) if return_outputs else loss
 
+    def _distilled(self, loss: Tensor, outputs, teacher: nn.Module, inputs) -> Tensor:
+        """(1 - a) loss + a distillation of the logits + b distance of the hidden states."""
+        args, task = self.args, self.tasks[inputs["task"]]
+        seen = {
+            k: v for k, v in inputs.items() if k != "labels" and (k != "task" or isinstance(teacher, MultitaskModel))
+        }
+        with torch.no_grad():
+            told = teacher(**seen)
+        if told.logits.shape != outputs.logits.shape:
+            got = f"{tuple(told.logits.shape)} instead of {tuple(outputs.logits.shape)}"
+            raise UserError(f"teachers: expected a teacher with the classes of task '{task.name}', got logits of {got}")
+        if args.distillation:
+            soft = distillation_loss(
+                outputs.logits, told.logits, task.problem_type, args.distillation_temperature, inputs["labels"]
+            )
+            loss = (1 - args.distillation) * loss + args.distillation * soft
+        if args.distillation_hidden:
+            mask = inputs["attention_mask"]
+            loss = loss + args.distillation_hidden * hidden_loss(outputs.hidden_states, told.hidden_states, mask)
+        return loss
+
+    def _uncertainty_weight(self, task: str, loss: Tensor) -> float:
+        """1 / the running mean of the task's loss, the same on all processes."""
+        now = self.accelerator.reduce(loss.detach().float(), "mean").item()
+        self.loss_means[task] = 0.99 * self.loss_means.get(task, now) + 0.01 * now
+        return uncertainty_weight(self.loss_means[task])
+
+    def _check_teachers(self, teachers) -> Mapping[str, nn.Module]:
+        """Task -> teacher, ready to be asked; empty if there is nothing to learn from them."""
+        if not getattr(self.args, "distils", False):
+            return {}
+        if not self.is_multitask:
+            raise UserError(
+                "training.distillation: expected a MultitaskModel, whose tasks are known, got another model"
+            )
+        if isinstance(teachers, MultitaskModel):
+            teachers = {task: teachers for task in teachers.tasks}
+        for task in self.train_dataset or {}:
+            if task not in (teachers or {}):
+                raise UserError(f"training.distillation: expected a teacher of task '{task}', got none; pass teachers=")
+        for teacher in teachers.values():
+            teacher.to(self.args.device).eval()
+        return teachers
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         """One forward and backward pass; a loss that is not finite ends training before it reaches the weights."""
-        task = f"task '{inputs['task']}'" if self.is_multitask else "the batch"
+        task = inputs["task"] if self.is_multitask else None
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._require_finite(loss, f"loss of {task}")
+        self._require_finite(loss, f"loss of task '{task}'" if task else "loss of the batch")
+        if self._surgery:
+            self._surgery.take(task, self.model.encoder.parameters())
+            if self.accelerator.sync_gradients:
+                self._surgery.give(torch.Generator().manual_seed(self.args.seed + self.state.global_step))
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -211,7 +256,7 @@ class DisparseTrainer(Trainer):
         if self.is_multitask and isinstance(datasets, str):
             datasets = {datasets: self.eval_dataset[datasets]}
         if self.is_multitask and datasets is not None:
-            _check_datasets(self.tasks, eval_dataset=datasets)
+            check_datasets(self.tasks, eval_dataset=datasets)
         if not (self.is_multitask and isinstance(datasets, Mapping)):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         metrics, values = {}, {}
@@ -269,6 +314,8 @@ class DisparseTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.pruner.masks is not None and self.args.should_save:
             save_masks(self.pruner.masks, Path(output_dir, MASKS_NAME))
+        if self.loss_means and self.args.should_save:
+            Path(output_dir, LOSS_MEANS_NAME).write_text(json.dumps(self.loss_means))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -277,6 +324,9 @@ class DisparseTrainer(Trainer):
         path = Path(checkpoint, MASKS_NAME)
         if path.is_file():
             self.pruner.masks = load_masks(path)
+        path = Path(checkpoint, LOSS_MEANS_NAME)
+        if path.is_file():
+            self.loss_means = json.loads(path.read_text())
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
@@ -318,63 +368,6 @@ class _ScoringBatches:
                 yield trainer._prepare_inputs(collate([rows[i] for i in indices]))
 
 
-def last_whole_checkpoint(folder: str | Path) -> str | None:
-    """The newest `checkpoint-N` of `folder` that was written to its end, or None.
-
-    `trainer_state.json` is written last: where it parses, a killed process had written the others. They are looked at
-    all the same, for disks fill and files get cut.
-    """
-    found = [p for p in Path(folder).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    for path in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
-        if _is_whole(path):
-            return str(path)
-    return None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    weights = [*checkpoint.glob("model*.safetensors"), *checkpoint.glob("adapter_model.safetensors")]
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-        for index in checkpoint.glob("model.safetensors.index.json"):
-            weights += [checkpoint / name for name in set(json.loads(index.read_text())["weight_map"].values())]
-        for path in (*weights, *checkpoint.glob(MASKS_NAME)):
-            with safe_open(str(path), framework="pt"):  # checks the header against the size of the file
-                pass
-    except (OSError, ValueError, KeyError, SafetensorError):
-        return False
-    archives = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
-    return bool(weights) and len(archives) > 2 and all(zipfile.is_zipfile(path) for path in archives)
-
-
-def _check_arguments(trainer: DisparseTrainer) -> None:
-    """Refuses what would be ignored, or go wrong, without a word."""
-    args = trainer.args
-    if args.n_gpu > 1:
-        raise UserError(
-            f"training: expected one process per GPU, got one process for {args.n_gpu} (nn.DataParallel); "
-            "start with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES"
-        )
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise UserError("training: expected whole weights on every process, got DeepSpeed or FSDP; use DDP (torchrun)")
-    if not trainer.is_multitask:
-        return
-    if args.train_sampling_strategy not in ("random", "group_by_length"):
-        got = args.train_sampling_strategy
-        raise UserError(
-            f"training.train_sampling_strategy: expected random or group_by_length with several tasks, got {got!r}"
-        )
-    if args.batch_eval_metrics or not args.eval_do_concat_batches:
-        raise UserError(
-            "training: metrics of a task are taken over all of its batches; leave batch_eval_metrics and "
-            "eval_do_concat_batches as they are"
-        )
-    other = [t.name for t in trainer.tasks.values() if t.problem_type in ("regression", "multi_label_classification")]
-    if args.label_smoothing_factor and other:
-        raise UserError(
-            f"training.label_smoothing_factor: expected 0 with task '{other[0]}', whose labels are no classes"
-        )
-
-
 def _lengths(datasets: Mapping[str, Any], args: TrainingArguments) -> dict[str, list[int]] | None:
     """Task -> the number of tokens of each example, if batches are grouped by length."""
     if args.train_sampling_strategy != "group_by_length":
@@ -385,16 +378,3 @@ def _lengths(datasets: Mapping[str, Any], args: TrainingArguments) -> dict[str, 
         raise UserError(
             "training.train_sampling_strategy: group_by_length expects a Dataset with a column 'input_ids' per task"
         ) from error
-
-
-def _check_datasets(tasks: Mapping[str, TaskConfig], **datasets) -> None:
-    for key, value in datasets.items():
-        if value is None:
-            continue
-        if not isinstance(value, Mapping):
-            example = next(iter(tasks))
-            got = type(value).__name__
-            raise UserError(f"{key}: expected a dict of task -> Dataset, got {got}. Did you mean {{'{example}': ...}}?")
-        for task in value:
-            if task not in tasks:
-                raise UserError(f"{key}: the model has no task '{task}'{closest(task, tasks)}")

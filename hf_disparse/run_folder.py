@@ -1,0 +1,64 @@
+"""Whose an output folder is, and files that are written whole or not at all. Layer 10."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_disparse.config import UserError, one_line
+from hf_disparse.recipes import Recipe
+
+RECIPE_NAME = "recipe.yaml"
+
+
+def refuse_others(folder: Path, recipe: Recipe) -> None:
+    """Refuses a folder that holds another run or something else, and changes nothing."""
+    path = folder / RECIPE_NAME
+    try:
+        theirs = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+        others = theirs is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"output_dir: cannot read {folder}: {one_line(error)}") from error
+    if others or not isinstance(theirs, dict | None):
+        raise UserError(
+            f"output_dir: expected a new or empty folder, or one of this run, got {folder}, which holds something else.\n"
+            "Give this run its own --output_dir."
+        )
+    mine = recipe.values
+    # A run may be moved and go on elsewhere: where it is does not make it another one.
+    keys = sorted(k for k in {*(theirs or mine), *mine} - {"output_dir"} if (theirs or mine).get(k) != mine.get(k))
+    if keys:
+        raise UserError(
+            f"output_dir: {folder} holds another run, which differs in {', '.join(keys)}.\n"
+            "Give this one its own --output_dir, or delete that folder to start over."
+        )
+
+
+def claim(folder: Path, recipe: Recipe) -> None:
+    """Marks the folder as this recipe's."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / RECIPE_NAME).is_file():
+            write_whole(folder / RECIPE_NAME, yaml.safe_dump(recipe.values, sort_keys=False))
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}; name another one") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_whole` wrote there."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"output_dir: expected JSON in {path}, got a file that does not parse: {one_line(error)}.\n"
+            "Delete that file, and the same command makes it again."
+        ) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)

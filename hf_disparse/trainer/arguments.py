@@ -1,0 +1,108 @@
+"""Training arguments for several tasks, and what they cannot ask for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import Trainer, TrainingArguments
+
+from hf_disparse.config import TaskConfig, UserError, closest, is_number, require
+from hf_disparse.tasks import TaskBatchSampler
+
+LOSS_WEIGHTINGS = ("fixed", "uncertainty", "pcgrad")
+
+
+@dataclass
+class DisparseTrainingArguments(TrainingArguments):
+    """TrainingArguments, how the next batch's task is drawn (see `TaskBatchSampler`), and how losses are made and weighed.
+
+    Args:
+        task_sampling: `proportional`, `temperature` or `round_robin`.
+        sampling_temperature: 1 draws by size, more draws more evenly.
+        sampling_cap: with `temperature`, no task counts as larger than this.
+        loss_weighting: `fixed` takes each task's `weight`, `uncertainty` divides by a running mean of the task's loss as
+            well, `pcgrad` projects conflicting gradients of the tasks that meet in one step, which takes
+            `gradient_accumulation_steps` of at least 2.
+        distillation: share of the teacher's logits in the loss, in [0, 1]; the labels have the rest.
+        distillation_temperature: softens both logits.
+        distillation_hidden: weight of the mean squared distance between the teacher's hidden states and ours, added.
+    """
+
+    task_sampling: str = "proportional"
+    sampling_temperature: float = 1.0
+    sampling_cap: int | None = None
+    loss_weighting: str = "fixed"
+    distillation: float = 0.0
+    distillation_temperature: float = 2.0
+    distillation_hidden: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        TaskBatchSampler({"task": 1}, 1, **self.sampling())  # refuses what it cannot do now rather than at train()
+        if self.loss_weighting not in LOSS_WEIGHTINGS:
+            known = closest(self.loss_weighting, LOSS_WEIGHTINGS)
+            raise UserError(f"loss_weighting: unknown value {self.loss_weighting!r}{known}")
+        share, temperature = self.distillation, self.distillation_temperature
+        require(is_number(share) and 0 <= share <= 1, "distillation", "a number in [0, 1]", share)
+        good = is_number(temperature) and temperature > 0
+        require(good, "distillation_temperature", "a number above 0", temperature)
+        hidden = self.distillation_hidden
+        require(is_number(hidden) and hidden >= 0, "distillation_hidden", "a number of at least 0", hidden)
+
+    def sampling(self) -> dict[str, Any]:
+        """The arguments of `TaskBatchSampler` that these are."""
+        names = {"sampling": "task_sampling", "temperature": "sampling_temperature", "cap": "sampling_cap"}
+        return {argument: getattr(self, name) for argument, name in names.items()}
+
+    @property
+    def distils(self) -> bool:
+        """Whether there is something to learn from a teacher."""
+        return self.distillation > 0 or self.distillation_hidden > 0
+
+
+def check_arguments(trainer: Trainer) -> None:
+    """Refuses what would be ignored, or go wrong, without a word."""
+    args = trainer.args
+    if args.n_gpu > 1:
+        raise UserError(
+            f"training: expected one process per GPU, got one process for {args.n_gpu} (nn.DataParallel); "
+            "start with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES"
+        )
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise UserError("training: expected whole weights on every process, got DeepSpeed or FSDP; use DDP (torchrun)")
+    surgery = getattr(args, "loss_weighting", "fixed") == "pcgrad"
+    if surgery and (not trainer.is_multitask or args.gradient_accumulation_steps < 2 or args.world_size > 1):
+        raise UserError(
+            "training.loss_weighting: pcgrad expects several tasks in a step, that is, a MultitaskModel with "
+            "gradient_accumulation_steps of at least 2, in one process"
+        )
+    if not trainer.is_multitask:
+        return
+    if args.train_sampling_strategy not in ("random", "group_by_length"):
+        got = args.train_sampling_strategy
+        raise UserError(
+            f"training.train_sampling_strategy: expected random or group_by_length with several tasks, got {got!r}"
+        )
+    if args.batch_eval_metrics or not args.eval_do_concat_batches:
+        raise UserError(
+            "training: metrics of a task are taken over all of its batches; leave batch_eval_metrics and "
+            "eval_do_concat_batches as they are"
+        )
+    other = [t.name for t in trainer.tasks.values() if t.problem_type in ("regression", "multi_label_classification")]
+    if args.label_smoothing_factor and other:
+        raise UserError(
+            f"training.label_smoothing_factor: expected 0 with task '{other[0]}', whose labels are no classes"
+        )
+
+
+def check_datasets(tasks: Mapping[str, TaskConfig], **datasets) -> None:
+    for key, value in datasets.items():
+        if value is None:
+            continue
+        if not isinstance(value, Mapping):
+            example = next(iter(tasks))
+            got = type(value).__name__
+            raise UserError(f"{key}: expected a dict of task -> Dataset, got {got}. Did you mean {{'{example}': ...}}?")
+        for task in value:
+            if task not in tasks:
+                raise UserError(f"{key}: the model has no task '{task}'{closest(task, tasks)}")

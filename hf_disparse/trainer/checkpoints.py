@@ -1,0 +1,37 @@
+"""Which checkpoint of a run was written to its end."""
+
+import json
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from hf_disparse.masks import MASKS_NAME
+
+
+def last_whole_checkpoint(folder: str | Path) -> str | None:
+    """The newest `checkpoint-N` of `folder` that was written to its end, or None.
+
+    `trainer_state.json` is written last: where it parses, a killed process had written the others. They are looked at
+    all the same, for disks fill and files get cut.
+    """
+    found = [p for p in Path(folder).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    for path in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
+        if _is_whole(path):
+            return str(path)
+    return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    weights = [*checkpoint.glob("model*.safetensors"), *checkpoint.glob("adapter_model.safetensors")]
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        for index in checkpoint.glob("model.safetensors.index.json"):
+            weights += [checkpoint / name for name in set(json.loads(index.read_text())["weight_map"].values())]
+        for path in (*weights, *checkpoint.glob(MASKS_NAME)):
+            with safe_open(str(path), framework="pt"):  # checks the header against the size of the file
+                pass
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return False
+    archives = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
+    return bool(weights) and len(archives) > 2 and all(zipfile.is_zipfile(path) for path in archives)
