@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
-from hf_disparse import MultitaskModel, cli, run
+from hf_disparse import MultitaskModel, cli, run, run_folder
 from hf_disparse.trainer import last_whole_checkpoint
 from tests.cli_helpers import changed, hf_disparse, refused, snapshot, without, write_inputs, write_recipe
 
@@ -327,7 +327,7 @@ def test_a_folder_that_may_not_be_written_to(recipe, tmp_path, monkeypatch):
     def denied(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(run, "_write", denied)
+    monkeypatch.setattr(run_folder, "write_whole", denied)
     path = write_recipe(tmp_path, recipe)
     refused("train", path, names=("output_dir", "cannot write", "Permission denied", "another"))
 
