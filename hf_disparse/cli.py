@@ -188,7 +188,8 @@ def print_comparison(report: dict, folder: str) -> None:
         shown = _table(*header)
         for row in rows:
             shown.add_row(*row)
-        Console().print(shown)
+        console = Console()
+        (console if console.is_terminal else Console(width=160)).print(shown)  # a file need not be folded to 80
         print(comparing.caption(report))
         print(f"written: {folder}/{comparing.MARKDOWN_NAME} and {comparing.JSON_NAME}")
     for name, reason in report["failed"].items():

@@ -5,10 +5,11 @@ cell being a method, a criterion, a sparsity and a seed. Starting the same compa
 """
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 
 from hf_disparse.config import CRITERIA, UserError, closest, one_line, require
 from hf_disparse.recipes import Recipe, parse_recipe
-from hf_disparse.run import environment, prepare, rehearse, say, train_phase
+from hf_disparse.run import PHASE_NAME, environment, prepare, rehearse, say, train_phase
 from hf_disparse.run_folder import claim, read_json, refuse_others, write_whole
 from hf_disparse.schedule import update_steps
 from hf_disparse.tasks import average
@@ -45,7 +46,7 @@ class Cell:
     @property
     def name(self) -> str:
         """What its files are called."""
-        parts = [self.method, self.criterion, f"{self.sparsity:g}" if self.sparsity else "", f"seed{self.seed}"]
+        parts = [self.method, self.criterion, str(self.sparsity) if self.sparsity else "", f"seed{self.seed}"]
         return "-".join(part for part in parts if part)
 
     @property
@@ -94,32 +95,38 @@ def compare(recipe: Recipe, cells: Sequence[Cell]) -> dict[str, Any]:
     A cell that fails is reported and leaves the others alone; the next call tries it again.
 
     Returns:
-        What `compare.json` holds: `rows` (one per method, criterion and sparsity, over the seeds), `cells`, `failed` (cell ->
-        reason), `backward_passes`, `examples` and `environment`.
+        What `compare.json` holds: `rows` (one per method, criterion and sparsity, over the seeds) and `cells`, of all that
+        the folder has, `failed` (cell -> reason, of this call) and `environment`.
     """
     folder = Path(recipe.output_dir)
     refuse_others(folder, recipe)
     recipes = {cell: _recipe_of(recipe, cell) for cell in cells}  # refuses nonsense before anything runs
-    results, failed = {}, {}
-    data_of = _DataBySeed()
     todo = [cell for cell in cells if not _file(folder, cell).is_file()]
+    failed, hopeless = {}, {}
     if todo:
-        rehearse(recipes[todo[0]], *data_of(recipes[todo[0]])[:2])
+        data_of = _DataBySeed()
+        most = max(todo, key=lambda cell: (cell.sparsity > 0, cell.scores_by_gradients))  # asks for what others do not
+        rehearse(recipes[most], *data_of(recipes[most])[:2])
         claim(folder, recipe)
     for cell in tqdm(todo, desc="cells", disable=None):
         say(f"cell {cell.name}, {len(todo)} to run, {len(cells) - len(todo)} were there")
         try:
-            _run(recipes[cell], cell, folder, data_of)
+            if cell.seed not in hopeless:
+                _run(recipes[cell], cell, folder, data_of)
         except Exception as error:  # whatever it is, the other cells are not to blame
             failed[cell.name] = one_line(error)
             say(f"cell {cell.name} failed: {failed[cell.name]}")
-    results = {cell: read_json(_file(folder, cell)) for cell in cells if _file(folder, cell).is_file()}
+            if not Path(_dense(folder, cell), PHASE_NAME).is_file():
+                hopeless[cell.seed] = f"no dense model of seed {cell.seed}: {failed[cell.name]}"
+        if cell.seed in hopeless:
+            failed[cell.name] = hopeless[cell.seed]
+    for cell in set(cells) - set(todo):  # killed between its result and the end of its clean-up
+        shutil.rmtree(folder / "cells" / cell.name, ignore_errors=True)
+    results = _finished(folder)
     report = {
         "rows": tabulate(results),
         "cells": [{**asdict(cell), **result} for cell, result in results.items()],
         "failed": failed,
-        "backward_passes": _passes(recipe),
-        "examples": next((result["examples"] for result in results.values()), None),
         "environment": environment(),
     }
     if results:
@@ -132,16 +139,32 @@ def _file(folder: Path, cell: Cell) -> Path:
     return folder / "cells" / f"{cell.name}.json"
 
 
+def _dense(folder: Path, cell: Cell) -> Path:
+    return folder / f"dense-seed{cell.seed}"
+
+
+def _finished(folder: Path) -> dict[Cell, dict[str, Any]]:
+    """The results of all cells in the folder, whichever command ran them, in the order of a table."""
+    results = {}
+    for path in folder.glob("cells/*.json"):
+        result = read_json(path)
+        results[Cell(**result.pop("cell"))] = result
+    methods = {method: i for i, method in enumerate(METHODS)}
+    by = {cell: (cell.sparsity, methods.get(cell.method, len(methods)), cell.name) for cell in results}
+    return {cell: results[cell] for cell in sorted(results, key=by.__getitem__)}
+
+
 def _run(recipe: Recipe, cell: Cell, root: Path, data_of: "_DataBySeed") -> None:
     """Trains one cell from the dense model of its seed, which is trained first if it is not there."""
     tokenizer, data, sizes = data_of(recipe)
-    dense = root / f"dense-seed{cell.seed}"
+    dense = _dense(root, cell)
     train_phase(recipe, "dense", dense, tokenizer, data)
     for path in dense.glob("checkpoint-*"):
         shutil.rmtree(path)
     work = root / "cells" / cell.name
     result = train_phase(recipe, "sparse", work, tokenizer, data, start=dense)
-    write_whole(_file(root, cell), json.dumps({**result, "examples": sizes}, indent=2) + "\n")
+    result["pruned"] = result.pop("sparsity")  # as measured; the cell has the sparsity that was asked for
+    write_whole(_file(root, cell), json.dumps({"cell": asdict(cell), **result, "examples": sizes}, indent=2) + "\n")
     shutil.rmtree(work)  # a grid of models fills a disk; `train` makes any one of them again
 
 
@@ -159,28 +182,15 @@ class _DataBySeed:
         return self._loaded
 
 
-def _passes(recipe: Recipe) -> int:
-    """Backward passes of every cell: those of the recipe's sparse phase and those of scoring all tasks."""
-    arguments = recipe.arguments("sparse", recipe.output_dir)
-    require(
-        arguments.max_steps > 0,
-        "recovery.max_steps",
-        "a number of steps, so that all get the same",
-        arguments.max_steps,
-    )
-    return arguments.max_steps * arguments.gradient_accumulation_steps + _scoring_passes(recipe)
-
-
-def _scoring_passes(recipe: Recipe) -> int:
-    votes = len(recipe.tasks) - len(recipe.helpers)
-    return votes * recipe.pruning.score_batches * len(list(update_steps(recipe.pruning)))
-
-
 def _recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
-    """The recipe that is this cell; what does not score trains for as many steps more."""
-    values = recipe.values
-    passes = _passes(recipe) - (_scoring_passes(recipe) if cell.scores_by_gradients else 0)
-    steps = passes // recipe.arguments("sparse", recipe.output_dir).gradient_accumulation_steps
+    """The recipe that is this cell; what does not score trains for as many backward passes more."""
+    values, arguments = recipe.values, recipe.arguments("sparse", recipe.output_dir)
+    steps = arguments.max_steps
+    require(steps > 0, "recovery.max_steps", "a number of steps, so that every method gets the same", steps)
+    if not cell.scores_by_gradients:
+        updates = len(update_steps(replace(recipe.pruning, sparsity=0.5)))  # the same steps at any sparsity but 0
+        votes = len(recipe.tasks) - len(recipe.helpers)
+        steps += math.ceil(votes * recipe.pruning.score_batches * updates / arguments.gradient_accumulation_steps)
     return parse_recipe(
         {
             **values,
@@ -217,6 +227,7 @@ def tabulate(results: dict[Cell, dict[str, Any]]) -> list[dict[str, Any]]:
                 "mean": {name: mean(v) for name, v in values.items()},
                 "spread": {name: stdev(v) if len(v) > 1 else None for name, v in values.items()},
                 "against_dense": mean(paired) if paired else None,
+                "backward_passes": max(results[cell]["backward_passes"] for cell in cells),
                 "seconds": mean(seconds),
             }
         )
@@ -241,10 +252,12 @@ def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def caption(report: dict[str, Any]) -> str:
     """What the figures of the table are."""
-    sizes = ", ".join(f"{task} {size:,}" for task, size in report["examples"]["validation"].items())
+    sizes = ", ".join(f"{task} {size:,}" for task, size in report["cells"][0]["examples"]["validation"].items())
+    passes = [row["backward_passes"] for row in report["rows"]]
+    budget = f"{min(passes):,}" + (f" to {max(passes):,}" if min(passes) < max(passes) else "")
     return (
-        f"Mean ± sample standard deviation over seeds of each task's metrics (0 to 100), on {sizes} held-out examples. Every row had "
-        f"{report['backward_passes']:,} backward passes after dense training, scoring included."
+        f"Mean ± sample standard deviation over seeds of each task's metrics (0 to 100), on {sizes} held-out examples. "
+        f"Every row had {budget} backward passes after dense training, scoring included."
     )
 
 
@@ -253,8 +266,8 @@ def markdown(report: dict[str, Any]) -> str:
     header, rows = table(report)
     aligned = ["---", *["---:"] * (len(header) - 1)]
     lines = ["| " + " | ".join(row) + " |" for row in (header, aligned, *rows)]
-    failed = [f"Failed: {name}: {reason}" for name, reason in report["failed"].items()]
-    return "\n".join([*lines, "", caption(report), *failed]) + "\n"
+    failed = [f"Failed: {name}: {reason}\n" for name, reason in report["failed"].items()]
+    return "\n".join([*lines, "", caption(report), "", *failed]).rstrip() + "\n"
 
 
 def progress(recipe: Recipe, cells: Sequence[Cell]) -> str:

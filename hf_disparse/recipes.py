@@ -176,7 +176,7 @@ def _check_keys(values: dict, where: str, depth: int) -> None:
 
 def _check_best_metric(recipe: Recipe, metric: str | None) -> None:
     """Refuses to choose the best checkpoint by a metric that evaluation will not have."""
-    known = ["average"]
+    known = ["average", "loss"]
     for name, (task, _) in recipe.tasks.items():
         if name in recipe.helpers:
             continue

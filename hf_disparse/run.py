@@ -198,6 +198,7 @@ def train_phase(
     result = {
         "metrics": metrics,
         "seconds": seconds,
+        "backward_passes": trainer.backward_passes,
         "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         "sparsity": sparsity_report(model, model.encoder, prunable_parameters(model, recipe.pruning)),
     }

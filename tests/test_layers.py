@@ -11,6 +11,7 @@ LAYER = {
     "tasks": 1,
     "model": 2,
     "scores": 3,
+    "losses": 3,
     "decision": 4,
     "masks": 5,
     "schedule": 6,
@@ -25,6 +26,7 @@ LAYER = {
 FORBIDDEN = {
     "config": {"torch", "transformers", "datasets"},
     "scores": {"transformers", "datasets", "hf_disparse"},
+    "losses": {"transformers", "datasets", "hf_disparse"},
     "decision": {"transformers", "datasets", "hf_disparse"},
     "masks": {"transformers", "datasets"},
     "schedule": {"transformers", "datasets", "torch"},

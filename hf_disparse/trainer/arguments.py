@@ -106,3 +106,15 @@ def check_datasets(tasks: Mapping[str, TaskConfig], **datasets) -> None:
         for task in value:
             if task not in tasks:
                 raise UserError(f"{key}: the model has no task '{task}'{closest(task, tasks)}")
+
+
+def lengths_by_task(datasets: Mapping[str, Any], args: TrainingArguments) -> dict[str, list[int]] | None:
+    """Task -> the number of tokens of each example, if batches are grouped by length."""
+    if args.train_sampling_strategy != "group_by_length":
+        return None
+    try:
+        return {task: [len(ids) for ids in rows["input_ids"]] for task, rows in datasets.items()}
+    except (KeyError, TypeError) as error:  # rows of the user's own, which need not be a Dataset
+        raise UserError(
+            "training.train_sampling_strategy: group_by_length expects a Dataset with a column 'input_ids' per task"
+        ) from error

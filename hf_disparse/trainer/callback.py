@@ -12,7 +12,7 @@ from hf_disparse.config import PruningConfig, UserError
 from hf_disparse.masks import MaskHooks, apply_masks, count_pruned, find_masks
 from hf_disparse.model import prunable_parameters
 from hf_disparse.schedule import sparsity_at, update_steps
-from hf_disparse.scores import Batch, LossFunction, model_loss, score
+from hf_disparse.scores import GRADIENT_CRITERIA, Batch, LossFunction, model_loss, score
 
 
 def decide_by(config: PruningConfig, task_scores, sparsity: float, active=None) -> decision.Masks:
@@ -50,6 +50,7 @@ class PruningCallback(TrainerCallback):
 
     Attributes:
         masks: the masks in force, None before the first pruning.
+        backward_passes: how many scoring has taken.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class PruningCallback(TrainerCallback):
         self.config, self.loaders, self.masks = config, loaders, masks
         self._loss_fn, self._weights = loss_fn, weights
         self._hooks: MaskHooks | None = None
+        self.backward_passes = 0
 
     @property
     def last_update(self) -> int:
@@ -125,6 +127,8 @@ class PruningCallback(TrainerCallback):
             progress=progress,
         )
         self._hold(model, {**held, **decide_by(self.config, stream, sparsity, active)})
+        if self.config.criterion in GRADIENT_CRITERIA:
+            self.backward_passes += len(self.loaders) * self.config.score_batches
 
     def _hold(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         self.release()

@@ -12,15 +12,15 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_disparse.config import PruningConfig, UserError
+from hf_disparse.losses import GradientSurgery, distillation_loss, hidden_loss, uncertainty_weight
 from hf_disparse.masks import MASKS_NAME, count_pruned, load_masks, save_masks
 from hf_disparse.model import MultitaskModel
 from hf_disparse.tasks import MultitaskCollator, TaskBatchSampler, TaskDataset, average, compute_metrics
-from hf_disparse.trainer.arguments import DisparseTrainingArguments, check_arguments, check_datasets
+from hf_disparse.trainer.arguments import DisparseTrainingArguments, check_arguments, check_datasets, lengths_by_task
 from hf_disparse.trainer.callback import PruningCallback
 from hf_disparse.trainer.checkpoints import last_whole_checkpoint
-from hf_disparse.trainer.losses import GradientSurgery, distillation_loss, hidden_loss, uncertainty_weight
 
-LOSS_MEANS_NAME = "loss_means.json"
+STATE_NAME = "disparse_state.json"
 
 
 class DisparseTrainer(Trainer):
@@ -69,6 +69,7 @@ class DisparseTrainer(Trainer):
         self.tasks = self.model.tasks if self.is_multitask else {}
         self._teachers = self._check_teachers(teachers)
         self.loss_means: dict[str, float] = {}  # running, with loss_weighting="uncertainty"
+        self._trained = 0  # backward passes
         self._surgery = GradientSurgery() if self._weighting == "pcgrad" else None
         check_arguments(self)
         if self.is_multitask:
@@ -101,7 +102,7 @@ class DisparseTrainer(Trainer):
             self._train_batch_size,
             seed=args.seed if args.data_seed is None else args.data_seed,
             world_size=args.world_size,
-            lengths=_lengths(self.train_dataset, args),
+            lengths=lengths_by_task(self.train_dataset, args),
             **(args.sampling() if isinstance(args, DisparseTrainingArguments) else {}),
         )
         loader = DataLoader(
@@ -145,6 +146,11 @@ class DisparseTrainer(Trainer):
     # Training: losses by task, nothing that is not finite
 
     @property
+    def backward_passes(self) -> int:
+        """Those of this training so far, also before it was resumed, in steps and in scoring."""
+        return self._trained + self.pruner.backward_passes
+
+    @property
     def _weighting(self) -> str:
         return getattr(self.args, "loss_weighting", "fixed")
 
@@ -182,8 +188,12 @@ class DisparseTrainer(Trainer):
             )
             loss = (1 - args.distillation) * loss + args.distillation * soft
         if args.distillation_hidden:
-            mask = inputs["attention_mask"]
-            loss = loss + args.distillation_hidden * hidden_loss(outputs.hidden_states, told.hidden_states, mask)
+            ours, theirs = (out.hidden_states for out in (outputs, told))
+            if [h.shape for h in ours] != [h.shape for h in theirs]:
+                got = f"{len(theirs)} of width {theirs[0].shape[-1]} instead of {len(ours)} of {ours[0].shape[-1]}"
+                raise UserError(f"training.distillation_hidden: expected a teacher with our hidden states, got {got}")
+            mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+            loss = loss + args.distillation_hidden * hidden_loss(ours, theirs, mask)
         return loss
 
     def _uncertainty_weight(self, task: str, loss: Tensor) -> float:
@@ -202,9 +212,16 @@ class DisparseTrainer(Trainer):
             )
         if isinstance(teachers, MultitaskModel):
             teachers = {task: teachers for task in teachers.tasks}
+        teachers = {} if teachers is None else teachers
+        if not isinstance(teachers, Mapping):
+            got = type(teachers).__name__
+            raise UserError(f"teachers: expected a MultitaskModel or a dict of task -> model, got {got}")
         for task in self.train_dataset or {}:
-            if task not in (teachers or {}):
+            if task not in teachers:
                 raise UserError(f"training.distillation: expected a teacher of task '{task}', got none; pass teachers=")
+            if isinstance(teachers[task], MultitaskModel) and task not in teachers[task].tasks:
+                has = ", ".join(teachers[task].tasks)
+                raise UserError(f"teachers: expected a teacher of task '{task}', got a model of {has}")
         for teacher in teachers.values():
             teacher.to(self.args.device).eval()
         return teachers
@@ -213,6 +230,7 @@ class DisparseTrainer(Trainer):
         """One forward and backward pass; a loss that is not finite ends training before it reaches the weights."""
         task = inputs["task"] if self.is_multitask else None
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self._trained += 1
         self._require_finite(loss, f"loss of task '{task}'" if task else "loss of the batch")
         if self._surgery:
             self._surgery.take(task, self.model.encoder.parameters())
@@ -305,6 +323,10 @@ class DisparseTrainer(Trainer):
                 raise UserError(f"resume_from_checkpoint: there is no whole checkpoint in {self.args.output_dir}")
         if self.model_init is not None:
             self.pruner.masks = self._given_masks  # the masks of an earlier trial are of another model
+            self.loss_means = {}
+        self._trained = self.pruner.backward_passes = 0
+        if self._surgery:
+            self._surgery = GradientSurgery()  # a step that died may have left gradients in the old one
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -314,8 +336,9 @@ class DisparseTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.pruner.masks is not None and self.args.should_save:
             save_masks(self.pruner.masks, Path(output_dir, MASKS_NAME))
-        if self.loss_means and self.args.should_save:
-            Path(output_dir, LOSS_MEANS_NAME).write_text(json.dumps(self.loss_means))
+        if self.args.should_save:
+            state = {"backward_passes": self.backward_passes, "loss_means": self.loss_means}
+            Path(output_dir, STATE_NAME).write_text(json.dumps(state))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -324,9 +347,10 @@ class DisparseTrainer(Trainer):
         path = Path(checkpoint, MASKS_NAME)
         if path.is_file():
             self.pruner.masks = load_masks(path)
-        path = Path(checkpoint, LOSS_MEANS_NAME)
-        if path.is_file():
-            self.loss_means = json.loads(path.read_text())
+        path = Path(checkpoint, STATE_NAME)
+        if path.is_file():  # absent from a foreign Trainer's
+            state = json.loads(path.read_text())
+            self._trained, self.loss_means = state["backward_passes"], state["loss_means"]
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
@@ -356,7 +380,7 @@ class _ScoringBatches:
         rows, lengths = trainer.train_dataset, None
         if trainer.is_multitask:
             mine = {self.task: rows[self.task]}
-            rows, lengths = TaskDataset(mine), _lengths(mine, trainer.args)
+            rows, lengths = TaskDataset(mine), lengths_by_task(mine, trainer.args)
         elif isinstance(rows, IterableDataset):
             raise UserError("train_dataset: scoring draws examples at random, got a stream; load it as a Dataset")
         collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="scoring")
@@ -366,15 +390,3 @@ class _ScoringBatches:
             sampler.set_epoch(epoch)
             for indices in sampler:
                 yield trainer._prepare_inputs(collate([rows[i] for i in indices]))
-
-
-def _lengths(datasets: Mapping[str, Any], args: TrainingArguments) -> dict[str, list[int]] | None:
-    """Task -> the number of tokens of each example, if batches are grouped by length."""
-    if args.train_sampling_strategy != "group_by_length":
-        return None
-    try:
-        return {task: [len(ids) for ids in rows["input_ids"]] for task, rows in datasets.items()}
-    except (KeyError, TypeError) as error:  # rows of the user's own, which need not be a Dataset
-        raise UserError(
-            "training.train_sampling_strategy: group_by_length expects a Dataset with a column 'input_ids' per task"
-        ) from error

@@ -90,7 +90,7 @@ class GradientSurgery:
         for i, one in enumerate(tasks):
             for j, other in enumerate(tasks[: i + 1]):
                 both = [p for p in parameters if p in one and p in other]
-                gram[i, j] = gram[j, i] = sum(float((one[p] * other[p]).sum(dtype=torch.float32)) for p in both)
+                gram[i, j] = gram[j, i] = sum(float((one[p].double() * other[p].double()).sum()) for p in both)
         weights = pcgrad_weights(gram, generator).tolist()
         for p in parameters:
             p.grad = sum(weight * task[p] for weight, task in zip(weights, tasks, strict=True) if p in task)
