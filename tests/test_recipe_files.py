@@ -48,7 +48,12 @@ def test_the_minilm_recipes_differ_in_what_their_sparsity_asks_for_only():
 
 @pytest.mark.skipif(not GLUE_DATA.is_dir(), reason="needs GLUE in ../shared/glue, in the layout of nyu-mll/glue")
 def test_a_glue_recipe_takes_a_local_encoder_and_local_data(tmp_path):
-    overrides = [f"tasks.*.data={GLUE_DATA}", "tasks.*.max_train_rows=50", f"model.encoder={write_encoder(tmp_path)}"]
+    overrides = [
+        f"tasks.*.data={GLUE_DATA}",
+        "tasks.*.max_train_rows=50",
+        "model.max_length=32",
+        f"model.encoder={write_encoder(tmp_path)}",
+    ]
     plan = run.plan(read_recipe(ROOT / "recipes" / "glue_minilm_90.yaml", overrides, str(tmp_path / "run")))
     # The official numbers of validation examples, but for mrpc, which the local copy splits anew.
     assert plan["examples"]["validation"] == {"rte": 277, "mrpc": 500, "stsb": 1500, "cola": 1043, "sst2": 872}
