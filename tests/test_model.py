@@ -232,3 +232,18 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
         if a.grad is not None:
             torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+def test_a_task_that_is_removed_is_gone_from_model_and_config_and_the_others_stay(tmp_path):
+    model = tiny_model()
+    before = {name: value.clone() for name, value in model.state_dict().items() if ".two." not in name}
+    model.remove_task("two")
+    assert list(model.heads) == list(model.tasks) == ["three", "real"]
+    model.save_pretrained(tmp_path)
+    again = MultitaskModel.from_pretrained(tmp_path)
+    assert again.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in again.state_dict().items())
+    model.remove_task("three")
+    for name in ("two", "real"):  # no longer there, and the last one
+        with pytest.raises(UserError, match="expected one of several tasks"):
+            model.remove_task(name)
