@@ -234,7 +234,7 @@ def test_a_section_that_is_no_mapping(section, value):
         ("label_names", 5, "a list or nothing, got 5"),
         ("lr_scheduler_type", "cosin", "unknown value 'cosin'; did you mean 'cosine'?"),
         ("eval_strategy", False, "put 'no' in quotes"),
-        ("metric_for_best_model", "acuracy", "expected one of: average, two_accuracy, two_loss"),
+        ("metric_for_best_model", "acuracy", "expected one of: average, loss, two_accuracy, two_loss"),
         ("learning_rte", 1, "did you mean 'learning_rate'?"),
         ("seed", 1, "set 'seed' at the top of the recipe"),
     ],
