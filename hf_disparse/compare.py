@@ -149,9 +149,12 @@ def _finished(folder: Path) -> dict[Cell, dict[str, Any]]:
     for path in folder.glob("cells/*.json"):
         result = read_json(path)
         results[Cell(**result.pop("cell"))] = result
-    methods = {method: i for i, method in enumerate(METHODS)}
-    by = {cell: (cell.sparsity, methods.get(cell.method, len(methods)), cell.name) for cell in results}
-    return {cell: results[cell] for cell in sorted(results, key=by.__getitem__)}
+    place = {method: i for i, method in enumerate(METHODS)}  # another quorum than 2 comes last
+
+    def order(cell: Cell) -> tuple:
+        return cell.sparsity, place.get(cell.method, len(place)), cell.method, cell.criterion, cell.seed
+
+    return {cell: results[cell] for cell in sorted(results, key=order)}
 
 
 def _run(recipe: Recipe, cell: Cell, root: Path, data_of: "_DataBySeed") -> None:
