@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 
 from hf_disparse.config import CRITERIA, UserError, closest, one_line, require
 from hf_disparse.recipes import Recipe, parse_recipe
-from hf_disparse.run import PHASE_NAME, environment, prepare, rehearse, say, train_phase
+from hf_disparse.run import PHASE_NAME, environment, prepare, rehearse, say, sizes, train_phase
 from hf_disparse.run_folder import claim, read_json, refuse_others, write_whole
 from hf_disparse.schedule import update_steps
+from hf_disparse.scores import GRADIENT_CRITERIA
 from hf_disparse.tasks import average
 
 JSON_NAME, MARKDOWN_NAME = "compare.json", "compare.md"
@@ -52,7 +53,7 @@ class Cell:
     @property
     def scores_by_gradients(self) -> bool:
         """Whether its scoring takes backward passes."""
-        return self.method not in _WITHOUT_CRITERION and self.criterion not in ("magnitude", "random")
+        return self.method not in _WITHOUT_CRITERION and self.criterion in GRADIENT_CRITERIA
 
     def pruning(self) -> dict[str, Any]:
         """The fields of PruningConfig that this cell sets."""
@@ -106,7 +107,7 @@ def compare(recipe: Recipe, cells: Sequence[Cell]) -> dict[str, Any]:
     if todo:
         data_of = _DataBySeed()
         most = max(todo, key=lambda cell: (cell.sparsity > 0, cell.scores_by_gradients))  # asks for what others do not
-        rehearse(recipes[most], *data_of(recipes[most])[:2])
+        rehearse(recipes[most], *data_of(recipes[most]))
         claim(folder, recipe)
     for cell in tqdm(todo, desc="cells", disable=None):
         say(f"cell {cell.name}, {len(todo)} to run, {len(cells) - len(todo)} were there")
@@ -159,7 +160,7 @@ def _finished(folder: Path) -> dict[Cell, dict[str, Any]]:
 
 def _run(recipe: Recipe, cell: Cell, root: Path, data_of: "_DataBySeed") -> None:
     """Trains one cell from the dense model of its seed, which is trained first if it is not there."""
-    tokenizer, data, sizes = data_of(recipe)
+    tokenizer, data = data_of(recipe)
     dense = _dense(root, cell)
     train_phase(recipe, "dense", dense, tokenizer, data)
     for path in dense.glob("checkpoint-*"):
@@ -167,7 +168,9 @@ def _run(recipe: Recipe, cell: Cell, root: Path, data_of: "_DataBySeed") -> None
     work = root / "cells" / cell.name
     result = train_phase(recipe, "sparse", work, tokenizer, data, start=dense)
     result["pruned"] = result.pop("sparsity")  # as measured; the cell has the sparsity that was asked for
-    write_whole(_file(root, cell), json.dumps({"cell": asdict(cell), **result, "examples": sizes}, indent=2) + "\n")
+    write_whole(
+        _file(root, cell), json.dumps({"cell": asdict(cell), **result, "examples": sizes(data)}, indent=2) + "\n"
+    )
     shutil.rmtree(work)  # a grid of models fills a disk; `train` makes any one of them again
 
 
@@ -180,8 +183,7 @@ class _DataBySeed:
     def __call__(self, recipe: Recipe):
         if self._seed != recipe.seed:
             tokenizer, data, _ = prepare(recipe)
-            sizes = {split: {task: len(rows) for task, rows in tasks.items()} for split, tasks in data.items()}
-            self._seed, self._loaded = recipe.seed, (tokenizer, data, sizes)
+            self._seed, self._loaded = recipe.seed, (tokenizer, data)
         return self._loaded
 
 
@@ -255,11 +257,11 @@ def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def caption(report: dict[str, Any]) -> str:
     """What the figures of the table are."""
-    sizes = ", ".join(f"{task} {size:,}" for task, size in report["cells"][0]["examples"]["validation"].items())
+    held_out = ", ".join(f"{task} {size:,}" for task, size in report["cells"][0]["examples"]["validation"].items())
     passes = [row["backward_passes"] for row in report["rows"]]
     budget = f"{min(passes):,}" + (f" to {max(passes):,}" if min(passes) < max(passes) else "")
     return (
-        f"Mean ± sample standard deviation over seeds of each task's metrics (0 to 100), on {sizes} held-out examples. "
+        f"Mean ± sample standard deviation over seeds of each task's metrics (0 to 100), on {held_out} held-out examples. "
         f"Every row had {budget} backward passes after dense training, scoring included."
     )
 

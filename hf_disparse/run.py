@@ -59,7 +59,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         "dense": dense.pop("metrics"),
         "sparse": sparse.pop("metrics"),
         "majority": {name: _majority(recipe.tasks[name][0], rows) for name, rows in data["validation"].items()},
-        "examples": _sizes(data),
+        "examples": sizes(data),
         "unlabelled": unlabelled,
         "bytes": {"dense": dense.pop("bytes"), "sparse": sparse.pop("bytes")},
         "seconds": {**seconds, "total": sum(seconds.values())},
@@ -79,7 +79,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     tokenizer, data, unlabelled = prepare(recipe)
     model = rehearse(recipe, tokenizer, data)
     return {
-        "examples": _sizes(data),
+        "examples": sizes(data),
         "unlabelled": unlabelled,
         "prunable": sum(p.numel() for p in prunable_parameters(model, recipe.pruning).values()),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -163,7 +163,8 @@ def _by_length(rows: Dataset) -> Dataset:
     return rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
 
 
-def _sizes(data: Splits) -> dict[str, dict[str, int]]:
+def sizes(data: Splits) -> dict[str, dict[str, int]]:
+    """Split -> task -> number of examples."""
     return {split: {name: len(rows) for name, rows in tasks.items()} for split, tasks in data.items()}
 
 

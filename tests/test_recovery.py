@@ -256,7 +256,8 @@ def test_a_teacher_of_another_kind_is_refused_in_a_line(tmp_path, make):
 def test_evaluation_without_training_data_needs_no_teacher(tmp_path):
     """As in `hf-disparse evaluate` on a recipe that distils."""
     args = arguments(tmp_path, distillation=0.5)
-    DisparseTrainer(tiny_model(), args, processing_class=tiny_tokenizer()).evaluate(three_datasets())
+    metrics = DisparseTrainer(tiny_model(), args, processing_class=tiny_tokenizer()).evaluate(three_datasets())
+    assert {f"eval_{task.name}_loss" for task in three_tasks()} <= metrics.keys()
 
 
 def test_a_step_that_died_leaves_no_gradients_to_the_next_training(tmp_path):

@@ -55,7 +55,7 @@ class TaskBatchSampler:
     - `temperature`: with probability ~ min(size, cap) ** (1 / temperature);
     - `round_robin`: in turn, small tasks starting over until the largest is through.
     A task's examples come in a fresh random order each time it starts over. Given their `lengths` (task -> one per
-    example), examples of similar length meet in a batch, which halves the padding of GLUE's tasks. With several processes
+    example), examples of similar length meet in a batch, which halves the tokens of GLUE's padded ones. With several processes
     every task comes in blocks of `world_size` batches, for Accelerate hands batch i to rank i mod world_size.
 
     It has no attribute `batch_size`, on purpose: Accelerate would drop blocks by it.

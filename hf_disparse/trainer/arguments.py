@@ -96,6 +96,7 @@ def check_arguments(trainer: Trainer) -> None:
 
 
 def check_datasets(tasks: Mapping[str, TaskConfig], **datasets) -> None:
+    """Refuses what is no dict of the model's tasks to rows; each keyword is the name to say it by, None is let pass."""
     for key, value in datasets.items():
         if value is None:
             continue
