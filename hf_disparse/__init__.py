@@ -1,10 +1,11 @@
 """Prune one shared Transformer encoder with several task heads: every task judges, and what all can spare goes.
 
-Importing this registers `MultitaskModel` with transformers' Auto classes.
+Importing this registers `MultitaskModel` with transformers' Auto classes, and the form of packed checkpoints.
 """
 
 from hf_disparse.config import DataConfig, PruningConfig, TaskConfig, UserError
 from hf_disparse.decision import decide, decide_max, decide_mean_rank, decide_sum
+from hf_disparse.export import save_packed
 from hf_disparse.masks import MaskHooks, apply_masks, find_masks, load_masks, save_masks, sparsity_report
 from hf_disparse.model import MultitaskConfig, MultitaskModel, prunable_parameters
 from hf_disparse.scores import score
@@ -37,6 +38,7 @@ __all__ = [
     "prunable_parameters",
     "resolve",
     "save_masks",
+    "save_packed",
     "score",
     "sparsity_report",
     "tokenize",

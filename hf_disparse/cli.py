@@ -3,7 +3,7 @@
 import json
 import sys
 from importlib import metadata
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -163,6 +163,35 @@ def compare(
         print(f"stopped; {done}, the same command goes on", file=sys.stderr)
         raise typer.Exit(130) from None
     print_comparison(report, parsed.output_dir)
+
+
+@app.command(
+    epilog="Example: hf-disparse export runs/quickstart --format packed --output_dir published --dtype bfloat16"
+)
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder or Hub id.")],
+    output_dir: Annotated[str, typer.Option("--output_dir", "--output-dir", help="A new folder.")],
+    format_: Annotated[
+        Literal["packed"],
+        typer.Option("--format", help="packed: non-zeros and a bit a weight; loads after `import hf_disparse`."),
+    ] = "packed",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Of the weights; default: as they are.")
+    ] = None,
+) -> None:
+    """Write a model in the form in which it is published."""
+    _quiet()
+    import torch
+
+    from hf_disparse.export import save_packed
+
+    sizes = save_packed(model, output_dir, getattr(torch, dtype) if dtype else None)
+    if sizes["matrices"]:
+        share = sizes["packed_bytes"] / sizes["packed_dense_bytes"]
+        print(f"{sizes['matrices']} sparse matrices: {100 * share:.1f} % of their dense bytes")
+    else:
+        print("no matrix is sparse enough to be smaller when packed: this model is dense")
+    print(f"written: {output_dir}, {sizes['bytes']:,} bytes of {sizes['dense_bytes']:,} dense")
 
 
 def _list(text: str, where: str, kind) -> list:

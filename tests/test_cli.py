@@ -177,6 +177,18 @@ def test_evaluate_as_a_table_and_by_another_metric(finished):
     assert status == 0 and f"{average:.1f}" in out and "f1" in out
 
 
+def test_export_writes_what_loads_to_the_same_bits(finished, tmp_path):
+    folder = finished[0]
+    status, out, _ = hf_disparse("export", folder, "--output_dir", tmp_path / "packed")
+    size = (tmp_path / "packed" / "model.safetensors").stat().st_size
+    assert status == 0 and "12 sparse matrices: 33" in out and f"{size:,} bytes" in out  # 30 % of values, 1 bit of 32
+    saved, loaded = load_file(folder / "model.safetensors"), AutoModel.from_pretrained(tmp_path / "packed").state_dict()
+    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+    assert AutoTokenizer.from_pretrained(tmp_path / "packed")("w1 w2")["input_ids"] == [2, 5, 6, 3]
+    refused("export", folder, "--output_dir", tmp_path / "packed", names=("output_dir", "new or empty"))
+    refused("export", tmp_path / "none", "--output_dir", tmp_path / "other", names=("none", "Hub id"))
+
+
 def test_dry_run_checks_everything_and_writes_nothing(recipe, tmp_path):
     path = write_recipe(tmp_path, recipe)
     before = snapshot(tmp_path)

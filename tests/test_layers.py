@@ -16,6 +16,7 @@ LAYER = {
     "masks": 5,
     "schedule": 6,
     "trainer": 7,
+    "export": 8,
     "recipes": 10,
     "run": 10,
     "run_folder": 10,

@@ -1,0 +1,169 @@
+"""How transformers reads an exported checkpoint, once `import hf_disparse` has registered this. Layer 8.
+
+To transformers it is a "quantizer", the one hook it has for weights that are stored in another form than they are used in.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_disparse.config import UserError, one_line
+from hf_disparse.export.packed import BITMASK, CONFIG_NAME, FORMAT_VERSION, METHOD, WEIGHTS_NAME, digests, fill, zeros
+
+_SOURCES = ["weight$", f"weight{BITMASK}$"]
+
+
+@register_quantization_config(METHOD)
+class StoredForm(QuantizationConfigMixin):
+    """`quantization_config` of an exported checkpoint's config.json.
+
+    Args:
+        packed: matrices are stored as their non-zeros and a bitmask.
+        sha256: file -> digest, of the checkpoint's weights and configuration.
+    """
+
+    def __init__(self, version: int = FORMAT_VERSION, packed: bool = False, sha256: dict | None = None, **newer: Any):
+        newer.pop("quant_method", None)
+        if version != FORMAT_VERSION or newer:
+            raise UserError(
+                f"{CONFIG_NAME}: expected format version {FORMAT_VERSION} of hf_disparse, got {version} with "
+                f"{', '.join(newer) or 'no further fields'}; a newer hf_disparse reads it"
+            )
+        self.quant_method = METHOD
+        self.version, self.packed, self.sha256 = version, packed, sha256
+        self.dequantize = True  # what is loaded is an ordinary model
+
+
+@register_quantizer(METHOD)
+class StoredFormReader(HfQuantizer):
+    """Checks a checkpoint, and unpacks its matrices as transformers loads them."""
+
+    is_trainable = is_qat_trainable = True
+
+    def __init__(self, quantization_config: StoredForm, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        # Beside transformers' own work, which takes as long: digests, and the filling of matrices that it has already.
+        self._threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+        self._jobs: list[Future] = []
+
+    def is_serializable(self, *_, **__) -> bool:
+        """A loaded model is an ordinary one, so yes."""
+        return True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files=None, **_) -> None:
+        if not checkpoint_files or len(checkpoint_files) != 1:
+            raise UserError(f"{CONFIG_NAME}: expected one file {WEIGHTS_NAME} beside it, got {checkpoint_files}")
+        self._folder = Path(checkpoint_files[0]).parent
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        check_header(self._folder / WEIGHTS_NAME)
+        self._digests = self._threads.submit(digests, self._folder)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_) -> None:
+        check_digests(self._folder, self._digests.result(), self.quantization_config.sha256)
+        for job in self._jobs:
+            job.result()  # raises what it was refused for
+        self._threads.shutdown()
+        # Else the model would be packed, by the reverse of what unpacked it, whenever it is saved.
+        model._weight_conversions = [c for c in model._weight_conversions if c.source_patterns != _SOURCES]
+        for name, tensor in model.state_dict().items():  # transformers 5.10 does not look where there is a quantizer
+            if tensor.shape != self._shapes[name]:
+                raise UserError(
+                    f"{name}: expected shape {tuple(self._shapes[name])}, as {CONFIG_NAME} has it, "
+                    f"got {tuple(tensor.shape)}"
+                )
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """What transformers does to every weight that it reads."""
+        return [WeightConverter(list(_SOURCES), "weight", [Unpack(self._threads, self._jobs)])]
+
+    def update_weight_conversions(self, weight_conversions: list, *_) -> list:
+        """The model's own conversions, then ours."""
+        return weight_conversions + self.get_weight_conversions()
+
+
+class Unpack(ConversionOps):
+    """Values and bitmask to a matrix, which a thread fills; a weight without a bitmask passes through.
+
+    transformers makes of an error in a conversion a report with tracebacks; that of a job can be raised as it is.
+    """
+
+    def __init__(self, threads: Executor, jobs: list[Future]):
+        self.threads, self.jobs = threads, jobs
+
+    def __deepcopy__(self, _) -> "Unpack":
+        return self  # transformers copies a conversion for each weight: all share one list
+
+    def convert(self, input_dict: dict, *_, full_layer_name: str, model: PreTrainedModel, **__) -> dict:
+        """input_dict: {source pattern: [tensor]}. Returns {full name: tensor}."""
+        tensors = {pattern: value[0] if isinstance(value, list) else value for pattern, value in input_dict.items()}
+        parameter = model.get_parameter_or_buffer(full_layer_name)
+        weight = tensors[_SOURCES[0]].to(parameter.dtype)
+        if _SOURCES[1] not in tensors:
+            return {full_layer_name: weight}
+        values, bitmask = weight.cpu(), tensors[_SOURCES[1]].cpu()
+        try:
+            matrix = zeros(values, bitmask, tuple(parameter.shape))
+        except UserError as error:
+            self._submit(full_layer_name, _refuse, error)
+            return {full_layer_name: torch.empty_like(parameter)}  # on the meta device: of that shape and of no size
+        self._submit(full_layer_name, fill, matrix, values, bitmask)
+        if weight.device.type != "cpu":
+            self.jobs[-1].exception()  # wait: it is filled on the CPU
+        return {full_layer_name: matrix.to(weight.device)}
+
+    def _submit(self, name: str, work: Callable, *arguments: Any) -> None:
+        def job() -> None:
+            try:
+                work(*arguments)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
+
+        self.jobs.append(self.threads.submit(job))
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Never asked for: the conversion is forgotten once the model is loaded."""
+        raise NotImplementedError
+
+
+def _refuse(error: UserError) -> None:
+    raise error
+
+
+def check_header(path: Path) -> None:
+    """That the file is whole safetensors in which each bitmask stands beside its values.
+
+    Raises:
+        UserError: with the name of the file or the tensor.
+    """
+    try:
+        with safe_open(path, framework="pt") as stored:
+            shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: expected whole safetensors, got {one_line(error)}; download it again") from None
+    for name in shapes:
+        if name.endswith(f"weight{BITMASK}") and len(shapes.get(name.removesuffix(BITMASK), ())) != 1:
+            raise UserError(f"{name.removesuffix(BITMASK)}: expected its values beside its bitmask, got none")
+
+
+def check_digests(folder: Path, found: dict[str, str], expected: dict | None) -> None:
+    """That a checkpoint is, bit for bit, what was exported.
+
+    Raises:
+        UserError: with the name of the file.
+    """
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not isinstance(expected, dict) or expected.get(name) != found[name]:
+            raise UserError(
+                f"{folder / name}: expected the file that was exported, got another one: its sha256 differs from that in "
+                f"{CONFIG_NAME}.\nDownload it again; if you changed it on purpose, export the model again."
+            )

@@ -1,0 +1,205 @@
+"""Packed checkpoints: a sparse matrix as its non-zeros and one bit a weight. Layer 8.
+
+On disk a packed `x.weight` is a 1-D tensor of its non-zeros, row by row, under its own name, beside `x.weight_bitmask`,
+uint8 (rows, ceil(columns / 8)), most significant bit first. Under its own name, so that transformers without this
+package stops at the size instead of loading random weights. `hf_disparse.export.loading` reads it back.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_disparse.config import UserError, one_line
+from hf_disparse.tasks import resolve
+
+WEIGHTS_NAME, CONFIG_NAME, INDEX_NAME = "model.safetensors", "config.json", "model.safetensors.index.json"
+METHOD, FORMAT_VERSION, BITMASK = "hf_disparse", 1, "_bitmask"
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_COMPANIONS = (".json", ".txt", ".model", ".md")  # of a model's folder: tokenizer, configurations, card
+_NOT_PUBLISHED = (INDEX_NAME, "phase.json", "trainer_state.json")
+
+
+def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The non-zeros (n,) of a matrix (rows, columns) and their places, uint8 (rows, ceil(columns / 8)).
+
+    -0.0 counts as zero: a model that was pruned by a product with its mask is half full of it.
+    """
+    keep = (weight != 0).numpy()
+    bits = weight.reshape(-1).view(_BITS[weight.element_size()]).numpy()
+    values = torch.from_numpy(bits[np.flatnonzero(keep)]).view(weight.dtype)
+    return values, torch.from_numpy(np.packbits(keep, axis=1))
+
+
+def unpack(values: Tensor, bitmask: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The matrix of that shape, bit for bit what `pack` was given, but for the sign of its zeros.
+
+    Raises:
+        UserError: values, bitmask and shape contradict one another.
+    """
+    matrix = zeros(values, bitmask, shape)
+    fill(matrix, values, bitmask)
+    return matrix
+
+
+def zeros(values: Tensor, bitmask: Tensor, shape: tuple[int, int]) -> Tensor:
+    """What `fill` starts from, once `bitmask` has the size that it must have; no memory is touched yet."""
+    rows, columns = shape
+    expected = (rows, -(-columns // 8))
+    if bitmask.dtype != torch.uint8 or tuple(bitmask.shape) != expected:
+        raise UserError(f"bitmask: expected uint8 {expected}, got {bitmask.dtype} {tuple(bitmask.shape)}")
+    matrix = np.zeros(rows * columns, dtype=f"i{values.element_size()}")  # quicker than torch's in large pages
+    return torch.from_numpy(matrix).view(values.dtype).reshape(rows, columns)
+
+
+def fill(matrix: Tensor, values: Tensor, bitmask: Tensor) -> None:
+    """Writes values (n,) where bitmask has its n bits. Bound by memory; lets other threads run."""
+    keep = np.unpackbits(bitmask.numpy(), axis=1, count=matrix.shape[1]).view(bool)
+    places = np.flatnonzero(keep)
+    if values.ndim != 1 or len(values) != len(places):
+        raise UserError(f"values: expected {len(places)}, as the bitmask has bits, got {tuple(values.shape)}")
+    bits = _BITS[values.element_size()]  # numpy has no bfloat16
+    matrix.view(-1).view(bits).numpy()[places] = values.view(bits).numpy()
+
+
+def save_packed(
+    model: PreTrainedModel | str | Path, folder: str | Path, dtype: torch.dtype | None = None
+) -> dict[str, int]:
+    """Writes a packed checkpoint of `model` into the new folder `folder`, whole or not at all.
+
+    Every matrix that is smaller that way is packed. After `import hf_disparse` the folder loads by the `from_pretrained`
+    of the model's own class and of the Auto classes.
+
+    Args:
+        model: a transformers model, or the folder or Hub id of one; from a folder, its tokenizer and the like come along.
+        dtype: of the floating point weights; default: as they are.
+
+    Returns:
+        {"bytes": written, "dense_bytes": of the same weights unpacked, "packed_bytes", "packed_dense_bytes": of the
+        packed matrices alone, "matrices": their number}.
+
+    Raises:
+        UserError: the folder is not new, or the model is no plain safetensors checkpoint.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"output_dir: expected a new or empty folder, got {folder}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    sizes = {"bytes": 0, "dense_bytes": 0, "packed_bytes": 0, "packed_dense_bytes": 0, "matrices": 0}
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        target = Path(temporary, folder.name)
+        if isinstance(model, PreTrainedModel):
+            tensors = _packed(model.state_dict().items(), dtype, sizes)
+            # Under the names that the model has, for a conversion to others could not read what is packed.
+            model.save_pretrained(target, state_dict=tensors, save_original_format=False, max_shard_size="1TB")
+        else:
+            source = model_folder(model)
+            target.mkdir()
+            tensors = {}
+            for file in _weight_files(source):
+                tensors |= _packed(_read(file), dtype, sizes)
+            save_file(tensors, target / WEIGHTS_NAME, metadata={"format": "pt"})
+            for path in source.iterdir():
+                if path.is_file() and path.suffix in _COMPANIONS and path.name not in _NOT_PUBLISHED:
+                    shutil.copyfile(path, target / path.name)
+        _describe(target, dtype)
+        sizes["bytes"] = (target / WEIGHTS_NAME).stat().st_size
+        os.replace(target, folder)
+    return sizes
+
+
+def model_folder(name: str | Path) -> Path:
+    """The local folder of a model: of a path, `package:NAME/path`, or a Hub id, which is downloaded."""
+    path = Path(resolve(str(name)))
+    if not path.is_dir():
+        try:
+            patterns = ["*.safetensors", *(f"*{suffix}" for suffix in _COMPANIONS)]
+            path = Path(snapshot_download(str(name), allow_patterns=patterns))
+        except Exception as error:  # huggingface_hub raises a dozen kinds
+            raise UserError(f"{name}: expected the folder or the Hub id of a model, got {one_line(error)}") from error
+    if not (path / CONFIG_NAME).is_file():
+        raise UserError(f"{name}: expected a model's folder, with {CONFIG_NAME}, got one without")
+    return path
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of the weights' file and of what config.json says but for the digests themselves."""
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    with open(folder / WEIGHTS_NAME, "rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        CONFIG_NAME: hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+        WEIGHTS_NAME: weights,
+    }
+
+
+def _read(file: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118, a safe_open has no iterator
+                yield name, stored.get_tensor(name)
+    except SafetensorError as error:
+        raise UserError(f"{file}: expected whole safetensors, got a file that does not parse ({error})") from None
+
+
+def _packed(
+    tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, sizes: dict[str, int]
+) -> dict[str, Tensor]:
+    """The tensors as the file holds them; adds to the sizes."""
+    stored = {}
+    for name, tensor in tensors:
+        if name.endswith(BITMASK):
+            raise UserError(f"{name}: expected a model as it trains, got a packed one")
+        floating = tensor.is_floating_point()
+        tensor = tensor.detach().to("cpu", dtype if floating else None)
+        sizes["dense_bytes"] += tensor.nbytes
+        if name.endswith("weight") and tensor.ndim == 2 and floating and _packed_bytes(tensor) < tensor.nbytes:
+            values, bitmask = pack(tensor)
+            stored |= {name: values, name + BITMASK: bitmask}
+            sizes["packed_bytes"] += values.nbytes + bitmask.nbytes
+            sizes["packed_dense_bytes"] += tensor.nbytes
+            sizes["matrices"] += 1
+        else:
+            stored[name] = tensor
+    return stored
+
+
+def _packed_bytes(weight: Tensor) -> int:
+    """What `pack` would make of it, before it takes memory for that."""
+    return int(torch.count_nonzero(weight)) * weight.element_size() + weight.shape[0] * -(-weight.shape[1] // 8)
+
+
+def _describe(folder: Path, dtype: torch.dtype | None) -> None:
+    """Completes config.json by what it takes to read the weights beside it."""
+    path = folder / CONFIG_NAME
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if dtype:
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config))
+    form = {"quant_method": METHOD, "version": FORMAT_VERSION, "packed": True, "sha256": digests(folder)}
+    path.write_text(json.dumps(config | {"quantization_config": form}, indent=2, sort_keys=True) + "\n")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in one piece or in shards."""
+    if (folder / WEIGHTS_NAME).is_file():
+        return [folder / WEIGHTS_NAME]
+    if not (folder / INDEX_NAME).is_file():
+        raise UserError(f"{folder}: expected {WEIGHTS_NAME}, got a folder without it (pickled weights are not read)")
+    names = sorted(set(json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()))
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise UserError(f"{folder}: {INDEX_NAME} names the file {name!r}, which is not in that folder")
+    return [folder / name for name in names]
