@@ -172,20 +172,28 @@ def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder or Hub id.")],
     output_dir: Annotated[str, typer.Option("--output_dir", "--output-dir", help="A new folder.")],
     format_: Annotated[
-        Literal["packed"],
-        typer.Option("--format", help="packed: non-zeros and a bit a weight; loads after `import hf_disparse`."),
+        Literal["packed", "compact"],
+        typer.Option(
+            "--format", help="packed: non-zeros and a bit a weight; compact: without pruned heads, neurons, layers."
+        ),
     ] = "packed",
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Of the weights; default: as they are.")
     ] = None,
 ) -> None:
-    """Write a model in the form in which it is published."""
+    """Write a model in a form in which it is published; a compact one can be packed next."""
     _quiet()
     import torch
 
-    from hf_disparse.export import save_packed
+    from hf_disparse.export import save_compact, save_packed
 
-    sizes = save_packed(model, output_dir, getattr(torch, dtype) if dtype else None)
+    wanted = getattr(torch, dtype) if dtype else None
+    if format_ == "compact":
+        parts = save_compact(model, output_dir, wanted)
+        print(", ".join(f"{now} of {before} {kind}s" for kind, (before, now) in parts.items()))
+        print(f"written: {output_dir}")
+        return
+    sizes = save_packed(model, output_dir, wanted)
     if sizes["matrices"]:
         share = sizes["packed_bytes"] / sizes["packed_dense_bytes"]
         print(f"{sizes['matrices']} sparse matrices: {100 * share:.1f} % of their dense bytes")

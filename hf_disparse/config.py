@@ -18,6 +18,7 @@ FORMAT_VERSION = 1
 CRITERIA = ("magnitude", "snip", "disparse", "fisher", "random")
 DECISIONS = ("unanimous", "quorum", "joint", "sum", "max", "mean_rank")
 SCHEDULES = ("one_shot", "cubic")
+GRANULARITIES = ("weight", "head", "neuron", "layer")
 
 # The metrics that make sense for a problem type; the first one is the default.
 METRICS = {
@@ -197,7 +198,9 @@ class PruningConfig(Config):
     """How a shared encoder is made sparse by scores: criterion, decision, schedule.
 
     Args:
-        sparsity: fraction of the prunable weights that ends up zero, in [0, 1).
+        sparsity: fraction of the prunable weights that ends up zero, in [0, 1); of the parts with another granularity.
+        granularity: what goes: `weight`, or one or several of `head` (of attention), `neuron` (of the FFN) and `layer`, of
+            each of which `sparsity` is pruned, but for the best one of its layer.
         criterion: how one task scores a weight: `magnitude`, `snip` |w g|, `disparse` |g| w^2, `fisher` g^2 w^2 / 2, or
             `random`.
         decision: how the tasks' scores become one mask: `unanimous` (a weight goes only if all tasks spare it),
@@ -215,6 +218,7 @@ class PruningConfig(Config):
     method: ClassVar[str] = "saliency"
 
     sparsity: float = 0.8
+    granularity: str | tuple[str, ...] = "weight"
     criterion: str = "disparse"
     decision: str = "unanimous"
     quorum: int = 1
@@ -245,8 +249,16 @@ class PruningConfig(Config):
             )
         else:
             require(self.end_step is None, "end_step", "nothing with schedule one_shot", self.end_step)
+        _strings(self, "granularity", allow_empty=False)
+        for kind in self.granularity:
+            if kind not in GRANULARITIES:
+                raise UserError(f"granularity: unknown value {kind!r}{closest(kind, GRANULARITIES)}")
+        alone = "weight" not in self.granularity or self.granularity == ("weight",)
+        require(alone, "granularity", "weight alone, or parts", list(self.granularity))
         for key in ("target_modules", "exclude_modules"):
             value = getattr(self, key)
+            fits = value is None or not self.prunes_parts
+            require(fits, key, "nothing where parts are pruned, which go as a whole", value)
             if isinstance(value, str):
                 try:
                     re.compile(value)
@@ -254,6 +266,11 @@ class PruningConfig(Config):
                     raise UserError(f"{key}: not a regular expression: {error}") from None
             elif value is not None:
                 _strings(self, key, allow_empty=False)
+
+    @property
+    def prunes_parts(self) -> bool:
+        """True if heads, neurons or layers go as a whole."""
+        return self.granularity != ("weight",)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, the method's name and the version of the format."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -23,6 +24,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
+from hf_disparse.architectures import layout_of
 from hf_disparse.config import PruningConfig, TaskConfig, UserError
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -35,12 +37,14 @@ class MultitaskConfig(PreTrainedConfig):
         encoder_config: configuration of an encoder whose classification heads work on its last hidden state alone, as
             `MultitaskModel.from_encoder` checks.
         tasks: one `TaskConfig`, or its dictionary, per head. A list, for its order is that of the parameters.
+        skipped_layers: places of the encoder's layers that hand on their input, see `MultitaskModel.skip_layers`.
     """
 
     model_type = "hf_disparse_multitask"
 
     encoder_config: dict | PreTrainedConfig | None = None
     tasks: list = field(default_factory=list)
+    skipped_layers: list = field(default_factory=list)
 
     def __post_init__(self, **kwargs):
         if isinstance(self.encoder_config, dict):
@@ -96,7 +100,9 @@ class MultitaskModel(PreTrainedModel):
             if name in dir(self.heads):
                 raise UserError(f"tasks: '{name}' cannot name a task, for torch's ModuleDict has a method of that name")
             self.heads[name] = _build_head(config.encoder_config, task)
+        self._skips: list[RemovableHandle] = []
         self.post_init()
+        self.skip_layers(config.skipped_layers)
 
     @property
     def tasks(self) -> dict[str, TaskConfig]:
@@ -142,6 +148,19 @@ class MultitaskModel(PreTrainedModel):
         if task not in self.heads:
             raise ValueError(f"task: expected one of {', '.join(self.heads)}, got {task!r}")
         return task
+
+    def skip_layers(self, places: Sequence[int]) -> None:
+        """Makes these layers of the encoder hand on their input, and no others: what is left of a pruned layer.
+
+        A layer whose weights are zero is not that yet, for its norms and biases still act. The configuration keeps it.
+        """
+        for handle in self._skips:
+            handle.remove()
+        layers = self.encoder.get_submodule(layout_of(self.encoder).layers) if places else []
+        if any(type(i) is not int or not 0 <= i < len(layers) for i in places):
+            raise UserError(f"skipped_layers: expected places among {len(layers)} layers, got {list(places)}")
+        self._skips = [layers[i].register_forward_hook(_hand_on, with_kwargs=True) for i in places]
+        self.config.skipped_layers = list(places)
 
     def remove_task(self, name: str) -> None:
         """Takes a task's head away; the encoder stays as it is."""
@@ -208,6 +227,12 @@ class MultitaskModel(PreTrainedModel):
             raise UserError(
                 f"model.encoder: expected an encoder whose heads can share it, got {full.config.model_type}: {kind}"
             )
+
+
+def _hand_on(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    """Forward hook: the layer's input in place of its output."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 def _auto_class(task: TaskConfig):

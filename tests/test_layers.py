@@ -9,6 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "hf_disparse"
 LAYER = {
     "config": 0,
     "tasks": 1,
+    "parts": 2,
+    "architectures": 2,
     "model": 2,
     "scores": 3,
     "losses": 3,
@@ -30,6 +32,7 @@ FORBIDDEN = {
     "losses": {"transformers", "datasets", "hf_disparse"},
     "decision": {"transformers", "datasets", "hf_disparse"},
     "masks": {"transformers", "datasets"},
+    "parts": {"transformers", "datasets", "hf_disparse"},
     "schedule": {"transformers", "datasets", "torch"},
 }
 

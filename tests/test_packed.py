@@ -221,13 +221,13 @@ def rewrite(folder: Path, config=None, tensors=None, forge: bool = False) -> Non
     if config:
         config(values)
     if forge:  # as an attacker would, by the format's own description
-        form = values.pop("quantization_config")
+        form = values["quantization_config"]
+        form.pop("sha256")
         text = json.dumps(values, sort_keys=True)
         form["sha256"] = {
             "config.json": hashlib.sha256(text.encode()).hexdigest(),
             "model.safetensors": hashlib.sha256(weights.read_bytes()).hexdigest(),
         }
-        values["quantization_config"] = form
     path.write_text(json.dumps(values))
 
 

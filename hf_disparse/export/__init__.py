@@ -1,6 +1,7 @@
-"""What leaves the project: checkpoints that are small, and how transformers reads them."""
+"""What leaves the project: checkpoints that are small or fast, and how transformers reads them."""
 
 from hf_disparse.export import loading  # noqa: F401, registers the stored form with transformers
+from hf_disparse.export.compact import compact, save_compact
 from hf_disparse.export.packed import save_packed
 
-__all__ = ["save_packed"]
+__all__ = ["compact", "save_compact", "save_packed"]

@@ -13,34 +13,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.quantizers import HfQuantizer, register_quantizer
 
 from hf_disparse.config import UserError, one_line
-from hf_disparse.export.packed import BITMASK, CONFIG_NAME, FORMAT_VERSION, METHOD, WEIGHTS_NAME, digests, fill, zeros
+from hf_disparse.export.compact import rebuild
+from hf_disparse.export.folder import CONFIG_NAME, WEIGHTS_NAME, digests
+from hf_disparse.export.form import METHOD, StoredForm
+from hf_disparse.export.packed import BITMASK, fill, zeros
 
 _SOURCES = ["weight$", f"weight{BITMASK}$"]
-
-
-@register_quantization_config(METHOD)
-class StoredForm(QuantizationConfigMixin):
-    """`quantization_config` of an exported checkpoint's config.json.
-
-    Args:
-        packed: matrices are stored as their non-zeros and a bitmask.
-        sha256: file -> digest, of the checkpoint's weights and configuration.
-    """
-
-    def __init__(self, version: int = FORMAT_VERSION, packed: bool = False, sha256: dict | None = None, **newer: Any):
-        newer.pop("quant_method", None)
-        if version != FORMAT_VERSION or newer:
-            raise UserError(
-                f"{CONFIG_NAME}: expected format version {FORMAT_VERSION} of hf_disparse, got {version} with "
-                f"{', '.join(newer) or 'no further fields'}; a newer hf_disparse reads it"
-            )
-        self.quant_method = METHOD
-        self.version, self.packed, self.sha256 = version, packed, sha256
-        self.dequantize = True  # what is loaded is an ordinary model
 
 
 @register_quantizer(METHOD)
@@ -63,15 +44,22 @@ class StoredFormReader(HfQuantizer):
         if not checkpoint_files or len(checkpoint_files) != 1:
             raise UserError(f"{CONFIG_NAME}: expected one file {WEIGHTS_NAME} beside it, got {checkpoint_files}")
         self._folder = Path(checkpoint_files[0]).parent
+        if self.quantization_config.structure:
+            with torch.device("cpu"):  # transformers makes models on the meta device, where indices have no values
+                rebuild(model.base_model, self.quantization_config.structure)
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         check_header(self._folder / WEIGHTS_NAME)
         self._digests = self._threads.submit(digests, self._folder)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_) -> None:
-        check_digests(self._folder, self._digests.result(), self.quantization_config.sha256)
+        form = self.quantization_config
+        if form.packed or form.sha256:  # a compact model that a Trainer saved has none
+            check_digests(self._folder, self._digests.result(), form.sha256)
         for job in self._jobs:
             job.result()  # raises what it was refused for
         self._threads.shutdown()
+        if form.structure:  # stays, for the model's shape does; all else was the file's
+            model.config.quantization_config = StoredForm(structure=form.structure)
         # Else the model would be packed, by the reverse of what unpacked it, whenever it is saved.
         model._weight_conversions = [c for c in model._weight_conversions if c.source_patterns != _SOURCES]
         for name, tensor in model.state_dict().items():  # transformers 5.10 does not look where there is a quantizer

@@ -5,30 +5,21 @@ uint8 (rows, ceil(columns / 8)), most significant bit first. Under its own name,
 package stops at the size instead of loading random weights. `hf_disparse.export.loading` reads it back.
 """
 
-import hashlib
-import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_disparse.config import UserError, one_line
-from hf_disparse.tasks import resolve
+from hf_disparse.config import UserError
+from hf_disparse.export.folder import WEIGHTS_NAME, copy_companions, describe, model_folder, new_folder, weight_files
 
-WEIGHTS_NAME, CONFIG_NAME, INDEX_NAME = "model.safetensors", "config.json", "model.safetensors.index.json"
-METHOD, FORMAT_VERSION, BITMASK = "hf_disparse", 1, "_bitmask"
+BITMASK = "_bitmask"
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_COMPANIONS = (".json", ".txt", ".model", ".md")  # of a model's folder: tokenizer, configurations, card
-_NOT_PUBLISHED = (INDEX_NAME, "phase.json", "trainer_state.json")
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,57 +83,22 @@ def save_packed(
     Raises:
         UserError: the folder is not new, or the model is no plain safetensors checkpoint.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"output_dir: expected a new or empty folder, got {folder}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     sizes = {"bytes": 0, "dense_bytes": 0, "packed_bytes": 0, "packed_dense_bytes": 0, "matrices": 0}
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        target = Path(temporary, folder.name)
+    with new_folder(folder) as target:
         if isinstance(model, PreTrainedModel):
             tensors = _packed(model.state_dict().items(), dtype, sizes)
             # Under the names that the model has, for a conversion to others could not read what is packed.
             model.save_pretrained(target, state_dict=tensors, save_original_format=False, max_shard_size="1TB")
         else:
             source = model_folder(model)
-            target.mkdir()
             tensors = {}
-            for file in _weight_files(source):
+            for file in weight_files(source):
                 tensors |= _packed(_read(file), dtype, sizes)
             save_file(tensors, target / WEIGHTS_NAME, metadata={"format": "pt"})
-            for path in source.iterdir():
-                if path.is_file() and path.suffix in _COMPANIONS and path.name not in _NOT_PUBLISHED:
-                    shutil.copyfile(path, target / path.name)
-        _describe(target, dtype)
+            copy_companions(source, target)
+        describe(target, dtype, packed=True)
         sizes["bytes"] = (target / WEIGHTS_NAME).stat().st_size
-        os.replace(target, folder)
     return sizes
-
-
-def model_folder(name: str | Path) -> Path:
-    """The local folder of a model: of a path, `package:NAME/path`, or a Hub id, which is downloaded."""
-    path = Path(resolve(str(name)))
-    if not path.is_dir():
-        try:
-            patterns = ["*.safetensors", *(f"*{suffix}" for suffix in _COMPANIONS)]
-            path = Path(snapshot_download(str(name), allow_patterns=patterns))
-        except Exception as error:  # huggingface_hub raises a dozen kinds
-            raise UserError(f"{name}: expected the folder or the Hub id of a model, got {one_line(error)}") from error
-    if not (path / CONFIG_NAME).is_file():
-        raise UserError(f"{name}: expected a model's folder, with {CONFIG_NAME}, got one without")
-    return path
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """sha256 of the weights' file and of what config.json says but for the digests themselves."""
-    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    config.pop("quantization_config", None)
-    with open(folder / WEIGHTS_NAME, "rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
-    return {
-        CONFIG_NAME: hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
-        WEIGHTS_NAME: weights,
-    }
 
 
 def _read(file: Path) -> Iterator[tuple[str, Tensor]]:
@@ -179,27 +135,3 @@ def _packed(
 def _packed_bytes(weight: Tensor) -> int:
     """What `pack` would make of it, before it takes memory for that."""
     return int(torch.count_nonzero(weight)) * weight.element_size() + weight.shape[0] * -(-weight.shape[1] // 8)
-
-
-def _describe(folder: Path, dtype: torch.dtype | None) -> None:
-    """Completes config.json by what it takes to read the weights beside it."""
-    path = folder / CONFIG_NAME
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if dtype:
-        config["dtype"] = str(dtype).removeprefix("torch.")
-    path.write_text(json.dumps(config))
-    form = {"quant_method": METHOD, "version": FORMAT_VERSION, "packed": True, "sha256": digests(folder)}
-    path.write_text(json.dumps(config | {"quantization_config": form}, indent=2, sort_keys=True) + "\n")
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in one piece or in shards."""
-    if (folder / WEIGHTS_NAME).is_file():
-        return [folder / WEIGHTS_NAME]
-    if not (folder / INDEX_NAME).is_file():
-        raise UserError(f"{folder}: expected {WEIGHTS_NAME}, got a folder without it (pickled weights are not read)")
-    names = sorted(set(json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()))
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise UserError(f"{folder}: {INDEX_NAME} names the file {name!r}, which is not in that folder")
-    return [folder / name for name in names]

@@ -1,41 +1,17 @@
 """Pruning inside any transformers Trainer: scores, decides and masks on schedule, and holds the zeros."""
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_disparse import decision
 from hf_disparse.config import PruningConfig, UserError
-from hf_disparse.masks import MaskHooks, apply_masks, count_pruned, find_masks
-from hf_disparse.model import prunable_parameters
+from hf_disparse.masks import MaskHooks, apply_masks, find_masks
+from hf_disparse.model import MultitaskModel, prunable_parameters
 from hf_disparse.schedule import sparsity_at, update_steps
 from hf_disparse.scores import GRADIENT_CRITERIA, Batch, LossFunction, model_loss, score
-
-
-def decide_by(config: PruningConfig, task_scores, sparsity: float, active=None) -> decision.Masks:
-    """The masks that `config.decision` makes of the scores; arguments as in `decision.decide`."""
-    rule = {
-        "unanimous": decision.decide,
-        "joint": decision.decide,  # of one task: the scores are already those of the summed losses
-        "quorum": partial(decision.decide, quorum=config.quorum),
-        "sum": decision.decide_sum,
-        "max": decision.decide_max,
-        "mean_rank": decision.decide_mean_rank,
-    }[config.decision]
-    return rule(task_scores, sparsity, active=active)
-
-
-def _masks_in_zeros(parameters: Mapping[str, Tensor], sparsity: float) -> decision.Masks:
-    """The masks of a model that was pruned to `sparsity`, from its zeros."""
-    masks = find_masks(parameters)
-    zeros, size = count_pruned(masks)
-    if zeros < round(sparsity * size):
-        got = f"{zeros} zeros among {size} weights"
-        raise UserError(f"pruning: expected a checkpoint pruned to {sparsity:.3f}, got {got}; start a run of its own")
-    return masks
+from hf_disparse.trainer.rules import decide_by, decide_parts, gone_layers, prunable_sites, pruned_fractions
 
 
 class PruningCallback(TrainerCallback):
@@ -84,9 +60,13 @@ class PruningCallback(TrainerCallback):
             raise UserError(f"pruning: {steps}; prune earlier or train longer")
         if self.config and self.config.sparsity:
             parameters = prunable_parameters(model, self.config)  # refuses what matches nothing now, not at start_step
+            prunable_sites(model, self.config)
+            if "layer" in self.config.granularity and not isinstance(model, MultitaskModel):
+                got = type(model).__name__
+                raise UserError(f"pruning.granularity: layers are pruned from a MultitaskModel only, got {got}")
             done = [step for step in update_steps(self.config) if step < state.global_step]
             if done and self.masks is None:  # resumed from a checkpoint without masks: a foreign Trainer's, say
-                self.masks = _masks_in_zeros(parameters, sparsity_at(self.config, done[-1]))
+                self.masks = self._masks_in_zeros(model, parameters, sparsity_at(self.config, done[-1]))
         if self.masks is not None:
             self._hold(model, self.masks)
 
@@ -105,13 +85,24 @@ class PruningCallback(TrainerCallback):
         """Lets the gradients pass again."""
         self.release()
 
+    def _masks_in_zeros(self, model: nn.Module, parameters: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+        """The masks of a model that was pruned to `sparsity`, from its zeros."""
+        masks = find_masks(parameters)
+        for kind, (pruned, size) in pruned_fractions(masks, prunable_sites(model, self.config)).items():
+            if pruned < round(sparsity * size):
+                got = f"{pruned} pruned among {size} {kind}s"
+                raise UserError(
+                    f"pruning: expected a checkpoint pruned to {sparsity:.3f}, got {got}; start a run of its own"
+                )
+        return masks
+
     def prune(self, model: nn.Module, sparsity: float, progress: bool = False) -> None:
         """Scores every task, decides, applies and holds the masks; does nothing to a model that is as sparse already."""
         parameters = prunable_parameters(model, self.config)
         held = self.masks or {}
         active = {name: held.get(name, torch.ones_like(p, dtype=torch.bool)) for name, p in parameters.items()}
-        pruned, size = count_pruned(active)
-        if pruned >= round(sparsity * size):
+        sites = prunable_sites(model, self.config)
+        if all(pruned >= round(sparsity * size) for pruned, size in pruned_fractions(active, sites).values()):
             return
         joint = self.config.decision == "joint"
         stream = score(
@@ -126,7 +117,11 @@ class PruningCallback(TrainerCallback):
             seed=self.config.seed,
             progress=progress,
         )
-        self._hold(model, {**held, **decide_by(self.config, stream, sparsity, active)})
+        if sites:
+            decided = decide_parts(self.config, stream, sparsity, active, sites)
+        else:
+            decided = decide_by(self.config, stream, sparsity, active)
+        self._hold(model, {**held, **decided})
         if self.config.criterion in GRADIENT_CRITERIA:
             self.backward_passes += len(self.loaders) * self.config.score_batches
 
@@ -135,6 +130,8 @@ class PruningCallback(TrainerCallback):
         parameters = dict(model.named_parameters())
         self.masks = {n: keep.to(parameters[n].device) if n in parameters else keep for n, keep in masks.items()}
         apply_masks(model, self.masks)  # refuses the masks of another model
+        if self.config and "layer" in self.config.granularity:
+            model.skip_layers(gone_layers(model, self.masks))
         self._hooks = MaskHooks(model, self.masks)
 
     def release(self) -> None:

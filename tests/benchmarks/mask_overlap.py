@@ -20,7 +20,7 @@ from hf_disparse.decision import Masks
 from hf_disparse.recipes import read_recipe
 from hf_disparse.run import prepare
 from hf_disparse.tasks import MultitaskCollator, TaskBatchSampler, TaskDataset
-from hf_disparse.trainer.callback import decide_by
+from hf_disparse.trainer.rules import decide_by
 
 CRITERIA, DECISIONS = ("snip", "disparse", "fisher"), ("unanimous", "sum", "max", "mean_rank", "joint")
 

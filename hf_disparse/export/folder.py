@@ -1,0 +1,115 @@
+"""The folders that models are exported from and to. Layer 8."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+
+from hf_disparse.config import UserError, one_line
+from hf_disparse.export.form import FORM_VERSION, METHOD
+from hf_disparse.tasks import resolve
+
+WEIGHTS_NAME, CONFIG_NAME, INDEX_NAME = "model.safetensors", "config.json", "model.safetensors.index.json"
+_COMPANIONS = (".json", ".txt", ".model", ".md")  # of a model's folder: tokenizer, configurations, card
+_NOT_PUBLISHED = (INDEX_NAME, "phase.json", "trainer_state.json")
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """A folder beside `folder` to write to, which takes its name if all goes well and is gone if not.
+
+    Raises:
+        UserError: `folder` holds something.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"output_dir: expected a new or empty folder, got {folder}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        target = Path(temporary, folder.name)
+        target.mkdir()
+        yield target
+        os.replace(target, folder)
+
+
+def model_folder(name: str | Path) -> Path:
+    """The local folder of a model: of a path, `package:NAME/path`, or a Hub id, which is downloaded."""
+    path = Path(resolve(str(name)))
+    if not path.is_dir():
+        try:
+            patterns = ["*.safetensors", *(f"*{suffix}" for suffix in _COMPANIONS)]
+            path = Path(snapshot_download(str(name), allow_patterns=patterns))
+        except Exception as error:  # huggingface_hub raises a dozen kinds
+            raise UserError(f"{name}: expected the folder or the Hub id of a model, got {one_line(error)}") from error
+    if not (path / CONFIG_NAME).is_file():
+        raise UserError(f"{name}: expected a model's folder, with {CONFIG_NAME}, got one without")
+    return path
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in one piece or in shards."""
+    if (folder / WEIGHTS_NAME).is_file():
+        return [folder / WEIGHTS_NAME]
+    if not (folder / INDEX_NAME).is_file():
+        raise UserError(f"{folder}: expected {WEIGHTS_NAME}, got a folder without it (pickled weights are not read)")
+    names = sorted(set(read_json(folder / INDEX_NAME)["weight_map"].values()))
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise UserError(f"{folder}: {INDEX_NAME} names the file {name!r}, which is not in that folder")
+    return [folder / name for name in names]
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies what a model's folder holds besides weights and is published: tokenizer, configurations, card."""
+    for path in source.iterdir():
+        if path.is_file() and path.suffix in _COMPANIONS and path.name not in _NOT_PUBLISHED:
+            shutil.copyfile(path, target / path.name)
+
+
+def describe(folder: Path, dtype: torch.dtype | None = None, packed: bool = False) -> None:
+    """Completes config.json by what it takes to read the weights beside it."""
+    path = folder / CONFIG_NAME
+    config = read_json(path)
+    if dtype:
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    form = config.get("quantization_config") or {}
+    if packed or form:  # a model that plain transformers reads stays without
+        form |= {"quant_method": METHOD, "version": FORM_VERSION, "packed": packed}
+        config["quantization_config"] = form
+        _write_json(path, config)
+        form["sha256"] = digests(folder)
+    _write_json(path, config)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of the weights' file and of what config.json says but for the digests themselves, its keys sorted."""
+    config = read_json(folder / CONFIG_NAME)
+    config["quantization_config"].pop("sha256", None)
+    text, weights = json.dumps(config, sort_keys=True), hashlib.sha256()
+    with open(folder / WEIGHTS_NAME, "rb") as file:
+        while chunk := file.read(2**20):
+            weights.update(chunk)
+    return {CONFIG_NAME: hashlib.sha256(text.encode()).hexdigest(), WEIGHTS_NAME: weights.hexdigest()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of a model's folder."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: expected JSON, got a file that does not parse: {one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

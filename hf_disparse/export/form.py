@@ -1,0 +1,48 @@
+"""What `quantization_config` in the config.json of an exported checkpoint says. Layer 8.
+
+"Quantization" is transformers' word for weights that are stored in another form than they are used in; there is no other
+place where it looks before it loads.
+"""
+
+from typing import Any
+
+from transformers.quantizers import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_disparse.config import UserError
+
+METHOD, FORM_VERSION = "hf_disparse", 1
+
+
+@register_quantization_config(METHOD)
+class StoredForm(QuantizationConfigMixin):
+    """The form of a checkpoint.
+
+    Args:
+        packed: matrices are stored as their non-zeros and a bitmask.
+        structure: heads and neurons by layer, of a compact encoder; see `hf_disparse.export.compact`.
+        sha256: file -> digest, of the checkpoint's weights and configuration, as exported.
+    """
+
+    def __init__(
+        self,
+        version: int = FORM_VERSION,
+        packed: bool = False,
+        structure: dict | None = None,
+        sha256: dict | None = None,
+        **newer: Any,
+    ):
+        newer.pop("quant_method", None)
+        newer.pop("dequantize", None)
+        if version != FORM_VERSION or newer:
+            raise UserError(
+                f"config.json: expected format version {FORM_VERSION} of hf_disparse, got {version} with "
+                f"{', '.join(newer) or 'no further fields'}; a newer hf_disparse reads it"
+            )
+        self.quant_method = METHOD
+        self.version, self.packed, self.structure, self.sha256 = version, packed, structure, sha256
+        self.dequantize = True  # what is loaded is an ordinary model
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is not at its default."""
+        return {key: value for key, value in super().to_dict().items() if value and key != "dequantize"}

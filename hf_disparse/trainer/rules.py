@@ -1,0 +1,123 @@
+"""From a `PruningConfig` and the tasks' scores to masks: of weights, or of parts that go as a whole."""
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from hf_disparse import decision
+from hf_disparse.architectures import find_sites, layout_of
+from hf_disparse.config import PruningConfig, UserError
+from hf_disparse.masks import count_pruned
+from hf_disparse.parts import Site, mask_of_parts, sum_by_part
+
+Sites = Mapping[str, Mapping[str, Site]]
+
+
+def decide_by(config: PruningConfig, task_scores, sparsity: float, active=None) -> decision.Masks:
+    """The masks that `config.decision` makes of the scores; arguments as in `decision.decide`."""
+    rule = {
+        "unanimous": decision.decide,
+        "joint": decision.decide,  # of one task: the scores are already those of the summed losses
+        "quorum": partial(decision.decide, quorum=config.quorum),
+        "sum": decision.decide_sum,
+        "max": decision.decide_max,
+        "mean_rank": decision.decide_mean_rank,
+    }[config.decision]
+    return rule(task_scores, sparsity, active=active)
+
+
+def decide_parts(
+    config: PruningConfig,
+    task_scores: Iterable[tuple[str, Mapping[str, Tensor]]],
+    sparsity: float,
+    active: decision.Masks,
+    sites: Sites,
+) -> decision.Masks:
+    """The masks of the weights once exactly `round(sparsity * parts)` parts of each kind are gone.
+
+    A part's score for a task is the sum of those of its weights; `config.decision` decides over parts as over weights. The
+    best part of every site stays, by the same rule: an encoder needs a head in each layer.
+
+    Args:
+        task_scores: (task, scores of the weights), consumed one at a time.
+        active: the masks so far; what they prune stays pruned and counts.
+    """
+    by_part = [
+        (
+            task,
+            {
+                kind: {name: sum_by_part(scores, site) for name, site in places.items()}
+                for kind, places in sites.items()
+            },
+        )
+        for task, scores in task_scores
+    ]
+    masks = dict(active)
+    for kind, places in sites.items():
+        live = {name: sum_by_part(active, site) > 0 for name, site in places.items()}
+        keep = keep_parts(config, kind, [(task, scores[kind]) for task, scores in by_part], sparsity, live)
+        for name, site in places.items():
+            masks |= mask_of_parts(masks, site, keep[name])
+    return masks
+
+
+def keep_parts(
+    config: PruningConfig,
+    kind: str,
+    task_scores: list[tuple[str, dict[str, Tensor]]],
+    sparsity: float,
+    live: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """Which parts of one kind stay. Shapes: per site (parts,) scores and bools -> (parts,) bools.
+
+    Raises:
+        UserError: the sparsity would leave a site without any part.
+    """
+    best = {}
+    for name, alive in live.items():
+        scores = [(task, {name: by_site[name]}) for task, by_site in task_scores]
+        best |= decide_by(config, scores, 1 - 1 / len(alive), active={name: alive})
+    size = sum(len(alive) for alive in live.values())
+    count, rest = round(sparsity * size), size - len(best)
+    if count > rest:
+        raise UserError(
+            f"pruning.sparsity: expected at most {rest / size:.3f}, for one {kind} of each of {len(best)} sites stays, "
+            f"got {sparsity}"
+        )
+    if count == rest:
+        return best
+    others = [(task, {name: by_site[name][~best[name]] for name in live}) for task, by_site in task_scores]
+    chosen = decide_by(config, others, count / rest, active={name: live[name][~best[name]] for name in live})
+    for name, keep in best.items():
+        keep[~keep] = chosen[name]
+    return best
+
+
+def prunable_sites(model: nn.Module, config: PruningConfig) -> Sites:
+    """The sites of the parts that `config` prunes, empty for weights; names are those of `model`'s modules."""
+    if not config.prunes_parts:
+        return {}
+    encoder = model.base_model
+    prefix = next(name for name, module in model.named_modules() if module is encoder)
+    sites = find_sites(encoder, f"{prefix}." if prefix else "")
+    return {kind: sites[kind] for kind in config.granularity}
+
+
+def pruned_fractions(masks: decision.Masks, sites: Sites) -> dict[str, tuple[int, int]]:
+    """kind -> how many are pruned, of how many; of weights if there are no sites."""
+    if not sites:
+        return {"weight": count_pruned(masks)}
+    counts = {}
+    for kind, places in sites.items():
+        gone = torch.cat([sum_by_part(masks, site) == 0 for site in places.values()])
+        counts[kind] = (int(gone.sum()), len(gone))
+    return counts
+
+
+def gone_layers(model: nn.Module, masks: decision.Masks) -> list[int]:
+    """The layers of which the masks keep nothing, by their place."""
+    layers = model.base_model.get_submodule(layout_of(model.base_model).layers)
+    kept = {id(p) for name, p in model.named_parameters() if name in masks and masks[name].any()}
+    return [i for i, layer in enumerate(layers) if not any(id(p) in kept for p in layer.parameters())]

