@@ -5,7 +5,7 @@ Importing this registers `MultitaskModel` with transformers' Auto classes, and t
 
 from hf_disparse.config import DataConfig, PruningConfig, TaskConfig, UserError
 from hf_disparse.decision import decide, decide_max, decide_mean_rank, decide_sum
-from hf_disparse.export import compact, save_compact, save_packed
+from hf_disparse.export import compact, save_compact, save_packed, save_tasks, task_model
 from hf_disparse.masks import MaskHooks, apply_masks, find_masks, load_masks, save_masks, sparsity_report
 from hf_disparse.model import MultitaskConfig, MultitaskModel, prunable_parameters
 from hf_disparse.scores import score
@@ -41,7 +41,9 @@ __all__ = [
     "save_compact",
     "save_masks",
     "save_packed",
+    "save_tasks",
     "score",
     "sparsity_report",
+    "task_model",
     "tokenize",
 ]

@@ -172,34 +172,44 @@ def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder or Hub id.")],
     output_dir: Annotated[str, typer.Option("--output_dir", "--output-dir", help="A new folder.")],
     format_: Annotated[
-        Literal["packed", "compact"],
+        Literal["packed", "compact", "task"],
         typer.Option(
-            "--format", help="packed: non-zeros and a bit a weight; compact: without pruned heads, neurons, layers."
+            "--format",
+            help="packed: non-zeros and a bit a weight; compact: without pruned heads, neurons and layers; "
+            "task: for plain transformers.",
         ),
     ] = "packed",
+    task: Annotated[
+        str | None, typer.Option(help="With --format task: this one; by default each into tasks/NAME.")
+    ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Of the weights; default: as they are.")
     ] = None,
 ) -> None:
-    """Write a model in a form in which it is published; a compact one can be packed next."""
+    """Write a model in a form in which it is published; a compact model or a task can be packed next."""
     _quiet()
     import torch
 
-    from hf_disparse.export import save_compact, save_packed
+    from hf_disparse import export
+    from hf_disparse.config import require
 
     wanted = getattr(torch, dtype) if dtype else None
-    if format_ == "compact":
-        parts = save_compact(model, output_dir, wanted)
+    require(task is None or format_ == "task", "--task", "nothing but with --format task", task)
+    if format_ == "task":
+        for folder in export.save_tasks(model, output_dir, task, wanted):
+            print(f"written: {folder}")
+    elif format_ == "compact":
+        parts = export.save_compact(model, output_dir, wanted)
         print(", ".join(f"{now} of {before} {kind}s" for kind, (before, now) in parts.items()))
         print(f"written: {output_dir}")
-        return
-    sizes = save_packed(model, output_dir, wanted)
-    if sizes["matrices"]:
-        share = sizes["packed_bytes"] / sizes["packed_dense_bytes"]
-        print(f"{sizes['matrices']} sparse matrices: {100 * share:.1f} % of their dense bytes")
     else:
-        print("no matrix is sparse enough to be smaller when packed: this model is dense")
-    print(f"written: {output_dir}, {sizes['bytes']:,} bytes of {sizes['dense_bytes']:,} dense")
+        sizes = export.save_packed(model, output_dir, wanted)
+        if sizes["matrices"]:
+            share = 100 * sizes["packed_bytes"] / sizes["packed_dense_bytes"]
+            print(f"{sizes['matrices']} sparse matrices: {share:.1f} % of their dense bytes")
+        else:
+            print("no matrix is sparse enough to be smaller when packed: this model is dense")
+        print(f"written: {output_dir}, {sizes['bytes']:,} bytes of {sizes['dense_bytes']:,} dense")
 
 
 def _list(text: str, where: str, kind) -> list:

@@ -191,8 +191,8 @@ class MultitaskModel(PreTrainedModel):
         encoder_config.name_or_path = ""  # a local path is nobody's business once the model is published
         attention = {name: kwargs[name] for name in ("attn_implementation",) if name in kwargs}
         model = cls(MultitaskConfig(encoder_config=encoder_config, tasks=list(tasks), **attention))
-        for auto in {_auto_class(task): None for task in tasks}:
-            mine = [task for task in tasks if _auto_class(task) is auto]
+        for auto in {auto_class(task): None for task in tasks}:
+            mine = [task for task in tasks if auto_class(task) is auto]
             full, report = auto.from_pretrained(
                 name_or_path,
                 config=head_config(encoder_config, mine[0]),
@@ -235,7 +235,8 @@ def _hand_on(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-def _auto_class(task: TaskConfig):
+def auto_class(task: TaskConfig):
+    """The Auto class of transformers that has the heads of this kind of task."""
     is_token = task.problem_type == "token_classification"
     return AutoModelForTokenClassification if is_token else AutoModelForSequenceClassification
 
@@ -254,7 +255,7 @@ def _build_head(encoder_config: PreTrainedConfig, task: TaskConfig) -> PreTraine
     """The architecture's classification model, its encoder replaced by `HiddenStates`."""
     try:
         with torch.device("meta"):  # the encoder inside is thrown away: give it no memory
-            head = _auto_class(task).from_config(head_config(encoder_config, task))
+            head = auto_class(task).from_config(head_config(encoder_config, task))
     except ValueError as error:
         raise UserError(f"model: {encoder_config.model_type} has no head for {task.problem_type}: {error}") from None
     setattr(head, head.base_model_prefix, HiddenStates(getattr(head.base_model, "pooler", None)))

@@ -3,5 +3,6 @@
 from hf_disparse.export import loading  # noqa: F401, registers the stored form with transformers
 from hf_disparse.export.compact import compact, save_compact
 from hf_disparse.export.packed import save_packed
+from hf_disparse.export.task import save_tasks, task_model
 
-__all__ = ["compact", "save_compact", "save_packed"]
+__all__ = ["compact", "save_compact", "save_packed", "save_tasks", "task_model"]

@@ -20,6 +20,7 @@ from hf_disparse.tasks import resolve
 WEIGHTS_NAME, CONFIG_NAME, INDEX_NAME = "model.safetensors", "config.json", "model.safetensors.index.json"
 _COMPANIONS = (".json", ".txt", ".model", ".md")  # of a model's folder: tokenizer, configurations, card
 _NOT_PUBLISHED = (INDEX_NAME, "phase.json", "trainer_state.json")
+_OF_THE_MODEL = (CONFIG_NAME, "README.md", "pruning_config.json", "results.json")
 
 
 @contextmanager
@@ -67,10 +68,11 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def copy_companions(source: Path, target: Path) -> None:
+def copy_companions(source: Path, target: Path, tokenizer_only: bool = False) -> None:
     """Copies what a model's folder holds besides weights and is published: tokenizer, configurations, card."""
+    others = (*_NOT_PUBLISHED, *_OF_THE_MODEL) if tokenizer_only else _NOT_PUBLISHED
     for path in source.iterdir():
-        if path.is_file() and path.suffix in _COMPANIONS and path.name not in _NOT_PUBLISHED:
+        if path.is_file() and path.suffix in _COMPANIONS and path.name not in others:
             shutil.copyfile(path, target / path.name)
 
 

@@ -1,0 +1,69 @@
+"""One task of a `MultitaskModel` as a plain model, for people who do not have this package. Layer 8."""
+
+import copy
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_disparse.config import UserError
+from hf_disparse.export.compact import compact, load
+from hf_disparse.export.folder import copy_companions, model_folder, new_folder
+from hf_disparse.export.form import StoredForm
+from hf_disparse.model import MultitaskModel, auto_class, head_config
+
+
+def task_model(model: MultitaskModel, task: str) -> PreTrainedModel:
+    """The encoder and the head of `task` as transformers' own classification model of that architecture.
+
+    Its logits are the model's, its `config.id2label` the task's labels; weights are copied.
+
+    Raises:
+        UserError: no such task, or an encoder of a shape that plain transformers has not.
+    """
+    if task not in model.heads:
+        raise UserError(f"--task: the model has no task '{task}'; it has {', '.join(model.heads)}")
+    if model.config.skipped_layers:
+        model = copy.deepcopy(model)
+        compact(model)
+    if isinstance(getattr(model.config, "quantization_config", None), StoredForm):
+        raise UserError(
+            f"--format task: expected an encoder with the same shape in each layer, got a compact one of {task}, which plain "
+            "transformers cannot read; export the model as it was before it was compact"
+        )
+    config = model.tasks[task]
+    full = auto_class(config).from_config(head_config(model.config.encoder_config, config), dtype=model.dtype)
+    encoder = {f"{full.base_model_prefix}.{name}": tensor for name, tensor in model.encoder.state_dict().items()}
+    full.load_state_dict(encoder | model.heads[task].state_dict())
+    return full.train(model.training)
+
+
+def save_tasks(
+    model: MultitaskModel | str | Path, folder: str | Path, task: str | None = None, dtype: torch.dtype | None = None
+) -> list[Path]:
+    """Writes tasks of `model` into the new folder `folder`, for plain `AutoModelFor...` and `pipeline`.
+
+    Args:
+        model: a MultitaskModel, or the folder or Hub id of one; from a folder, its tokenizer comes along.
+        task: the one to write into `folder` itself; by default every task, each into `tasks/<name>` of it.
+        dtype: of the floating point weights; default: as they are.
+
+    Returns:
+        The folders of the models.
+    """
+    source = None if isinstance(model, MultitaskModel) else model_folder(model)
+    model = load(source) if source else model
+    if not isinstance(model, MultitaskModel):
+        raise UserError(
+            f"--format task: expected a MultitaskModel, got a {type(model).__name__}, which is one task already"
+        )
+    names = list(model.heads) if task is None else [task]
+    with new_folder(folder) as target:
+        for name in names:
+            inner = target if task else target / "tasks" / name
+            inner.mkdir(parents=True, exist_ok=True)
+            if source:
+                copy_companions(source, inner, tokenizer_only=True)
+            plain = task_model(model, name)
+            plain.to(dtype or plain.dtype).save_pretrained(inner)
+    return [Path(folder) if task else Path(folder, "tasks", name) for name in names]
