@@ -6,6 +6,7 @@ Importing this registers `MultitaskModel` with transformers' Auto classes, and t
 from hf_disparse.config import DataConfig, PruningConfig, TaskConfig, UserError
 from hf_disparse.decision import decide, decide_max, decide_mean_rank, decide_sum
 from hf_disparse.export import compact, save_compact, save_packed, save_tasks, task_model
+from hf_disparse.inference import MultitaskPipeline
 from hf_disparse.masks import MaskHooks, apply_masks, find_masks, load_masks, save_masks, sparsity_report
 from hf_disparse.model import MultitaskConfig, MultitaskModel, prunable_parameters
 from hf_disparse.scores import score
@@ -21,6 +22,7 @@ __all__ = [
     "MaskHooks",
     "MultitaskConfig",
     "MultitaskModel",
+    "MultitaskPipeline",
     "PruningCallback",
     "PruningConfig",
     "TaskConfig",

@@ -132,15 +132,24 @@ class MultitaskModel(PreTrainedModel):
             The output of that architecture's classification model: `loss` if there are labels, and `logits`, (batch,
             classes) or (batch, tokens, classes).
         """
-        head = self.heads[self._task(task)]
-        inputs = dict(attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids, **kwargs)
+        inputs = dict(token_type_ids=token_type_ids, position_ids=position_ids, **kwargs)
+        inputs |= dict(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds)
+        return self.run_heads([self._task(task)], labels=labels, **inputs)[0]
+
+    def run_heads(self, tasks: Sequence[str], labels: Tensor | None = None, **inputs: Any) -> list[ModelOutput]:
+        """One pass of the encoder for the heads of several tasks; arguments and outputs are those of `forward`."""
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        hidden = self.encoder(input_ids=input_ids, inputs_embeds=inputs_embeds, **inputs)
-        output = head(inputs_embeds=hidden[0], attention_mask=attention_mask, labels=labels, return_dict=True)
-        for name in ("hidden_states", "attentions"):
-            if getattr(hidden, name, None) is not None:
-                output[name] = getattr(hidden, name)
-        return output
+        hidden = self.encoder(**inputs)
+        outputs = []
+        for task in tasks:
+            head = self.heads[self._task(task)]
+            mask = inputs.get("attention_mask")
+            output = head(inputs_embeds=hidden[0], attention_mask=mask, labels=labels, return_dict=True)
+            for name in ("hidden_states", "attentions"):
+                if getattr(hidden, name, None) is not None:
+                    output[name] = getattr(hidden, name)
+            outputs.append(output)
+        return outputs
 
     def _task(self, task: str | None) -> str:
         if task is None and len(self.heads) == 1:

@@ -19,6 +19,7 @@ LAYER = {
     "schedule": 6,
     "trainer": 7,
     "export": 8,
+    "inference": 8,
     "recipes": 10,
     "run": 10,
     "run_folder": 10,

