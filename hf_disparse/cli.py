@@ -210,6 +210,8 @@ def export(
         else:
             print("no matrix is sparse enough to be smaller when packed: this model is dense")
         print(f"written: {output_dir}, {sizes['bytes']:,} bytes of {sizes['dense_bytes']:,} dense")
+    if format_ != "task" and export.is_multitask(output_dir):
+        export.write_card(output_dir)
 
 
 def _list(text: str, where: str, kind) -> list:

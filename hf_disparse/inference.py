@@ -1,4 +1,4 @@
-"""`MultitaskPipeline`: texts in, the answers of all tasks out, one pass of the encoder. Layer 8."""
+"""`MultitaskPipeline`: texts in, the answers of all tasks out, one pass of the encoder. Layer 7."""
 
 from typing import Any
 

@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, TrainerState, set_seed
 
 import hf_disparse
-from hf_disparse.config import UserError, one_line, require
+from hf_disparse.config import DataConfig, UserError, one_line, require
+from hf_disparse.export.card import RESULTS_NAME, write_card
 from hf_disparse.masks import sparsity_report
 from hf_disparse.model import MultitaskModel, prunable_parameters
 from hf_disparse.recipes import Recipe, read_recipe
@@ -29,7 +30,7 @@ from hf_disparse.run_folder import RECIPE_NAME, claim, read_json, refuse_others,
 from hf_disparse.tasks import average, load_task, resolve, tokenize
 from hf_disparse.trainer import DisparseTrainer, last_whole_checkpoint
 
-RESULTS_NAME, PHASE_NAME = "results.json", "phase.json"
+PHASE_NAME = "phase.json"
 Splits = dict[str, dict[str, Dataset]]
 
 
@@ -55,6 +56,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     for phase in (dense, sparse):
         seconds |= phase.pop("seconds")
     results = {
+        "recipe": public(recipe),
         "sparsity": {"target": recipe.pruning.sparsity, **sparse.pop("sparsity")},
         "dense": dense.pop("metrics"),
         "sparse": sparse.pop("metrics"),
@@ -63,6 +65,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
         "unlabelled": unlabelled,
         "bytes": {"dense": dense.pop("bytes"), "sparse": sparse.pop("bytes")},
         "seconds": {**seconds, "total": sum(seconds.values())},
+        "log": [
+            {"phase": name, **row} for name, p in (("dense", dense), ("sparse", sparse)) for row in p.pop("log", [])
+        ],
         "environment": environment(),
     }
     model = _load_model(folder / "sparse")
@@ -70,7 +75,33 @@ def train(recipe: Recipe) -> dict[str, Any]:
     tokenizer.save_pretrained(folder)
     recipe.pruning.save_pretrained(folder)
     write_whole(folder / RESULTS_NAME, json.dumps(results, indent=2) + "\n")
+    write_card(folder)
     return results
+
+
+def public(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe is published with its model: no path of this machine."""
+
+    def name(reference: str) -> str:
+        path = Path(reference)
+        return path.name if path.is_absolute() or path.exists() or ".." in path.parts else reference
+
+    def split(source: DataConfig) -> str:
+        part = source.validation_fraction
+        return source.validation_split if part is None else f"{100 * part:g} % of {source.train_split}"
+
+    data = {
+        task: {"data": name(source.data), "subset": source.subset, "split": split(source)}
+        for task, (_, source) in recipe.tasks.items()
+        if task not in recipe.helpers
+    }
+    arguments = {"training": recipe.training, "recovery": recipe.recovery}
+    return {
+        "encoder": name(recipe.model.encoder),
+        "data": data,
+        "helpers": list(recipe.helpers),
+        "arguments": arguments,
+    }
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -202,6 +233,11 @@ def train_phase(
         "backward_passes": trainer.backward_passes,
         "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         "sparsity": sparsity_report(model, model.encoder, prunable_parameters(model, recipe.pruning)),
+        "log": [
+            {"step": row["step"], "loss": row["loss"], "sparsity": row.get("sparsity", 0.0)}
+            for row in trainer.state.log_history
+            if "loss" in row
+        ],
     }
     write_whole(folder / PHASE_NAME, json.dumps(result))
     return result

@@ -56,8 +56,8 @@ def copied(finished, tmp_path) -> tuple[Path, str]:
 
 def test_results_have_the_documented_schema(finished):
     results = json.loads((finished[0] / "results.json").read_text())
-    keys = ["sparsity", "dense", "sparse", "majority", "examples", "unlabelled", "bytes", "seconds", "environment"]
-    assert list(results) == keys
+    keys = ["recipe", "sparsity", "dense", "sparse", "majority", "examples", "unlabelled", "bytes", "seconds", "log"]
+    assert list(results) == [*keys, "environment"]
     assert list(results["sparsity"]) == ["target", "prunable", "encoder", "model"]
     for phase in ("dense", "sparse"):
         assert list(results[phase]) == ["tasks", "average"]

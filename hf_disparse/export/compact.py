@@ -1,4 +1,4 @@
-"""Compaction: pruned heads, neurons and layers leave the model for good, and it gets faster. Layer 8.
+"""Compaction: pruned heads, neurons and layers leave the model for good, and it gets faster. Layer 7.
 
 A part is gone when nothing reads it: a head or a neuron whose columns of the following matrix are all zero. What the
 configuration of the architecture cannot say (fewer heads, neurons that differ by layer) goes into `structure`, which

@@ -1,4 +1,4 @@
-"""The folders that models are exported from and to. Layer 8."""
+"""The folders that models are exported from and to. Layer 7."""
 
 import hashlib
 import json

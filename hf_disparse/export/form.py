@@ -1,4 +1,4 @@
-"""What `quantization_config` in the config.json of an exported checkpoint says. Layer 8.
+"""What `quantization_config` in the config.json of an exported checkpoint says. Layer 7.
 
 "Quantization" is transformers' word for weights that are stored in another form than they are used in; there is no other
 place where it looks before it loads.

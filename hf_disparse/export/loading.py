@@ -1,4 +1,4 @@
-"""How transformers reads an exported checkpoint, once `import hf_disparse` has registered this. Layer 8.
+"""How transformers reads an exported checkpoint, once `import hf_disparse` has registered this. Layer 7.
 
 To transformers it is a "quantizer", the one hook it has for weights that are stored in another form than they are used in.
 """

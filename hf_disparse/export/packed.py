@@ -1,4 +1,4 @@
-"""Packed checkpoints: a sparse matrix as its non-zeros and one bit a weight. Layer 8.
+"""Packed checkpoints: a sparse matrix as its non-zeros and one bit a weight. Layer 7.
 
 On disk a packed `x.weight` is a 1-D tensor of its non-zeros, row by row, under its own name, beside `x.weight_bitmask`,
 uint8 (rows, ceil(columns / 8)), most significant bit first. Under its own name, so that transformers without this

@@ -1,4 +1,4 @@
-"""One task of a `MultitaskModel` as a plain model, for people who do not have this package. Layer 8."""
+"""One task of a `MultitaskModel` as a plain model, for people who do not have this package. Layer 7."""
 
 import copy
 from pathlib import Path

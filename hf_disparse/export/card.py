@@ -1,0 +1,214 @@
+"""The model card: what a model is, what it costs, and how to use it, from what its folder says. Layer 7."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import AutoModel, PreTrainedModel
+
+import hf_disparse
+from hf_disparse.config import PRUNING_CONFIG_NAME, PruningConfig
+from hf_disparse.export.folder import CONFIG_NAME, WEIGHTS_NAME, read_json
+from hf_disparse.masks import sparsity_report
+from hf_disparse.model import MultitaskConfig, MultitaskModel, prunable_parameters
+
+CARD_NAME, RESULTS_NAME = "README.md", "results.json"
+_TOKENS, _ROUNDS, _LOG_ROWS = 64, 7, 12
+_METRICS = {"f1": "F1", "pearson": "Pearson", "spearmanr": "Spearman", "matthews_correlation": "Matthews correlation"}
+_KINDS = {"token_classification": "token-classification"}
+
+
+def write_card(folder: str | Path, name: str | None = None, license: str | None = None) -> ModelCard:
+    """Writes README.md into a folder that holds a `MultitaskModel` in any form; the model is loaded and timed for that.
+
+    Args:
+        name: the Hub id that the usage snippet loads; default: the folder's name.
+        license: as the Hub spells it, such as `apache-2.0`; a sparse model is bound by that of its base model.
+    """
+    folder = Path(folder)
+    results = read_json(folder / RESULTS_NAME) if (folder / RESULTS_NAME).is_file() else {}
+    pruning = PruningConfig.from_pretrained(folder) if (folder / PRUNING_CONFIG_NAME).is_file() else None
+    model = AutoModel.from_pretrained(folder).eval()
+    name = name or folder.resolve().name
+    sections = [
+        _summary(name, model, results, pruning),
+        _usage(name, model),
+        _metrics(results),
+        _size(folder, model, pruning),
+        _training(results, pruning),
+        _limits(results),
+        _versions(results),
+    ]
+    text = "\n\n".join(section for section in sections if section)
+    card = ModelCard(f"---\n{_metadata(name, model, results, license).to_yaml()}\n---\n\n{text}\n")
+    card.save(folder / CARD_NAME)
+    return card
+
+
+def is_multitask(folder: str | Path) -> bool:
+    """Whether a folder holds what `write_card` describes."""
+    return read_json(Path(folder, CONFIG_NAME)).get("model_type") == MultitaskConfig.model_type
+
+
+def latency(model: PreTrainedModel) -> dict[int, float]:
+    """batch size -> milliseconds of one pass of the encoder and the first head, median; 64 tokens."""
+    task, milliseconds = next(iter(model.tasks)), {}
+    for size in (1, 32):
+        ids = torch.full((size, _TOKENS), 5, device=model.device)
+        seconds = []
+        for _ in range(_ROUNDS + 1):
+            start = time.perf_counter()
+            with torch.inference_mode():
+                model(input_ids=ids, attention_mask=torch.ones_like(ids), task=task).logits.cpu()
+            seconds.append(time.perf_counter() - start)
+        milliseconds[size] = 1000 * statistics.median(seconds[1:])  # the first one warms up
+    return milliseconds
+
+
+def _metadata(name: str, model: MultitaskModel, results: Mapping[str, Any], license: str | None) -> ModelCardData:
+    base = results.get("recipe", {}).get("encoder", "")
+    is_hub_id = base.count("/") == 1 and ":" not in base
+    kinds = sorted({_KINDS.get(task.problem_type, "text-classification") for task in model.tasks.values()})
+    data = results.get("recipe", {}).get("data", {})
+    return ModelCardData(
+        model_name=name,
+        license=license,
+        base_model=base if is_hub_id else None,
+        base_model_relation="quantized" if is_hub_id else None,  # the Hub's closest word
+        library_name="transformers",
+        pipeline_tag=kinds[0],
+        tags=["hf_disparse", "pruning", "sparse", "multi-task"],
+        datasets=sorted({entry["data"] for entry in data.values() if entry["data"].count("/") == 1}) or None,
+        eval_results=_eval_results(model, results),
+    )
+
+
+def _eval_results(model: MultitaskModel, results: Mapping[str, Any]) -> list[EvalResult] | None:
+    data, found = results.get("recipe", {}).get("data", {}), []
+    for task, metrics in results.get("sparse", {}).get("tasks", {}).items():
+        entry = data.get(task, {})
+        kind = _KINDS.get(model.tasks[task].problem_type, "text-classification") if task in model.tasks else None
+        for metric, value in metrics.items():
+            found.append(
+                EvalResult(
+                    task_type=kind or "text-classification",
+                    dataset_type=entry.get("data", task),
+                    dataset_name=task,
+                    dataset_config=entry.get("subset"),
+                    dataset_split=entry.get("split"),
+                    metric_type=metric,
+                    metric_name=_METRICS.get(metric, metric.capitalize()),
+                    metric_value=round(value, 2),
+                )
+            )
+    return found or None
+
+
+def _summary(name: str, model: MultitaskModel, results: Mapping[str, Any], pruning: PruningConfig | None) -> str:
+    tasks, base = ", ".join(model.tasks), results.get("recipe", {}).get("encoder") or model.encoder.config.model_type
+    how = "It was trained without pruning."
+    if pruning and pruning.sparsity:
+        what = " and ".join(f"{kind}s" for kind in pruning.granularity)
+        rules = {"unanimous": "what all tasks can spare", "quorum": f"what fewer than {pruning.quorum} tasks want"}
+        rule = rules.get(pruning.decision, f"the decision `{pruning.decision}` over the tasks")
+        how = (
+            f"{100 * pruning.sparsity:g} % of the {what} of its layers are pruned, by {rule}, each task judging by the "
+            f"criterion `{pruning.criterion}`."
+        )
+    return f"# {name}\n\nOne shared encoder ({base}) with a head for each of these tasks: {tasks}. {how}"
+
+
+def _usage(name: str, model: MultitaskModel) -> str:
+    pair = all(len(task.columns) == 2 for task in model.tasks.values())
+    example = '("A first text.", "A second text.")' if pair else '"A text."'
+    return (
+        "## Use\n\n```bash\npip install hf_disparse\n```\n\n```python\nfrom hf_disparse import MultitaskPipeline\n\n"
+        f'pipeline = MultitaskPipeline.from_pretrained("{name}")\n'
+        f"print(pipeline({example}))  # the answers of the tasks that take {'two texts' if pair else 'one text'}\n```\n\n"
+        "After `import hf_disparse`, `AutoModel.from_pretrained` loads it too, to train on or to use with `task=`."
+    )
+
+
+def _metrics(results: Mapping[str, Any]) -> str:
+    if "sparse" not in results:
+        return ""
+    data, examples = results.get("recipe", {}).get("data", {}), results.get("examples", {}).get("validation", {})
+    rows = [("task", "data", "examples", "metric", "dense", "sparse", "difference")]
+    for task, metrics in results["sparse"]["tasks"].items():
+        entry = data.get(task, {})
+        source = " ".join(str(entry[key]) for key in ("data", "subset", "split") if entry.get(key))
+        for metric, sparse in metrics.items():
+            dense = results["dense"]["tasks"][task][metric]
+            numbers = (f"{dense:.1f}", f"{sparse:.1f}", f"{sparse - dense:+.1f}")
+            rows.append((task, source, str(examples.get(task, "")), metric, *numbers))
+    dense, sparse = results["dense"]["average"], results["sparse"]["average"]
+    rows.append(("average", "", "", "", f"{dense:.1f}", f"{sparse:.1f}", f"{sparse - dense:+.1f}"))
+    return (
+        '## Metrics\n\nOn validation data, 0 to 100. "Dense" is the same model before it was pruned; the sparse one was '
+        f"trained on.\n\n{_table(rows)}"
+    )
+
+
+def _size(folder: Path, model: MultitaskModel, pruning: PruningConfig | None) -> str:
+    form = read_json(folder / CONFIG_NAME).get("quantization_config") or {}
+    zeros = sparsity_report(model, model.encoder, prunable_parameters(model, pruning))
+    forms = {"packed": "packed: non-zeros and a bit a weight", "structure": "compact: pruned parts are taken out"}
+    said = [text for key, text in forms.items() if form.get(key)] or ["plain: zeros are stored in full"]
+    rows = [
+        ("", ""),
+        ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
+        ("zeros among the prunable weights", f"{100 * zeros['prunable']:.1f} %"),
+        ("zeros in the encoder", f"{100 * zeros['encoder']:.1f} %"),
+        ("zeros in the model", f"{100 * zeros['model']:.1f} %"),
+        ("bytes of the weights' file", f"{(folder / WEIGHTS_NAME).stat().st_size:,}"),
+        ("form of the file", ", ".join(said)),
+    ]
+    device = torch.cuda.get_device_name() if model.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    for size, milliseconds in latency(model).items():
+        rows.append((f"milliseconds, batch of {size}, {_TOKENS} tokens, {device}", f"{milliseconds:.1f}"))
+    return f"## Size and speed\n\n{_table(rows)}"
+
+
+def _training(results: Mapping[str, Any], pruning: PruningConfig | None) -> str:
+    recipe, parts = results.get("recipe", {}), []
+    for title, values in (("pruning", pruning.to_dict() if pruning else {}), *recipe.get("arguments", {}).items()):
+        if values:
+            shown = "\n".join(f"{key}: {json.dumps(value)}" for key, value in values.items() if value is not None)
+            parts.append(f"`{title}`:\n\n```yaml\n{shown}\n```")
+    log = results.get("log", [])
+    if log:
+        some = log[:: max(1, -(-len(log) // _LOG_ROWS))]
+        rows = [("phase", "step", "loss", "sparsity")]
+        rows += [(x["phase"], str(x["step"]), f"{x['loss']:.3f}", f"{100 * x['sparsity']:.1f} %") for x in some]
+        parts.append(_table(rows))
+    return "## Training\n\n" + "\n\n".join(parts) if parts else ""
+
+
+def _limits(results: Mapping[str, Any]) -> str:
+    seeds = "one seed; runs with other seeds differ by a point or more on small tasks" if results else "unknown data"
+    return (
+        f"## Limits\n\n- The metrics are of {seeds}, on data like that of training.\n"
+        "- Zeros alone make no model faster in stock PyTorch; a compact one, without pruned parts, is.\n"
+        "- Licence, languages and biases are those of the base model and of the data it was trained on; pruning may have cost "
+        "rare cases more than the averages show."
+    )
+
+
+def _versions(results: Mapping[str, Any]) -> str:
+    versions = results.get("environment") or {
+        "hf_disparse": hf_disparse.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    return "## Versions\n\n" + ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
