@@ -214,6 +214,44 @@ def export(
         export.write_card(output_dir)
 
 
+@app.command(
+    epilog="Example: hf-disparse push runs/quickstart me/quickstart-sparse --dtype bfloat16 --license apache-2.0"
+)
+def push(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder or Hub id.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Where to: USER/NAME; made if it is not there.")],
+    format_: Annotated[
+        Literal["packed", "compact", "plain"], typer.Option("--format", help="As of export; plain: as it is.")
+    ] = "packed",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Of the weights; default: as they are.")
+    ] = None,
+    with_tasks: Annotated[
+        bool, typer.Option("--with-tasks", help="Every task beside it as a plain model, in tasks/NAME.")
+    ] = False,
+    private: Annotated[bool, typer.Option("--private", help="If the repository is made.")] = False,
+    license_: Annotated[
+        str | None, typer.Option("--license", help="For the card, such as apache-2.0; the base model's binds.")
+    ] = None,
+    token: Annotated[str | None, typer.Option(help="Default: that of `hf auth login`.")] = None,
+) -> None:
+    """Export a model with its card and upload it to the Hub, as one commit."""
+    _quiet()
+    import torch
+
+    from hf_disparse import export
+
+    wanted = getattr(torch, dtype) if dtype else None
+    options = {
+        "dtype": wanted,
+        "with_tasks": with_tasks,
+        "private": private or None,
+        "license": license_,
+        "token": token,
+    }
+    print(f"pushed: {export.push(model, repo, format_, **options)}")
+
+
 def _list(text: str, where: str, kind) -> list:
     """The values between the commas."""
     from hf_disparse.config import UserError

@@ -3,7 +3,8 @@
 from hf_disparse.export import loading  # noqa: F401, registers the stored form with transformers
 from hf_disparse.export.card import is_multitask, write_card
 from hf_disparse.export.compact import compact, save_compact
+from hf_disparse.export.hub import push
 from hf_disparse.export.packed import save_packed
 from hf_disparse.export.task import save_tasks, task_model
 
-__all__ = ["compact", "is_multitask", "save_compact", "save_packed", "save_tasks", "task_model", "write_card"]
+__all__ = ["compact", "is_multitask", "push", "save_compact", "save_packed", "save_tasks", "task_model", "write_card"]

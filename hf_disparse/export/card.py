@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoModel, PreTrainedModel
 
 import hf_disparse
-from hf_disparse.config import PRUNING_CONFIG_NAME, PruningConfig
+from hf_disparse.config import PRUNING_CONFIG_NAME, PruningConfig, TaskConfig
 from hf_disparse.export.folder import CONFIG_NAME, WEIGHTS_NAME, read_json
 from hf_disparse.masks import sparsity_report
 from hf_disparse.model import MultitaskConfig, MultitaskModel, prunable_parameters
@@ -21,18 +21,23 @@ from hf_disparse.model import MultitaskConfig, MultitaskModel, prunable_paramete
 CARD_NAME, RESULTS_NAME = "README.md", "results.json"
 _TOKENS, _ROUNDS, _LOG_ROWS = 64, 7, 12
 _METRICS = {"f1": "F1", "pearson": "Pearson", "spearmanr": "Spearman", "matthews_correlation": "Matthews correlation"}
+_LOGGED = ("step", "loss", "sparsity")
 _KINDS = {"token_classification": "token-classification"}
 
 
-def write_card(folder: str | Path, name: str | None = None, license: str | None = None) -> ModelCard:
+def write_card(
+    folder: str | Path, name: str | None = None, license: str | None = None, results: Mapping[str, Any] | None = None
+) -> ModelCard:
     """Writes README.md into a folder that holds a `MultitaskModel` in any form; the model is loaded and timed for that.
 
     Args:
         name: the Hub id that the usage snippet loads; default: the folder's name.
         license: as the Hub spells it, such as `apache-2.0`; a sparse model is bound by that of its base model.
+        results: what `results.json` would hold, or some of it, where there is none.
     """
     folder = Path(folder)
-    results = read_json(folder / RESULTS_NAME) if (folder / RESULTS_NAME).is_file() else {}
+    if results is None:
+        results = read_json(folder / RESULTS_NAME) if (folder / RESULTS_NAME).is_file() else {}
     pruning = PruningConfig.from_pretrained(folder) if (folder / PRUNING_CONFIG_NAME).is_file() else None
     model = AutoModel.from_pretrained(folder).eval()
     name = name or folder.resolve().name
@@ -49,6 +54,23 @@ def write_card(folder: str | Path, name: str | None = None, license: str | None 
     card = ModelCard(f"---\n{_metadata(name, model, results, license).to_yaml()}\n---\n\n{text}\n")
     card.save(folder / CARD_NAME)
     return card
+
+
+def results_of_log(history: list[Mapping[str, Any]], tasks: Mapping[str, TaskConfig]) -> dict[str, Any]:
+    """What of `results.json` a Trainer's `state.log_history` says: the last evaluation and the losses."""
+    log = [row for row in history if "loss" in row]
+    results = {
+        "log": [{"phase": "training", "sparsity": 0.0, **{k: row[k] for k in row if k in _LOGGED}} for row in log]
+    }
+    last = next((row for row in reversed(history) if "eval_average" in row), None)
+    if last:
+        values = {
+            name: {m: 100 * last[f"eval_{name}_{m}"] for m in task.metric if f"eval_{name}_{m}" in last}
+            for name, task in tasks.items()
+        }
+        shown = {name: metrics for name, metrics in values.items() if metrics}
+        results["sparse"] = {"tasks": shown, "average": 100 * last["eval_average"]}
+    return results
 
 
 def is_multitask(folder: str | Path) -> bool:
@@ -139,20 +161,21 @@ def _metrics(results: Mapping[str, Any]) -> str:
     if "sparse" not in results:
         return ""
     data, examples = results.get("recipe", {}).get("data", {}), results.get("examples", {}).get("validation", {})
-    rows = [("task", "data", "examples", "metric", "dense", "sparse", "difference")]
+    before = results.get("dense")
+
+    def numbers(dense: float | None, sparse: float) -> tuple[str, ...]:
+        return (f"{sparse:.1f}",) if dense is None else (f"{dense:.1f}", f"{sparse:.1f}", f"{sparse - dense:+.1f}")
+
+    rows = [("task", "data", "examples", "metric", *(("dense", "sparse", "difference") if before else ("value",)))]
     for task, metrics in results["sparse"]["tasks"].items():
         entry = data.get(task, {})
         source = " ".join(str(entry[key]) for key in ("data", "subset", "split") if entry.get(key))
         for metric, sparse in metrics.items():
-            dense = results["dense"]["tasks"][task][metric]
-            numbers = (f"{dense:.1f}", f"{sparse:.1f}", f"{sparse - dense:+.1f}")
-            rows.append((task, source, str(examples.get(task, "")), metric, *numbers))
-    dense, sparse = results["dense"]["average"], results["sparse"]["average"]
-    rows.append(("average", "", "", "", f"{dense:.1f}", f"{sparse:.1f}", f"{sparse - dense:+.1f}"))
-    return (
-        '## Metrics\n\nOn validation data, 0 to 100. "Dense" is the same model before it was pruned; the sparse one was '
-        f"trained on.\n\n{_table(rows)}"
-    )
+            dense = before["tasks"][task][metric] if before else None
+            rows.append((task, source, str(examples.get(task, "")), metric, *numbers(dense, sparse)))
+    rows.append(("average", "", "", "", *numbers(before["average"] if before else None, results["sparse"]["average"])))
+    said = ' "Dense" is the same model before it was pruned; the sparse one was trained on.' if before else ""
+    return f"## Metrics\n\nOn validation data, 0 to 100.{said}\n\n{_table(rows)}"
 
 
 def _size(folder: Path, model: MultitaskModel, pruning: PruningConfig | None) -> str:

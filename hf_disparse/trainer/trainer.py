@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_disparse.config import PruningConfig, UserError
+from hf_disparse.export import write_card
+from hf_disparse.export.card import results_of_log
 from hf_disparse.losses import GradientSurgery, distillation_loss, hidden_loss, uncertainty_weight
 from hf_disparse.masks import MASKS_NAME, count_pruned, load_masks, save_masks
 from hf_disparse.model import MultitaskModel
@@ -351,6 +353,16 @@ class DisparseTrainer(Trainer):
         if path.is_file():  # absent from a foreign Trainer's
             state = json.loads(path.read_text())
             self._trained, self.loss_means = state["backward_passes"], state["loss_means"]
+
+    def create_model_card(
+        self, language=None, license: str | None = None, tags=None, model_name=None, **kwargs
+    ) -> None:
+        """Writes the card of a MultitaskModel that was saved in `output_dir`; of another model as in Trainer."""
+        if not self.is_multitask:
+            super().create_model_card(language, license, tags, model_name, **kwargs)
+        elif self.is_world_process_zero():
+            results = results_of_log(self.state.log_history, self.tasks)
+            write_card(self.args.output_dir, self.hub_model_id or model_name, license, results)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
