@@ -5,7 +5,7 @@ Importing this registers `MultitaskModel` with transformers' Auto classes, and t
 
 from hf_disparse.config import DataConfig, PruningConfig, TaskConfig, UserError
 from hf_disparse.decision import decide, decide_max, decide_mean_rank, decide_sum
-from hf_disparse.export import compact, save_compact, save_packed, save_tasks, task_model
+from hf_disparse.export import compact, save_compact, save_onnx, save_packed, save_tasks, task_model
 from hf_disparse.inference import MultitaskPipeline
 from hf_disparse.masks import MaskHooks, apply_masks, find_masks, load_masks, save_masks, sparsity_report
 from hf_disparse.model import MultitaskConfig, MultitaskModel, prunable_parameters
@@ -42,6 +42,7 @@ __all__ = [
     "resolve",
     "save_compact",
     "save_masks",
+    "save_onnx",
     "save_packed",
     "save_tasks",
     "score",

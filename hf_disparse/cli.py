@@ -172,15 +172,16 @@ def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder or Hub id.")],
     output_dir: Annotated[str, typer.Option("--output_dir", "--output-dir", help="A new folder.")],
     format_: Annotated[
-        Literal["packed", "compact", "task"],
+        Literal["packed", "compact", "task", "onnx"],
         typer.Option(
             "--format",
             help="packed: non-zeros and a bit a weight; compact: without pruned heads, neurons and layers; "
-            "task: for plain transformers.",
+            "task: for plain transformers; onnx: one task, checked in onnxruntime.",
         ),
     ] = "packed",
     task: Annotated[
-        str | None, typer.Option(help="With --format task: this one; by default each into tasks/NAME.")
+        str | None,
+        typer.Option(help="With --format task: this one, by default each into tasks/NAME; with onnx: this one."),
     ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Of the weights; default: as they are.")
@@ -194,10 +195,17 @@ def export(
     from hf_disparse.config import require
 
     wanted = getattr(torch, dtype) if dtype else None
-    require(task is None or format_ == "task", "--task", "nothing but with --format task", task)
+    require(task is None or format_ in ("task", "onnx"), "--task", "nothing but with --format task or onnx", task)
+    require(dtype is None or format_ != "onnx", "--dtype", "nothing with --format onnx, which is float32", dtype)
     if format_ == "task":
         for folder in export.save_tasks(model, output_dir, task, wanted):
             print(f"written: {folder}")
+    elif format_ == "onnx":
+        report = export.save_onnx(model, output_dir, task)
+        print(
+            f"logits differ by {report['difference']:.1g}; onnxruntime is {report['speed']:.2f} times as fast as torch"
+        )
+        print(f"written: {output_dir}")
     elif format_ == "compact":
         parts = export.save_compact(model, output_dir, wanted)
         print(", ".join(f"{now} of {before} {kind}s" for kind, (before, now) in parts.items()))
@@ -210,7 +218,7 @@ def export(
         else:
             print("no matrix is sparse enough to be smaller when packed: this model is dense")
         print(f"written: {output_dir}, {sizes['bytes']:,} bytes of {sizes['dense_bytes']:,} dense")
-    if format_ != "task" and export.is_multitask(output_dir):
+    if format_ in ("packed", "compact") and export.is_multitask(output_dir):
         export.write_card(output_dir)
 
 

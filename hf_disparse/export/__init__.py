@@ -6,5 +6,16 @@ from hf_disparse.export.compact import compact, save_compact
 from hf_disparse.export.hub import push
 from hf_disparse.export.packed import save_packed
 from hf_disparse.export.task import save_tasks, task_model
+from hf_disparse.export.to_onnx import save_onnx
 
-__all__ = ["compact", "is_multitask", "push", "save_compact", "save_packed", "save_tasks", "task_model", "write_card"]
+__all__ = [
+    "compact",
+    "is_multitask",
+    "push",
+    "save_compact",
+    "save_onnx",
+    "save_packed",
+    "save_tasks",
+    "task_model",
+    "write_card",
+]

@@ -1,0 +1,133 @@
+"""One task as ONNX, by torch's own exporter, checked in onnxruntime. Layer 7; needs the extra `onnx`."""
+
+import contextlib
+import copy
+import io
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_disparse.config import UserError, one_line
+from hf_disparse.export.compact import compact, load
+from hf_disparse.export.folder import copy_companions, model_folder, new_folder
+from hf_disparse.model import MultitaskModel, head_config
+
+ONNX_NAME = "model.onnx"
+_ROUNDS, _TOLERANCE = 15, 1e-3
+
+
+def save_onnx(model: PreTrainedModel | str | Path, folder: str | Path, task: str | None = None) -> dict[str, float]:
+    """Writes `model.onnx` (input_ids and attention_mask, (batch, tokens) int64, to logits) into the new folder `folder`.
+
+    Both axes are free. Skipped layers are left out, compact models are exported as they are. The file runs once in
+    onnxruntime before the folder takes its name.
+
+    Args:
+        model: a MultitaskModel, a classification model of transformers', or the folder or Hub id of either; from a folder,
+            its tokenizer comes along.
+        task: which head of a MultitaskModel; may be left out if it has one.
+
+    Returns:
+        {"difference": largest absolute difference of the logits, "speed": times faster than torch, batch of 1, 64 tokens}.
+
+    Raises:
+        UserError: no such task, the extra is not installed, or onnxruntime gives other logits.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401, which torch's exporter is made of
+    except ImportError as error:
+        raise UserError(f"--format onnx: {error}; try: pip install 'hf_disparse[onnx]'") from None
+    source = None if isinstance(model, PreTrainedModel) else model_folder(model)
+    model = load(source) if source else copy.deepcopy(model)
+    model = model.float().cpu().eval()
+    if isinstance(model, MultitaskModel):
+        task = task or next(iter(model.heads))
+        if task not in model.heads:
+            raise UserError(f"--task: the model has no task '{task}'; it has {', '.join(model.heads)}")
+        if model.config.skipped_layers:
+            compact(model)
+        config = head_config(model.config.encoder_config, model.tasks[task])
+    else:
+        config, task = copy.deepcopy(model.config), None
+        config.__dict__.pop("quantization_config", None)  # which says how safetensors are read
+    plain = _Logits(model, task).eval()
+    with new_folder(folder) as target:
+        if source:
+            copy_companions(source, target, tokenizer_only=True)
+        config.save_pretrained(target)
+        _export(plain, target / ONNX_NAME)
+        session = onnxruntime.InferenceSession(target / ONNX_NAME, providers=["CPUExecutionProvider"])
+        return _check(
+            plain, lambda inputs: torch.from_numpy(session.run(None, {k: v.numpy() for k, v in inputs.items()})[0])
+        )
+
+
+class _Logits(nn.Module):
+    def __init__(self, model: PreTrainedModel, task: str | None):
+        super().__init__()
+        self.model, self.task = model, {} if task is None else {"task": task}
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, **self.task).logits
+
+
+def _batch(size: int, tokens: int) -> dict[str, Tensor]:
+    """Token ids that any vocabulary has, and a last row that ends early."""
+    ids = torch.arange(size * tokens).reshape(size, tokens) % 37 + 5
+    mask = torch.ones_like(ids)
+    mask[-1, -(-tokens // 2) :] = 0 if size > 1 else 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _export(model: nn.Module, path: Path) -> None:
+    axes = {0: "batch", 1: "tokens"}
+    level = logging.getLogger("torch.onnx").level
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of operators of libraries that are not there
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                model,
+                tuple(_batch(2, 8).values()),
+                path,
+                dynamo=True,
+                input_names=["input_ids", "attention_mask"],
+                output_names=["logits"],
+                dynamic_shapes={"input_ids": axes, "attention_mask": axes},
+                external_data=False,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter's own kinds
+        raise UserError(f"--format onnx: torch cannot export this model: {one_line(error)}") from error
+    finally:
+        logging.getLogger("torch.onnx").setLevel(level)
+
+
+def _check(model: nn.Module, run: Callable[[dict[str, Tensor]], Tensor]) -> dict[str, float]:
+    difference = 0.0
+    with torch.inference_mode():
+        for size, tokens in ((2, 8), (3, 13), (1, 4)):
+            inputs = _batch(size, tokens)
+            expected = model(**inputs)
+            difference = max(
+                difference, (run(inputs) - expected).abs().max().item() / max(1.0, expected.abs().max().item())
+            )
+        inputs, ratios = _batch(1, 64), []
+        for turn in range(_ROUNDS + 1):
+            seconds = {}
+            for block in (model.forward, None) if turn % 2 else (None, model.forward):
+                start = time.perf_counter()
+                run(inputs) if block is None else block(**inputs)
+                seconds[block is None] = time.perf_counter() - start
+            ratios.append(seconds[False] / seconds[True])
+    if not difference < _TOLERANCE:
+        raise UserError(f"--format onnx: expected torch's logits from onnxruntime, got others by {difference:.2g}")
+    return {"difference": difference, "speed": statistics.median(ratios[1:])}

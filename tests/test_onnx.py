@@ -1,0 +1,73 @@
+"""ONNX: onnxruntime's logits are torch's, at any batch and length, dense and compact."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from hf_disparse import UserError, compact
+from hf_disparse.export import save_onnx, save_packed
+from tests.cli_helpers import hf_disparse
+from tests.test_compact import model_of, prune_parts
+from tests.tiny import CONFIGS, tiny_model, tiny_tokenizer
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'hf_disparse[onnx]'")
+
+
+def run(folder, **inputs) -> np.ndarray:
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    return session.run(None, {name: value.numpy() for name, value in inputs.items()})[0]
+
+
+def same(folder, model, **kwargs) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for size, tokens in ((1, 3), (4, 17)):
+        ids = torch.randint(4, 44, (size, tokens), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, 2:] = 0
+        with torch.no_grad():
+            expected = model(input_ids=ids, attention_mask=mask, **kwargs).logits.numpy()
+        np.testing.assert_allclose(run(folder, input_ids=ids, attention_mask=mask), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(t, marks=[] if t == "bert" else pytest.mark.slow) for t in CONFIGS]
+)
+def test_compact_models_give_torch_s_logits(model_type, tmp_path):
+    model = model_of(model_type)
+    prune_parts(model)
+    model.skip_layers([1])
+    report = save_onnx(model, tmp_path / "masked", "three")
+    same(tmp_path / "masked", model, task="three")
+    assert 0 <= report["difference"] < 1e-4 and report["speed"] > 0
+    compact(model)
+    save_onnx(model, tmp_path / "compact", "three")
+    same(tmp_path / "compact", model, task="three")
+    masked, small = ((tmp_path / name / "model.onnx").stat().st_size for name in ("masked", "compact"))
+    assert small <= masked
+    assert AutoConfig.from_pretrained(tmp_path / "compact").id2label == {0: "a", 1: "b", 2: "c"}
+
+
+def test_the_command_on_a_packed_folder(tmp_path):
+    model = tiny_model().eval()
+    prune_parts(model)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    save_packed(tmp_path / "model", tmp_path / "packed")
+    words = ("export", tmp_path / "packed", "--format", "onnx", "--task", "two", "--output_dir", tmp_path / "onnx")
+    status, out, _ = hf_disparse(*words)
+    assert status == 0 and "times as fast as torch" in out
+    same(tmp_path / "onnx", model, task="two")
+    assert AutoTokenizer.from_pretrained(tmp_path / "onnx")("w1")["input_ids"] == [2, 5, 3]
+
+
+def test_a_plain_model(tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(CONFIGS["distilbert"]()).eval()
+    save_onnx(model, tmp_path / "onnx")
+    same(tmp_path / "onnx", model)
+
+
+def test_a_task_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="has no task 'four'"):
+        save_onnx(tiny_model(), tmp_path / "onnx", "four")
