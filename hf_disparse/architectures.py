@@ -77,11 +77,27 @@ def layout_of(encoder: nn.Module) -> Layout:
                 first.get_submodule(name)
         except (AttributeError, TypeError, IndexError):
             continue
-        return layout
+        if _holds_no_more(encoder, first, layout):
+            return layout
     known = "BERT, RoBERTa, ELECTRA, DistilBERT, MPNet, DeBERTa-v2 and ModernBERT"
     raise UserError(
         f"pruning.granularity: expected an encoder with the layers of {known} or their kin, got {type(encoder).__name__}"
     )
+
+
+def _holds_no_more(encoder: nn.Module, layer: nn.Module, layout: Layout) -> bool:
+    """Whether attention is made of what the layout lists: Longformer, ConvBERT, LUKE and others have more by head."""
+    known = {*layout.by_head, layout.merge, *layout.if_there}
+    prefix = layout.attention + "."
+    inner = {name: module for name, module in layer.named_modules() if name.startswith(prefix)}
+    weighty = {name for name, module in inner.items() if next(module.parameters(recurse=False), None) is not None}
+    norms = {name for name in weighty if "norm" in name.lower()}
+    return weighty - norms <= known and getattr(encoder.config, "attention_type", None) != "block_sparse"
+
+
+def first_stays(encoder: nn.Module) -> bool:
+    """Whether the first layer cannot be dropped: it is unlike the others, or something but they follows it."""
+    return layout_of(encoder).first_stays or getattr(getattr(encoder, "encoder", None), "conv", None) is not None
 
 
 def find_sites(encoder: nn.Module, prefix: str = "") -> dict[str, dict[str, Site]]:
@@ -93,7 +109,7 @@ def find_sites(encoder: nn.Module, prefix: str = "") -> dict[str, dict[str, Site
     Sizes are those of the weights as they are, so that an encoder that is compact already has fewer parts.
     """
     layout = layout_of(encoder)
-    layers = encoder.get_submodule(layout.layers)
+    layers, protected = encoder.get_submodule(layout.layers), int(first_stays(encoder))
     config = encoder.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     sites: dict[str, dict[str, Site]] = {"head": {}, "neuron": {}}
@@ -114,12 +130,11 @@ def find_sites(encoder: nn.Module, prefix: str = "") -> dict[str, dict[str, Site
         )  # gated: twice
         members = {f"{name}.{layout.up}": (0, by_row), f"{name}.{layout.down}": (1, torch.arange(neurons))}
         sites["neuron"][f"{name}.{layout.up}"] = Site(neurons, members)
-        if i or not layout.first_stays:
+        if i or not protected:
             for n, module in layer.named_modules():
                 if isinstance(module, nn.Linear):
-                    part = i - layout.first_stays
-                    linears[f"{name}.{n}"] = (0, torch.full((module.out_features,), part))
-    sites["layer"] = {f"{prefix}{layout.layers}": Site(len(layers) - layout.first_stays, linears)}
+                    linears[f"{name}.{n}"] = (0, torch.full((module.out_features,), i - protected))
+    sites["layer"] = {f"{prefix}{layout.layers}": Site(len(layers) - protected, linears)}
     return sites
 
 

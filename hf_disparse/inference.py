@@ -6,7 +6,7 @@ import torch
 from transformers import AutoTokenizer, Pipeline
 
 from hf_disparse.config import TaskConfig, UserError
-from hf_disparse.model import MultitaskModel
+from hf_disparse.model import HUB_ARGUMENTS, MultitaskModel
 
 
 class MultitaskPipeline(Pipeline):
@@ -35,9 +35,11 @@ class MultitaskPipeline(Pipeline):
         super().__init__(model=model.eval(), tokenizer=tokenizer, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str, **kwargs: Any) -> "MultitaskPipeline":
-        """From a folder or the Hub; `kwargs` are those of the class."""
-        return cls(MultitaskModel.from_pretrained(name_or_path), AutoTokenizer.from_pretrained(name_or_path), **kwargs)
+    def from_pretrained(cls, name_or_path: str, dtype: Any = "auto", **kwargs: Any) -> "MultitaskPipeline":
+        """From a folder or the Hub; `kwargs` are those of the class, and `revision`, `token` and the like of the Hub."""
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        model = MultitaskModel.from_pretrained(name_or_path, dtype=dtype, **hub)
+        return cls(model, AutoTokenizer.from_pretrained(name_or_path, **hub), **kwargs)
 
     def _sanitize_parameters(self, tasks: list[str] | None = None, **tokenizer: Any) -> tuple[dict, dict, dict]:
         known = self.model.tasks

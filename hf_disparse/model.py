@@ -26,8 +26,9 @@ from transformers.utils import ModelOutput
 
 from hf_disparse.architectures import layout_of
 from hf_disparse.config import PruningConfig, TaskConfig, UserError
+from hf_disparse.shapes import rebuild
 
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class MultitaskConfig(PreTrainedConfig):
@@ -72,6 +73,9 @@ class HiddenStates(nn.Module):
     def __init__(self, pooler: nn.Module | None):
         super().__init__()
         self.pooler = pooler
+
+    def get_input_embeddings(self) -> None:
+        """There are none; gradient checkpointing asks."""
 
     def forward(self, input_ids=None, inputs_embeds: Tensor | None = None, **_) -> BaseModelOutputWithPooling:
         """`inputs_embeds` is the shared encoder's last hidden state, (batch, tokens, width)."""
@@ -168,7 +172,7 @@ class MultitaskModel(PreTrainedModel):
         layers = self.encoder.get_submodule(layout_of(self.encoder).layers) if places else []
         if any(type(i) is not int or not 0 <= i < len(layers) for i in places):
             raise UserError(f"skipped_layers: expected places among {len(layers)} layers, got {list(places)}")
-        self._skips = [layers[i].register_forward_hook(_hand_on, with_kwargs=True) for i in places]
+        self._skips = [layers[i].register_forward_hook(_hand_on, prepend=True, with_kwargs=True) for i in places]
         self.config.skipped_layers = list(places)
 
     def remove_task(self, name: str) -> None:
@@ -191,26 +195,43 @@ class MultitaskModel(PreTrainedModel):
             UserError: an architecture whose heads do not work on the encoder's last hidden state alone.
         """
         encoder_config, rest = AutoConfig.from_pretrained(name_or_path, return_unused_kwargs=True, **kwargs)
-        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         if isinstance(encoder_config, MultitaskConfig):
             source = cls.from_pretrained(name_or_path, **kwargs)
-            model = cls(MultitaskConfig(encoder_config=source.config.encoder_config, tasks=list(tasks)))
+            skipped = source.config.skipped_layers
+            config = MultitaskConfig(
+                encoder_config=source.config.encoder_config, tasks=list(tasks), skipped_layers=skipped
+            )
+            model = cls(config)
+            model._shape_as(source)
             model.encoder.load_state_dict(source.encoder.state_dict())
             return model.to(source.dtype)
+        stored = encoder_config.__dict__.pop("quantization_config", None)  # how the file is read, not the model
         encoder_config.name_or_path = ""  # a local path is nobody's business once the model is published
         attention = {name: kwargs[name] for name in ("attn_implementation",) if name in kwargs}
         model = cls(MultitaskConfig(encoder_config=encoder_config, tasks=list(tasks), **attention))
         for auto in {auto_class(task): None for task in tasks}:
             mine = [task for task in tasks if auto_class(task) is auto]
+            config = head_config(encoder_config, mine[0])
+            if stored is not None:
+                config.quantization_config = stored
             full, report = auto.from_pretrained(
                 name_or_path,
-                config=head_config(encoder_config, mine[0]),
+                config=config,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # of the classifier of a fine-tuned checkpoint, which is not taken
                 **{**hub, **rest},
             )
+            model._shape_as(full)
             model.to(full.dtype)._take(full, set(report["missing_keys"]), [task.name for task in mine])
         return model
+
+    def _shape_as(self, source: PreTrainedModel) -> None:
+        """Gives the encoder, fresh from its configuration, the shape of a compact one."""
+        form = getattr(source.config, "quantization_config", None)
+        if getattr(form, "structure", None) and not hasattr(self.config, "quantization_config"):
+            rebuild(self.encoder, form.structure)
+            self.config.quantization_config = form
 
     def _take(self, full: PreTrainedModel, fresh: set[str], tasks: list[str]) -> None:
         """Copies the encoder, and what is neither `fresh` nor a classifier into the heads of `tasks`; checks the result."""

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForSequenceClassification
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForSequenceClassification, LongformerConfig
 
 from hf_disparse import MaskHooks, MultitaskConfig, MultitaskModel, UserError, apply_masks, find_masks
 from hf_disparse.architectures import find_sites
@@ -274,3 +274,52 @@ def test_a_structure_of_another_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises((UserError, RuntimeError), match=r"expected shape|mismatched"):
         MultitaskModel.from_pretrained(tmp_path)
+
+
+def test_a_first_layer_that_is_unlike_the_others_is_not_dropped():
+    model = model_of("modernbert")
+    model.skip_layers([0])
+    with pytest.raises(UserError, match="the first layer of ModernBertModel is unlike the others and stays"):
+        compact(model)
+
+
+def test_an_optimizer_that_could_not_go_along_is_refused():
+    model = model_of("bert")
+    optimizer = torch.optim.Adafactor(model.parameters())
+    model(**BATCH, task="two", labels=torch.tensor([0, 1])).loss.backward()
+    optimizer.step()
+    prune_parts(model)
+    with pytest.raises(UserError, match="an optimizer that holds a number per weight, as AdamW does, got Adafactor"):
+        compact(model, optimizer)
+
+
+def test_attention_with_more_than_is_known_is_refused():
+    config = LongformerConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        attention_window=4,
+    )
+    with pytest.raises(UserError, match="expected an encoder with the layers of BERT"):
+        compact(AutoModel.from_config(config))
+
+
+@pytest.mark.parametrize("change", ["lost", "added", "class"])
+def test_a_checkpoint_with_other_weights_than_its_class_is_not_exported(change, tmp_path):
+    """transformers would fill in random weights."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    if change == "lost":
+        stored.pop("encoder.encoder.layer.0.output.dense.weight")
+    elif change == "added":
+        stored["other"] = torch.zeros(2)
+    save_file(stored, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    if change == "class":
+        path = tmp_path / "model" / "config.json"
+        path.write_text(path.read_text().replace('"MultitaskModel"', '"BertModel"'))
+    with pytest.raises(UserError, match=r"expected exactly the weights of a|expected a model that loads"):
+        save_compact(tmp_path / "model", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

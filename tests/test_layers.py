@@ -11,6 +11,7 @@ LAYER = {
     "tasks": 1,
     "parts": 2,
     "architectures": 2,
+    "shapes": 2,
     "model": 2,
     "scores": 3,
     "losses": 3,

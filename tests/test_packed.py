@@ -339,3 +339,45 @@ def test_the_header_says_what_the_format_promises(packed):
         assert stored.get_slice(NAME).get_shape() == [int((load_file(packed / "model.safetensors")[NAME]).numel())]
         assert stored.get_slice(NAME + "_bitmask").get_shape() == [32, 2]
     assert AutoConfig.from_pretrained(packed).quantization_config["quant_method"] == "hf_disparse"
+
+
+def test_a_shard_that_lost_a_weight_is_not_packed(sparse_model, tmp_path):
+    sparse_model.save_pretrained(tmp_path / "dense", max_shard_size=4000)
+    shard = sorted((tmp_path / "dense").glob("*.safetensors"))[0]
+    tensors = load_file(shard)
+    tensors.popitem()
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"expected the weight .* as model.safetensors.index.json has it, got none"):
+        save_packed(tmp_path / "dense", tmp_path / "packed")
+
+
+def test_another_file_beside_it_is_not_loaded_unchecked(packed):
+    shutil.copyfile(packed / "model.safetensors", packed / "model.fp16.safetensors")
+    with pytest.raises(
+        UserError, match=r"expected the weights in model.safetensors beside it, got model.fp16.safetensors"
+    ):
+        AutoModel.from_pretrained(packed, variant="fp16")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(quantization_config=[1]), "expected no quantization_config but ours"),
+        (lambda c: c.update(quantization_config={"quant_method": "gptq"}), "expected no quantization_config but ours"),
+    ],
+)
+def test_a_foreign_form_is_not_packed(change, message, sparse_model, tmp_path):
+    sparse_model.save_pretrained(tmp_path / "dense")
+    values = json.loads((tmp_path / "dense" / "config.json").read_text())
+    change(values)
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=message):
+        save_packed(tmp_path / "dense", tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+
+
+def test_folders_that_cannot_be_written_to(sparse_model, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file" / "inner", tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match="output_dir: cannot write to"):
+            save_packed(sparse_model, folder)

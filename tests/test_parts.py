@@ -10,17 +10,19 @@ from transformers import AutoModel, BertForSequenceClassification, GPT2Config, T
 from hf_disparse import (
     DisparseTrainer,
     DisparseTrainingArguments,
+    MultitaskConfig,
     MultitaskModel,
     PruningCallback,
     PruningConfig,
     UserError,
 )
 from hf_disparse.architectures import find_sites
-from hf_disparse.export import compact
+from hf_disparse.export import compact, save_compact, save_packed, save_tasks
 from hf_disparse.model import prunable_parameters
 from hf_disparse.parts import Site, mask_of_parts, sum_by_part
 from hf_disparse.trainer.rules import decide_parts, keep_parts, prunable_sites
-from tests.tiny import CONFIGS, three_datasets, tiny_bert_config, tiny_model, tiny_tokenizer
+from tests.test_compact import prune_parts
+from tests.tiny import CONFIGS, three_datasets, three_tasks, tiny_bert_config, tiny_model, tiny_tokenizer
 
 HEADS = Site(2, {"q": (0, torch.tensor([0, 0, 1, 1])), "o": (1, torch.tensor([0, 0, 1, 1]))})
 
@@ -124,7 +126,7 @@ def train(folder, granularity, steps: int = 6, model=None, **pruning):
             report_to="none",
             use_cpu=True,
         ),
-        pruning_config=PruningConfig(granularity=granularity, sparsity=0.5, score_batches=2, **pruning),
+        pruning_config=PruningConfig(**{"granularity": granularity, "sparsity": 0.5, "score_batches": 2, **pruning}),
         train_dataset=three_datasets(),
         eval_dataset=three_datasets(),
         processing_class=tiny_tokenizer(),
@@ -261,3 +263,79 @@ def test_a_skipped_layer_hands_on_its_input(tmp_path):
     model.skip_layers([0])
     model.save_pretrained(tmp_path)
     assert MultitaskModel.from_pretrained(tmp_path).config.skipped_layers == [0]
+
+
+@pytest.mark.parametrize("schedule", ["one_shot", "cubic"])
+@pytest.mark.parametrize("other", ["head", "neuron"])
+def test_layers_and_their_parts_together_are_exact(other, schedule, tmp_path):
+    """The heads of a layer that goes are gone and count. In steps, a layer may go after heads of those that stay."""
+    config = tiny_bert_config()
+    config.num_hidden_layers, config.num_attention_heads = 6, 4
+    torch.manual_seed(0)
+    model = MultitaskModel(MultitaskConfig(encoder_config=config, tasks=three_tasks()))
+    steps = dict(schedule="cubic", start_step=1, end_step=4, update_every=1) if schedule == "cubic" else {}
+    trained = train(tmp_path, [other, "layer"], model=model, **steps).model
+    whole = {"head": 24, "neuron": 192}
+    left = parts_left(trained)
+    least = whole[other] // 2 if schedule == "one_shot" else whole[other] // 2 - whole[other] // 12
+    assert left["layer"] == 3 and least <= left[other] <= whole[other] // 2, left
+    assert len(trained.config.skipped_layers) == 3
+
+
+def test_too_high_a_sparsity_of_parts_is_refused_before_the_first_step(tmp_path):
+    with pytest.raises(UserError, match=r"at most 0\.500, for one head of each of 2 sites stays"):
+        train(tmp_path, "head", schedule="one_shot", start_step=5, sparsity=0.9)
+
+
+def test_layers_that_were_skipped_before_stay_skipped(tmp_path):
+    config = tiny_bert_config()
+    config.num_hidden_layers = 4
+    torch.manual_seed(0)
+    model = MultitaskModel(MultitaskConfig(encoder_config=config, tasks=three_tasks(), skipped_layers=[2]))
+    trained = train(tmp_path, "layer", model=model).model
+    assert 2 in trained.config.skipped_layers
+
+
+def test_hidden_states_that_were_asked_for_before_know_of_a_skip():
+    model = tiny_model().eval()
+    ids = torch.tensor([[2, 5, 6, 3]])
+    model.encoder(ids, output_hidden_states=True)
+    model.skip_layers([1])
+    hidden = model.encoder(ids, output_hidden_states=True).hidden_states
+    assert torch.equal(hidden[2], hidden[1])
+
+
+@pytest.mark.parametrize("kind", ["skipped", "compact", "packed"])
+def test_a_new_task_starts_from_what_was_pruned(kind, tmp_path):
+    model = tiny_model().eval()
+    ids = torch.tensor([[2, 5, 6, 3]])
+    if kind == "skipped":
+        model.skip_layers([1])
+    else:
+        prune_parts(model)
+    if kind == "compact":
+        compact(model)
+    (save_packed if kind == "packed" else MultitaskModel.save_pretrained)(model, tmp_path / "source")
+    new = MultitaskModel.from_encoder(str(tmp_path / "source"), three_tasks()[:1]).eval()
+    torch.testing.assert_close(new.encoder(ids)[0], model.encoder(ids)[0])
+    new.save_pretrained(tmp_path / "new")
+    again = MultitaskModel.from_pretrained(tmp_path / "new").eval()
+    torch.testing.assert_close(again.encoder(ids)[0], model.encoder(ids)[0])
+
+
+@pytest.mark.parametrize("form", ["compact", "packed"])
+def test_a_plain_encoder_of_any_form_starts_a_multitask_model(form, tmp_path):
+    torch.manual_seed(0)
+    plain = AutoModel.from_config(tiny_bert_config()).eval()
+    prune_parts(plain)
+    ids = torch.tensor([[2, 5, 6, 3]])
+    expected = plain(ids)[0].detach()
+    (save_packed if form == "packed" else save_compact)(plain, tmp_path / "source")
+    model = MultitaskModel.from_encoder(str(tmp_path / "source"), three_tasks()).eval()
+    torch.testing.assert_close(model.encoder(ids)[0], expected, atol=2e-6, rtol=1e-5)
+    model.save_pretrained(tmp_path / "model")
+    again = MultitaskModel.from_pretrained(tmp_path / "model").eval()
+    torch.testing.assert_close(again.encoder(ids)[0], expected, atol=2e-6, rtol=1e-5)
+    if form == "packed":
+        save_tasks(again, tmp_path / "task", "two")
+        BertForSequenceClassification.from_pretrained(tmp_path / "task")

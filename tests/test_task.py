@@ -83,10 +83,32 @@ def test_skipped_layers_and_even_neurons_are_plain_too(tmp_path):
     prune_parts(model, ["neuron"], even=True)
     model.skip_layers([1])
     plain = task_model(model, "two").eval()
-    assert plain.config.num_hidden_layers == 2 and plain.config.intermediate_size == 16
+    assert plain.config.num_hidden_layers == 2 and plain.config.intermediate_size == 32
     with torch.no_grad():
         close(plain(**BATCH).logits, model(**BATCH, task="two").logits)
     assert model.config.skipped_layers == [1]
+    compact(model)
+    small = task_model(model, "two").eval()
+    assert small.config.num_hidden_layers == 2 and small.config.intermediate_size == 16
+    with torch.no_grad():
+        close(small(**BATCH).logits, plain(**BATCH).logits)
+
+
+def test_skipped_layers_and_heads_that_are_masked(tmp_path):
+    model = model_of("bert")
+    prune_parts(model, ["head"])
+    model.skip_layers([1])
+    plain = task_model(model, "two").eval()
+    with torch.no_grad():
+        close(plain(**BATCH).logits, model(**BATCH, task="two").logits)
+
+
+def test_each_weight_keeps_its_precision(tmp_path):
+    model = tiny_model()
+    model.encoder.bfloat16()
+    plain = task_model(model, "two")
+    assert plain.bert.encoder.layer[0].output.dense.weight.dtype == torch.bfloat16
+    assert plain.classifier.weight.dtype == torch.float32
 
 
 def test_a_task_can_be_packed(tmp_path):

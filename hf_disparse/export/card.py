@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoModel, PreTrainedModel
 
 import hf_disparse
-from hf_disparse.config import PRUNING_CONFIG_NAME, PruningConfig, TaskConfig
+from hf_disparse.config import PRUNING_CONFIG_NAME, PruningConfig, TaskConfig, UserError, one_line
 from hf_disparse.export.folder import CONFIG_NAME, WEIGHTS_NAME, read_json
 from hf_disparse.masks import sparsity_report
 from hf_disparse.model import MultitaskConfig, MultitaskModel, prunable_parameters
@@ -39,7 +39,12 @@ def write_card(
     if results is None:
         results = read_json(folder / RESULTS_NAME) if (folder / RESULTS_NAME).is_file() else {}
     pruning = PruningConfig.from_pretrained(folder) if (folder / PRUNING_CONFIG_NAME).is_file() else None
-    model = AutoModel.from_pretrained(folder).eval()
+    try:
+        model = AutoModel.from_pretrained(folder).eval()
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises a dozen kinds
+        raise UserError(f"{folder}: expected a model that loads, got {one_line(error)}") from error
     name = name or folder.resolve().name
     sections = [
         _summary(name, model, results, pruning),

@@ -6,9 +6,7 @@ configuration of the architecture cannot say (fewer heads, neurons that differ b
 """
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -16,16 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from hf_disparse.architectures import Layout, find_sites, layout_of
+from hf_disparse.architectures import Layout, find_sites, first_stays, layout_of
 from hf_disparse.config import UserError, one_line
 from hf_disparse.export.folder import CONFIG_NAME, copy_companions, describe, model_folder, new_folder, read_json
 from hf_disparse.export.form import StoredForm
 from hf_disparse.model import MultitaskModel
 from hf_disparse.parts import Site, sum_by_part
-
-Structure = dict[
-    str, Any
-]  # {"heads": {attention: [places before]}, "neurons": {module: number}}, names within the encoder
+from hf_disparse.shapes import Cuts, Structure, shrink
 
 
 def compact(model: PreTrainedModel, optimizer: Optimizer | None = None) -> dict[str, tuple[int, int]]:
@@ -43,10 +38,12 @@ def compact(model: PreTrainedModel, optimizer: Optimizer | None = None) -> dict[
     """
     encoder, before = model.base_model, count_parts(model.base_model)
     layout = layout_of(encoder)
-    cuts = _Cuts(optimizer)
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise UserError("compact: expected a model without adapters, got one with PEFT's; compact before adding them")
+    cuts = Cuts(optimizer)
     structure = structure_of(model)
-    if isinstance(model, MultitaskModel) and model.config.skipped_layers:
-        _drop_layers(model, layout, cuts, structure)
+    if isinstance(model, MultitaskModel):
+        drop_layers(model, cuts, structure)
     for kind, places in find_sites(encoder).items():
         for name, site in places.items() if kind != "layer" else ():
             [(reader, _)] = [(module, dim) for module, (dim, _) in site.members.items() if dim == 1]
@@ -84,23 +81,34 @@ def save_compact(
             model = load(source)
             copy_companions(source, target)
         counts = compact(model)
-        model.to(dtype or model.dtype).save_pretrained(target, max_shard_size="1TB")
+        if dtype:
+            model.to(dtype)
+        model.save_pretrained(target, max_shard_size="1TB")
         describe(target, dtype)
     return counts
 
 
 def load(folder: Path) -> PreTrainedModel:
     """The model of a folder, as the class that saved it."""
-    names = read_json(folder / CONFIG_NAME).get("architectures") or []
-    cls = MultitaskModel if names == ["MultitaskModel"] else getattr(transformers, str(*names[:1]), None)
+    names = read_json(folder / CONFIG_NAME).get("architectures")
+    name = names[0] if isinstance(names, list) and len(names) == 1 else None
+    cls = MultitaskModel if name == "MultitaskModel" else getattr(transformers, str(name), None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
-        raise UserError(f"{folder}: expected a model of transformers' or a MultitaskModel, got architectures {names}")
+        got = str(names)[:100]
+        raise UserError(f"{folder}: expected a model of transformers' or a MultitaskModel, got architectures {got}")
     try:
-        return cls.from_pretrained(folder)
+        model, report = cls.from_pretrained(folder, output_loading_info=True)
     except UserError:
         raise
     except Exception as error:  # transformers and safetensors raise a dozen kinds
         raise UserError(f"{folder}: expected a model that loads, got {one_line(error)}") from error
+    for kind in ("missing_keys", "unexpected_keys"):
+        if report[kind]:  # transformers would fill in random weights and say so in a report
+            wrong = ", ".join(sorted(report[kind])[:3])
+            raise UserError(
+                f"{folder}: expected exactly the weights of a {name}, got {kind.replace('_', ' ')}: {wrong}"
+            )
+    return model
 
 
 def count_parts(encoder: nn.Module) -> dict[str, int]:
@@ -116,91 +124,14 @@ def structure_of(model: PreTrainedModel) -> Structure:
     return {kind: dict(held.get(kind, {})) for kind in ("heads", "neurons")}
 
 
-def rebuild(encoder: nn.Module, structure: Structure) -> None:
-    """Gives an encoder that was just made from its configuration the shape that `structure` has.
-
-    Raises:
-        UserError: a structure that does not fit, before any memory is taken.
-    """
-    layout, sites = layout_of(encoder), find_sites(encoder)
-    _require(isinstance(structure, dict) and set(structure) <= {"heads", "neurons"}, structure, "heads and neurons")
-    for kind, key in (("head", "heads"), ("neuron", "neurons")):
-        entries = structure.get(key, {})
-        _require(isinstance(entries, dict), entries, f"a mapping of modules to {key}")
-        for name, value in entries.items():
-            site = sites[kind].get(name)
-            _require(site is not None, name, f"the module of a layer of {type(encoder).__name__}")
-            places = range(value) if type(value) is int and 0 < value <= site.parts else value
-            good = isinstance(places, (list, range)) and 0 < len(places) <= site.parts
-            good = good and all(type(i) is int and 0 <= i < site.parts for i in places)
-            _require(good and sorted(set(places)) == list(places), value, f"{key} among {site.parts} for {name}")
-            keep = torch.zeros(site.parts, dtype=torch.bool)
-            keep[list(places)] = True
-            shrink(encoder, layout, kind, name, site, keep, _Cuts(None))
-
-
-def shrink(encoder: nn.Module, layout: Layout, kind: str, name: str, site: Site, keep: Tensor, cuts: "_Cuts") -> None:
-    """Leaves the parts of one site that `keep`, (parts,) bool, says; the attention `name` is told of its heads."""
-    for member, (dim, owner) in site.members.items():
-        module = encoder.get_submodule(member)
-        lines = keep.cpu()[owner].nonzero().squeeze(1)
-        cuts.cut(module.weight, dim, lines)
-        if dim == 0 and module.bias is not None:
-            cuts.cut(module.bias, 0, lines)
-        module.out_features, module.in_features = module.weight.shape
-    if kind == "head":
-        attention, heads = encoder.get_submodule(name), int(keep.sum())
-        for key, value in (("num_attention_heads", heads), ("n_heads", heads), ("all_head_size", None)):
-            if hasattr(attention, key):
-                setattr(attention, key, heads * attention.attention_head_size if value is None else value)
-        if layout.bias_by_head:
-            attention.register_forward_pre_hook(_BiasOf(keep), with_kwargs=True)
-
-
-class _BiasOf:
-    """Forward pre-hook of an attention that takes a bias for all heads that there once were."""
-
-    def __init__(self, keep: Tensor):
-        self.places = keep.cpu().nonzero().squeeze(1)
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        args = list(args)
-        if len(args) > 2 and args[2] is not None:
-            args[2] = args[2][:, self.places.to(args[2].device)]
-        elif kwargs.get("position_bias") is not None:
-            kwargs["position_bias"] = kwargs["position_bias"][:, self.places.to(kwargs["position_bias"].device)]
-        return tuple(args), kwargs
-
-
-class _Cuts:
-    """Cuts parameters in place, so that they stay the optimizer's, and the optimizer's state with them."""
-
-    def __init__(self, optimizer: Optimizer | None):
-        self.optimizer = optimizer
-
-    def cut(self, parameter: nn.Parameter, dim: int, lines: Tensor) -> None:
-        """Keeps these rows (dim 0) or columns (dim 1) of a parameter and of all that is held for it."""
-        lines, shape = lines.to(parameter.device), parameter.shape
-        state = self.optimizer.state.get(parameter, {}) if self.optimizer else {}
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == shape:
-                state[key] = value.index_select(dim, lines.to(value.device))
-        if parameter.grad is not None:
-            parameter.grad = None  # of the old shape; compact between two steps
-        parameter.data = parameter.data.index_select(dim, lines)
-
-    def forget(self, gone: Iterator[nn.Parameter]) -> None:
-        """Takes parameters out of the optimizer."""
-        gone = {id(p) for p in gone}
-        for group in self.optimizer.param_groups if self.optimizer else ():
-            for p in group["params"]:
-                if id(p) in gone:
-                    self.optimizer.state.pop(p, None)
-            group["params"] = [p for p in group["params"] if id(p) not in gone]
-
-
-def _drop_layers(model: MultitaskModel, layout: Layout, cuts: _Cuts, structure: Structure) -> None:
+def drop_layers(model: MultitaskModel, cuts: Cuts, structure: Structure) -> None:
+    """Takes the skipped layers out; names in `structure` move with the layers that stay."""
+    if not model.config.skipped_layers:
+        return
+    layout = layout_of(model.encoder)
     encoder, gone = model.encoder, set(model.config.skipped_layers)
+    if 0 in gone and first_stays(encoder):
+        raise UserError(f"skipped_layers: the first layer of {type(encoder).__name__} is unlike the others and stays")
     model.skip_layers([])
     layers = encoder.get_submodule(layout.layers)
     stay = [i for i in range(len(layers)) if i not in gone]
@@ -244,8 +175,3 @@ def _settle(model: PreTrainedModel, layout: Layout, structure: Structure) -> Non
         model.config.quantization_config = StoredForm(structure=structure)
     elif hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-
-
-def _require(condition: bool, got: Any, expected: str) -> None:
-    if not condition:
-        raise UserError(f"config.json: quantization_config.structure: expected {expected}, got {str(got)[:100]!r}")

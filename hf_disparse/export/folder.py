@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 
 from hf_disparse.config import UserError, one_line
 from hf_disparse.export.form import FORM_VERSION, METHOD
@@ -30,15 +31,22 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     Raises:
         UserError: `folder` holds something.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"output_dir: expected a new or empty folder, got {folder}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        target = Path(temporary, folder.name)
+    folder = Path(folder).resolve()
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"output_dir: expected a new or empty folder, got {folder}")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name[:40]}-")
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}; name another one") from error
+    with temporary as inside:
+        target = Path(inside, "new")
         target.mkdir()
         yield target
-        os.replace(target, folder)
+        try:
+            os.replace(target, folder)
+        except OSError as error:  # the current folder, for one, cannot be replaced
+            raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}; name another one") from error
 
 
 def model_folder(name: str | Path) -> Path:
@@ -61,11 +69,17 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS_NAME]
     if not (folder / INDEX_NAME).is_file():
         raise UserError(f"{folder}: expected {WEIGHTS_NAME}, got a folder without it (pickled weights are not read)")
-    names = sorted(set(read_json(folder / INDEX_NAME)["weight_map"].values()))
-    for name in names:
+    places = read_json(folder / INDEX_NAME).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{folder}: expected {INDEX_NAME} to map weights to files, got {str(places)[:100]}")
+    for name in sorted(set(places.values())):
         if Path(name).name != name or not (folder / name).is_file():
             raise UserError(f"{folder}: {INDEX_NAME} names the file {name!r}, which is not in that folder")
-    return [folder / name for name in names]
+        with safe_open(folder / name, framework="pt") as stored:
+            lost = {tensor for tensor, place in places.items() if place == name} - set(stored.keys())
+        if lost:
+            raise UserError(f"{folder / name}: expected the weight {min(lost)}, as {INDEX_NAME} has it, got none")
+    return [folder / name for name in sorted(set(places.values()))]
 
 
 def copy_companions(source: Path, target: Path, tokenizer_only: bool = False) -> None:
@@ -83,6 +97,8 @@ def describe(folder: Path, dtype: torch.dtype | None = None, packed: bool = Fals
     if dtype:
         config["dtype"] = str(dtype).removeprefix("torch.")
     form = config.get("quantization_config") or {}
+    if not isinstance(form, dict) or form.get("quant_method", METHOD) != METHOD:
+        raise UserError(f"{path}: expected no quantization_config but ours, got {str(form)[:100]}")
     if packed or form:  # a model that plain transformers reads stays without
         form |= {"quant_method": METHOD, "version": FORM_VERSION, "packed": packed}
         config["quantization_config"] = form

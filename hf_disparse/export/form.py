@@ -36,8 +36,8 @@ class StoredForm(QuantizationConfigMixin):
         newer.pop("dequantize", None)
         if version != FORM_VERSION or newer:
             raise UserError(
-                f"config.json: expected format version {FORM_VERSION} of hf_disparse, got {version} with "
-                f"{', '.join(newer) or 'no further fields'}; a newer hf_disparse reads it"
+                f"config.json: expected format version {FORM_VERSION} of hf_disparse, got {str(version)[:40]} with "
+                f"{', '.join(newer)[:100] or 'no further fields'}; a newer hf_disparse reads it"
             )
         self.quant_method = METHOD
         self.version, self.packed, self.structure, self.sha256 = version, packed, structure, sha256

@@ -16,10 +16,10 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantizer
 
 from hf_disparse.config import UserError, one_line
-from hf_disparse.export.compact import rebuild
 from hf_disparse.export.folder import CONFIG_NAME, WEIGHTS_NAME, digests
 from hf_disparse.export.form import METHOD, StoredForm
 from hf_disparse.export.packed import BITMASK, fill, zeros
+from hf_disparse.shapes import rebuild
 
 _SOURCES = ["weight$", f"weight{BITMASK}$"]
 
@@ -41,8 +41,9 @@ class StoredFormReader(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files=None, **_) -> None:
-        if not checkpoint_files or len(checkpoint_files) != 1:
-            raise UserError(f"{CONFIG_NAME}: expected one file {WEIGHTS_NAME} beside it, got {checkpoint_files}")
+        if not checkpoint_files or [Path(file).name for file in checkpoint_files] != [WEIGHTS_NAME]:
+            got = ", ".join(Path(file).name for file in checkpoint_files or ()) or "none"
+            raise UserError(f"{CONFIG_NAME}: expected the weights in {WEIGHTS_NAME} beside it, got {got}")
         self._folder = Path(checkpoint_files[0]).parent
         if self.quantization_config.structure:
             with torch.device("cpu"):  # transformers makes models on the meta device, where indices have no values

@@ -7,10 +7,11 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_disparse.config import UserError
-from hf_disparse.export.compact import compact, load
+from hf_disparse.export.compact import drop_layers, load
 from hf_disparse.export.folder import copy_companions, model_folder, new_folder
 from hf_disparse.export.form import StoredForm
 from hf_disparse.model import MultitaskModel, auto_class, head_config
+from hf_disparse.shapes import Cuts
 
 
 def task_model(model: MultitaskModel, task: str) -> PreTrainedModel:
@@ -25,16 +26,19 @@ def task_model(model: MultitaskModel, task: str) -> PreTrainedModel:
         raise UserError(f"--task: the model has no task '{task}'; it has {', '.join(model.heads)}")
     if model.config.skipped_layers:
         model = copy.deepcopy(model)
-        compact(model)
+        drop_layers(model, Cuts(None), {})
     if isinstance(getattr(model.config, "quantization_config", None), StoredForm):
         raise UserError(
             f"--format task: expected an encoder with the same shape in each layer, got a compact one of {task}, which plain "
             "transformers cannot read; export the model as it was before it was compact"
         )
     config = model.tasks[task]
-    full = auto_class(config).from_config(head_config(model.config.encoder_config, config), dtype=model.dtype)
-    encoder = {f"{full.base_model_prefix}.{name}": tensor for name, tensor in model.encoder.state_dict().items()}
-    full.load_state_dict(encoder | model.heads[task].state_dict())
+    full = auto_class(config).from_config(head_config(model.config.encoder_config, config), dtype=torch.float32)
+    weights = {f"{full.base_model_prefix}.{name}": tensor for name, tensor in model.encoder.state_dict().items()}
+    weights |= model.heads[task].state_dict()
+    for name, tensor in full.state_dict(keep_vars=True).items():
+        tensor.data = tensor.data.to(weights[name].dtype)  # which may differ from one to the next
+    full.load_state_dict(weights)
     return full.train(model.training)
 
 
@@ -65,5 +69,7 @@ def save_tasks(
             if source:
                 copy_companions(source, inner, tokenizer_only=True)
             plain = task_model(model, name)
-            plain.to(dtype or plain.dtype).save_pretrained(inner)
+            if dtype:
+                plain.to(dtype)
+            plain.save_pretrained(inner)
     return [Path(folder) if task else Path(folder, "tasks", name) for name in names]

@@ -11,7 +11,14 @@ from hf_disparse.masks import MaskHooks, apply_masks, find_masks
 from hf_disparse.model import MultitaskModel, prunable_parameters
 from hf_disparse.schedule import sparsity_at, update_steps
 from hf_disparse.scores import GRADIENT_CRITERIA, Batch, LossFunction, model_loss, score
-from hf_disparse.trainer.rules import decide_by, decide_parts, gone_layers, prunable_sites, pruned_fractions
+from hf_disparse.trainer.rules import (
+    check_sparsity,
+    decide_by,
+    decide_parts,
+    gone_layers,
+    prunable_sites,
+    pruned_fractions,
+)
 
 
 class PruningCallback(TrainerCallback):
@@ -60,10 +67,11 @@ class PruningCallback(TrainerCallback):
             raise UserError(f"pruning: {steps}; prune earlier or train longer")
         if self.config and self.config.sparsity:
             parameters = prunable_parameters(model, self.config)  # refuses what matches nothing now, not at start_step
-            prunable_sites(model, self.config)
             if "layer" in self.config.granularity and not isinstance(model, MultitaskModel):
                 got = type(model).__name__
                 raise UserError(f"pruning.granularity: layers are pruned from a MultitaskModel only, got {got}")
+            for kind, places in prunable_sites(model, self.config).items():
+                check_sparsity(kind, places, self.config.sparsity)
             done = [step for step in update_steps(self.config) if step < state.global_step]
             if done and self.masks is None:  # resumed from a checkpoint without masks: a foreign Trainer's, say
                 self.masks = self._masks_in_zeros(model, parameters, sparsity_at(self.config, done[-1]))
@@ -131,7 +139,7 @@ class PruningCallback(TrainerCallback):
         self.masks = {n: keep.to(parameters[n].device) if n in parameters else keep for n, keep in masks.items()}
         apply_masks(model, self.masks)  # refuses the masks of another model
         if self.config and "layer" in self.config.granularity:
-            model.skip_layers(gone_layers(model, self.masks))
+            model.skip_layers(sorted({*model.config.skipped_layers, *gone_layers(model, self.masks)}))
         self._hooks = MaskHooks(model, self.masks)
 
     def release(self) -> None:

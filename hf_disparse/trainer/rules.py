@@ -55,8 +55,9 @@ def decide_parts(
         for task, scores in task_scores
     ]
     masks = dict(active)
-    for kind, places in sites.items():
-        live = {name: sum_by_part(active, site) > 0 for name, site in places.items()}
+    for kind in sorted(sites, key="layer".__ne__):  # layers first: their heads and neurons are gone, and count
+        places = sites[kind]
+        live = {name: sum_by_part(masks, site) > 0 for name, site in places.items()}
         keep = keep_parts(config, kind, [(task, scores[kind]) for task, scores in by_part], sparsity, live)
         for name, site in places.items():
             masks |= mask_of_parts(masks, site, keep[name])
@@ -72,20 +73,20 @@ def keep_parts(
 ) -> dict[str, Tensor]:
     """Which parts of one kind stay. Shapes: per site (parts,) scores and bools -> (parts,) bools.
 
+    What is not `live` counts as pruned; a site where nothing is has no part that stays.
+
     Raises:
         UserError: the sparsity would leave a site without any part.
     """
-    best = {}
+    count = check_sparsity(kind, live, sparsity)
+    if count <= sum(int((~alive).sum()) for alive in live.values()):
+        return {name: alive.clone() for name, alive in live.items()}
+    best = {name: alive.clone() for name, alive in live.items()}
     for name, alive in live.items():
-        scores = [(task, {name: by_site[name]}) for task, by_site in task_scores]
-        best |= decide_by(config, scores, 1 - 1 / len(alive), active={name: alive})
-    size = sum(len(alive) for alive in live.values())
-    count, rest = round(sparsity * size), size - len(best)
-    if count > rest:
-        raise UserError(
-            f"pruning.sparsity: expected at most {rest / size:.3f}, for one {kind} of each of {len(best)} sites stays, "
-            f"got {sparsity}"
-        )
+        if alive.any():
+            scores = [(task, {name: by_site[name]}) for task, by_site in task_scores]
+            best |= decide_by(config, scores, 1 - 1 / len(alive), active={name: alive})
+    rest = sum(int((~stays).sum()) for stays in best.values())
     if count == rest:
         return best
     others = [(task, {name: by_site[name][~best[name]] for name in live}) for task, by_site in task_scores]
@@ -93,6 +94,18 @@ def keep_parts(
     for name, keep in best.items():
         keep[~keep] = chosen[name]
     return best
+
+
+def check_sparsity(kind: str, places: Mapping[str, Site | Tensor], sparsity: float) -> int:
+    """How many parts of a kind that sparsity prunes; refuses one that leaves a site, of Sites or (parts,) each, without."""
+    size = sum(place.parts if isinstance(place, Site) else len(place) for place in places.values())
+    count, most = round(sparsity * size), size - len(places)
+    if count > most:
+        raise UserError(
+            f"pruning.sparsity: expected at most {most / size:.3f}, for one {kind} of each of {len(places)} sites stays, "
+            f"got {sparsity}"
+        )
+    return count
 
 
 def prunable_sites(model: nn.Module, config: PruningConfig) -> Sites:
@@ -119,5 +132,6 @@ def pruned_fractions(masks: decision.Masks, sites: Sites) -> dict[str, tuple[int
 def gone_layers(model: nn.Module, masks: decision.Masks) -> list[int]:
     """The layers of which the masks keep nothing, by their place."""
     layers = model.base_model.get_submodule(layout_of(model.base_model).layers)
-    kept = {id(p) for name, p in model.named_parameters() if name in masks and masks[name].any()}
-    return [i for i, layer in enumerate(layers) if not any(id(p) in kept for p in layer.parameters())]
+    keeps = {id(p): bool(masks[name].any()) for name, p in model.named_parameters() if name in masks}
+    by_layer = [[keeps[id(p)] for p in layer.parameters() if id(p) in keeps] for layer in layers]
+    return [i for i, kept in enumerate(by_layer) if kept and not any(kept)]
