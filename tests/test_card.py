@@ -9,11 +9,11 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoModel
 
-from hf_disparse import run
+from hf_disparse import MultitaskConfig, MultitaskModel, run
 from hf_disparse.export import save_packed, write_card
 from hf_disparse.recipes import parse_recipe
 from tests.cli_helpers import hf_disparse, write_inputs
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import CONFIGS, three_tasks, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +106,13 @@ def test_hub_ids_and_a_licence(finished, tmp_path):
     [rte] = [r for r in again.data.eval_results if r.dataset_type == "nyu-mll/glue"]
     assert (rte.dataset_config, rte.dataset_split) == ("rte", "validation")
     assert 'from_pretrained("me/small")' in again.text
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_every_architecture_has_one(model_type, tmp_path):
+    model = MultitaskModel(MultitaskConfig(encoder_config=CONFIGS[model_type](), tasks=three_tasks()))
+    model.save_pretrained(tmp_path)
+    assert "62 tokens" in write_card(tmp_path).text  # what these tiny ones have positions for
 
 
 def test_a_model_without_results_has_a_card_that_says_so(tmp_path):
