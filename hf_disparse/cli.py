@@ -21,6 +21,11 @@ _Set = Annotated[
     list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one value; may be repeated.")
 ]
 
+_Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder or Hub id.")]
+_Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Of the weights; default: as they are.")
+]
+
 
 def main() -> None:
     """Entry point of `hf-disparse`."""
@@ -169,7 +174,7 @@ def compare(
     epilog="Example: hf-disparse export runs/quickstart --format packed --output_dir published --dtype bfloat16"
 )
 def export(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder or Hub id.")],
+    model: _Model,
     output_dir: Annotated[str, typer.Option("--output_dir", "--output-dir", help="A new folder.")],
     format_: Annotated[
         Literal["packed", "compact", "task", "onnx"],
@@ -183,9 +188,7 @@ def export(
         str | None,
         typer.Option(help="With --format task: this one, by default each into tasks/NAME; with onnx: this one."),
     ] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Of the weights; default: as they are.")
-    ] = None,
+    dtype: _Dtype = None,
 ) -> None:
     """Write a model in a form in which it is published; a compact model or a task can be packed next."""
     _quiet()
@@ -226,14 +229,12 @@ def export(
     epilog="Example: hf-disparse push runs/quickstart me/quickstart-sparse --dtype bfloat16 --license apache-2.0"
 )
 def push(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder or Hub id.")],
+    model: _Model,
     repo: Annotated[str, typer.Argument(metavar="REPO", help="Where to: USER/NAME; made if it is not there.")],
     format_: Annotated[
         Literal["packed", "compact", "plain"], typer.Option("--format", help="As of export; plain: as it is.")
     ] = "packed",
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Of the weights; default: as they are.")
-    ] = None,
+    dtype: _Dtype = None,
     with_tasks: Annotated[
         bool, typer.Option("--with-tasks", help="Every task beside it as a plain model, in tasks/NAME.")
     ] = False,

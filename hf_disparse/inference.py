@@ -32,6 +32,7 @@ class MultitaskPipeline(Pipeline):
             )
         if tokenizer is None:
             raise UserError("tokenizer: expected the model's tokenizer, got none")
+        self._tasks = model.tasks  # once: the property builds and checks its configs anew
         super().__init__(model=model.eval(), tokenizer=tokenizer, **kwargs)
 
     @classmethod
@@ -42,7 +43,7 @@ class MultitaskPipeline(Pipeline):
         return cls(model, AutoTokenizer.from_pretrained(name_or_path, **hub), **kwargs)
 
     def _sanitize_parameters(self, tasks: list[str] | None = None, **tokenizer: Any) -> tuple[dict, dict, dict]:
-        known = self.model.tasks
+        known = self._tasks
         for task in tasks or ():
             if task not in known:
                 raise UserError(f"tasks: the model has no task '{task}'; it has {', '.join(known)}")
@@ -53,7 +54,7 @@ class MultitaskPipeline(Pipeline):
         texts = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
         if not 1 <= len(texts) <= 2 or not all(isinstance(text, str) for text in texts):
             raise UserError(f"inputs: expected a text or a pair of texts, got {str(inputs)[:100]!r}")
-        fitting = [name for name, task in self.model.tasks.items() if len(task.columns) == len(texts)]
+        fitting = [name for name, task in self._tasks.items() if len(task.columns) == len(texts)]
         asked = fitting if tasks is None else tasks
         if not asked or not set(asked) <= set(fitting):
             wrong = next((task for task in asked if task not in fitting), "any task")
@@ -61,12 +62,12 @@ class MultitaskPipeline(Pipeline):
         given = {"truncation": True, "return_tensors": "pt", **tokenizer}
         return {
             **self.tokenizer(*texts, **given),
-            "asked": torch.tensor([[task in asked for task in self.model.tasks]]),
+            "asked": torch.tensor([[task in asked for task in self._tasks]]),
         }
 
     def _forward(self, model_inputs: dict) -> dict:
         asked = model_inputs.pop("asked")
-        tasks = [name for i, name in enumerate(self.model.tasks) if asked[:, i].any()]
+        tasks = [name for i, name in enumerate(self._tasks) if asked[:, i].any()]
         outputs = self.model.run_heads(tasks, **model_inputs)
         logits = {f"logits_{task}": output.logits for task, output in zip(tasks, outputs, strict=True)}
         return {**logits, "asked": asked, **{k: model_inputs[k] for k in ("input_ids", "attention_mask")}}
@@ -75,7 +76,7 @@ class MultitaskPipeline(Pipeline):
         """Logits to answers."""
         asked = model_outputs["asked"][0].tolist()
         answers = {}
-        for (name, task), wanted in zip(self.model.tasks.items(), asked, strict=True):
+        for (name, task), wanted in zip(self._tasks.items(), asked, strict=True):
             if wanted:
                 answers[name] = self._answer(task, model_outputs[f"logits_{name}"][0].float(), model_outputs)
         return answers

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_disparse.config import FORMAT_VERSION, UserError
 
 MASKS_NAME = "pruning_masks.safetensors"
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def zero_pruned(tensor: Tensor, keep: Tensor) -> None:
 
     Bits times 0 or 1: a product of floats would leave -0.0 and keep NaN, and is slower by half.
     """
-    tensor.view(_BITS[tensor.element_size()]).mul_(keep)
+    tensor.view(BITS[tensor.element_size()]).mul_(keep)
 
 
 class MaskHooks:

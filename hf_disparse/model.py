@@ -138,16 +138,14 @@ class MultitaskModel(PreTrainedModel):
         """
         inputs = dict(token_type_ids=token_type_ids, position_ids=position_ids, **kwargs)
         inputs |= dict(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds)
-        return self.run_heads([self._task(task)], labels=labels, **inputs)[0]
+        return self.run_heads([task], labels=labels, **inputs)[0]
 
-    def run_heads(self, tasks: Sequence[str], labels: Tensor | None = None, **inputs: Any) -> list[ModelOutput]:
+    def run_heads(self, tasks: Sequence[str | None], labels: Tensor | None = None, **inputs: Any) -> list[ModelOutput]:
         """One pass of the encoder for the heads of several tasks; arguments and outputs are those of `forward`."""
+        heads = [self.heads[self._task(task)] for task in tasks]
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        hidden = self.encoder(**inputs)
-        outputs = []
-        for task in tasks:
-            head = self.heads[self._task(task)]
-            mask = inputs.get("attention_mask")
+        hidden, mask, outputs = self.encoder(**inputs), inputs.get("attention_mask"), []
+        for head in heads:
             output = head(inputs_embeds=hidden[0], attention_mask=mask, labels=labels, return_dict=True)
             for name in ("hidden_states", "attentions"):
                 if getattr(hidden, name, None) is not None:

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 
 import hf_disparse
 from hf_disparse.config import DataConfig, UserError, one_line, require
-from hf_disparse.export.card import RESULTS_NAME, write_card
+from hf_disparse.export.card import RESULTS_NAME, losses_of_log, write_card
 from hf_disparse.masks import sparsity_report
 from hf_disparse.model import MultitaskModel, prunable_parameters
 from hf_disparse.recipes import Recipe, read_recipe
@@ -74,8 +74,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     recipe.pruning.save_pretrained(folder)
-    write_whole(folder / RESULTS_NAME, json.dumps(results, indent=2) + "\n")
-    write_card(folder)
+    write_card(folder, results=results)
+    write_whole(folder / RESULTS_NAME, json.dumps(results, indent=2) + "\n")  # last: it says that the run is finished
     return results
 
 
@@ -233,11 +233,7 @@ def train_phase(
         "backward_passes": trainer.backward_passes,
         "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         "sparsity": sparsity_report(model, model.encoder, prunable_parameters(model, recipe.pruning)),
-        "log": [
-            {"step": row["step"], "loss": row["loss"], "sparsity": row.get("sparsity", 0.0)}
-            for row in trainer.state.log_history
-            if "loss" in row
-        ],
+        "log": losses_of_log(trainer.state.log_history),
     }
     write_whole(folder / PHASE_NAME, json.dumps(result))
     return result

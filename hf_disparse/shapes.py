@@ -52,9 +52,11 @@ def shrink(encoder: nn.Module, layout: Layout, kind: str, name: str, site: Site,
         module.out_features, module.in_features = module.weight.shape
     if kind == "head":
         attention, heads = encoder.get_submodule(name), int(keep.sum())
-        for key, value in (("num_attention_heads", heads), ("n_heads", heads), ("all_head_size", None)):
+        for key in ("num_attention_heads", "n_heads"):
             if hasattr(attention, key):
-                setattr(attention, key, heads * attention.attention_head_size if value is None else value)
+                setattr(attention, key, heads)
+        if hasattr(attention, "all_head_size"):
+            attention.all_head_size = heads * attention.attention_head_size
         if layout.bias_by_head:
             attention.register_forward_pre_hook(_BiasOf(keep), with_kwargs=True)
 

@@ -67,13 +67,15 @@ def same(a: MultitaskModel, b: MultitaskModel) -> None:
     close(logits(a), logits(b))
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("model_type", CONFIGS)
+WITHOUT_SDPA = ("mpnet", "deberta-v2")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "attention"),
+    [(name, how) for name in CONFIGS for how in ("eager", "sdpa") if how == "eager" or name not in WITHOUT_SDPA],
+)
 def test_outputs_stay_and_come_back_from_disk(model_type, attention, tmp_path):
-    try:
-        model = model_of(model_type, attn_implementation=attention)
-    except ValueError as error:
-        pytest.skip(str(error))  # an architecture without that attention
+    model = model_of(model_type, attn_implementation=attention)
     stay = prune_parts(model)
     expected, size = logits(model), sum(p.numel() for p in model.encoder.parameters())
     counts = compact(model)
@@ -184,7 +186,7 @@ def test_even_neurons_and_fewer_layers_need_no_package(model_type, tmp_path):
         f"torch.save(hidden.detach(), {str(tmp_path / 'hidden.pt')!r})"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    hidden = torch.load(tmp_path / "hidden.pt")
+    hidden = torch.load(tmp_path / "hidden.pt", weights_only=True)
     torch.testing.assert_close(hidden, model.encoder(**BATCH)[0].detach(), atol=2e-6, rtol=1e-5)
 
 

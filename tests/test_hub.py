@@ -71,12 +71,14 @@ def test_what_is_pushed_loads_elsewhere(hub, folder, tmp_path):
         "assert hf_disparse.PruningConfig.from_pretrained('me/sparse').sparsity == 0.5\n"
         "answers = hf_disparse.MultitaskPipeline.from_pretrained('me/sparse')('w1 w2')\n"
         "assert set(answers) == {'two', 'three', 'real'}, answers\n"
+        "from hf_disparse.export.folder import model_folder\n"
+        "assert not (model_folder('me/sparse') / 'tasks').exists(), 'what an export does not need is not fetched'\n"
         "one = AutoModelForSequenceClassification.from_pretrained('me/sparse', subfolder='tasks/three')\n"
         "assert one.config.id2label == {0: 'a', 1: 'b', 2: 'c'}\n"
     )
     done = run(code, address, tmp_path)
     assert done.returncode == 0, done.stderr
-    saved, loaded = load_file(folder / "model.safetensors"), torch.load(tmp_path / "state.pt")
+    saved, loaded = load_file(folder / "model.safetensors"), torch.load(tmp_path / "state.pt", weights_only=True)
     assert all(torch.equal(saved[name], loaded[name]) for name in saved)
 
 

@@ -351,6 +351,14 @@ def test_a_shard_that_lost_a_weight_is_not_packed(sparse_model, tmp_path):
         save_packed(tmp_path / "dense", tmp_path / "packed")
 
 
+def test_a_torn_shard_is_named(sparse_model, tmp_path):
+    sparse_model.save_pretrained(tmp_path / "dense", max_shard_size=4000)
+    shard = sorted((tmp_path / "dense").glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-9])
+    with pytest.raises(UserError, match=f"{shard.name}: expected whole safetensors, got a file that does not parse"):
+        save_packed(tmp_path / "dense", tmp_path / "packed")
+
+
 def test_another_file_beside_it_is_not_loaded_unchecked(packed):
     shutil.copyfile(packed / "model.safetensors", packed / "model.fp16.safetensors")
     with pytest.raises(

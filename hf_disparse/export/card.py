@@ -10,18 +10,17 @@ from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import AutoModel
+from transformers import PreTrainedConfig
 
 import hf_disparse
-from hf_disparse.config import PRUNING_CONFIG_NAME, PruningConfig, TaskConfig, UserError, one_line
-from hf_disparse.export.folder import CONFIG_NAME, WEIGHTS_NAME, read_json
+from hf_disparse.config import PRUNING_CONFIG_NAME, PruningConfig, TaskConfig
+from hf_disparse.export.folder import CONFIG_NAME, WEIGHTS_NAME, load, read_json
 from hf_disparse.masks import sparsity_report
 from hf_disparse.model import MultitaskConfig, MultitaskModel, prunable_parameters
 
 CARD_NAME, RESULTS_NAME = "README.md", "results.json"
 _TOKENS, _ROUNDS, _LOG_ROWS = 64, 7, 12
 _METRICS = {"f1": "F1", "pearson": "Pearson", "spearmanr": "Spearman", "matthews_correlation": "Matthews correlation"}
-_LOGGED = ("step", "loss", "sparsity")
 _KINDS = {"token_classification": "token-classification"}
 
 
@@ -39,12 +38,7 @@ def write_card(
     if results is None:
         results = read_json(folder / RESULTS_NAME) if (folder / RESULTS_NAME).is_file() else {}
     pruning = PruningConfig.from_pretrained(folder) if (folder / PRUNING_CONFIG_NAME).is_file() else None
-    try:
-        model = AutoModel.from_pretrained(folder).eval()
-    except UserError:
-        raise
-    except Exception as error:  # transformers raises a dozen kinds
-        raise UserError(f"{folder}: expected a model that loads, got {one_line(error)}") from error
+    model = load(folder).eval()
     name = name or folder.resolve().name
     sections = [
         _summary(name, model, results, pruning),
@@ -61,12 +55,15 @@ def write_card(
     return card
 
 
+def losses_of_log(history: list[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """The training losses in a Trainer's `state.log_history`, with the sparsity that they were at."""
+    rows = (row for row in history if "loss" in row)
+    return [{"step": row["step"], "loss": row["loss"], "sparsity": row.get("sparsity", 0.0)} for row in rows]
+
+
 def results_of_log(history: list[Mapping[str, Any]], tasks: Mapping[str, TaskConfig]) -> dict[str, Any]:
     """What of `results.json` a Trainer's `state.log_history` says: the last evaluation and the losses."""
-    log = [row for row in history if "loss" in row]
-    results = {
-        "log": [{"phase": "training", "sparsity": 0.0, **{k: row[k] for k in row if k in _LOGGED}} for row in log]
-    }
+    results = {"log": [{"phase": "training", **row} for row in losses_of_log(history)]}
     last = next((row for row in reversed(history) if "eval_average" in row), None)
     if last:
         values = {
@@ -81,6 +78,12 @@ def results_of_log(history: list[Mapping[str, Any]], tasks: Mapping[str, TaskCon
 def is_multitask(folder: str | Path) -> bool:
     """Whether a folder holds what `write_card` describes."""
     return read_json(Path(folder, CONFIG_NAME)).get("model_type") == MultitaskConfig.model_type
+
+
+def tokens_to_time(config: PreTrainedConfig) -> int:
+    """The length of a text whose time is told: 64, or what the encoder has positions for."""
+    positions = getattr(config, "max_position_embeddings", None) or 512
+    return min(_TOKENS, positions - 2)  # RoBERTa and its kin keep two for themselves
 
 
 def latency(model: MultitaskModel, tokens: int) -> dict[int, float]:
@@ -198,8 +201,7 @@ def _size(folder: Path, model: MultitaskModel, pruning: PruningConfig | None) ->
         ("form of the file", ", ".join(said)),
     ]
     device = torch.cuda.get_device_name() if model.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    positions = getattr(model.encoder.config, "max_position_embeddings", None) or 512
-    tokens = min(_TOKENS, positions - 2)  # RoBERTa and its kin keep two for themselves
+    tokens = tokens_to_time(model.encoder.config)
     for size, milliseconds in latency(model, tokens).items():
         rows.append((f"milliseconds, batch of {size}, {tokens} tokens, {device}", f"{milliseconds:.1f}"))
     return f"## Size and speed\n\n{_table(rows)}"

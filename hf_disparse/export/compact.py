@@ -9,18 +9,17 @@ import copy
 from pathlib import Path
 
 import torch
-import transformers
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from hf_disparse.architectures import Layout, find_sites, first_stays, layout_of
-from hf_disparse.config import UserError, one_line
-from hf_disparse.export.folder import CONFIG_NAME, copy_companions, describe, model_folder, new_folder, read_json
+from hf_disparse.config import UserError
+from hf_disparse.export.folder import copy_companions, describe, new_folder, open_model
 from hf_disparse.export.form import StoredForm
 from hf_disparse.model import MultitaskModel
 from hf_disparse.parts import Site, sum_by_part
-from hf_disparse.shapes import Cuts, Structure, shrink
+from hf_disparse.shapes import Cuts, shrink
 
 
 def compact(model: PreTrainedModel, optimizer: Optimizer | None = None) -> dict[str, tuple[int, int]]:
@@ -41,9 +40,9 @@ def compact(model: PreTrainedModel, optimizer: Optimizer | None = None) -> dict[
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise UserError("compact: expected a model without adapters, got one with PEFT's; compact before adding them")
     cuts = Cuts(optimizer)
-    structure = structure_of(model)
+    heads = heads_that_stay(model)
     if isinstance(model, MultitaskModel):
-        drop_layers(model, cuts, structure)
+        drop_layers(model, cuts, heads)
     for kind, places in find_sites(encoder).items():
         for name, site in places.items() if kind != "layer" else ():
             [(reader, _)] = [(module, dim) for module, (dim, _) in site.members.items() if dim == 1]
@@ -52,8 +51,10 @@ def compact(model: PreTrainedModel, optimizer: Optimizer | None = None) -> dict[
             keep[0] |= not keep.any()  # attention splits its rows by head: there has to be one
             if not keep.all():
                 shrink(encoder, layout, kind, name, site, keep, cuts)
-                _note(structure, kind, name, keep)
-    _settle(model, layout, structure)
+                if kind == "head":
+                    before_it = heads.get(name, range(site.parts))
+                    heads[name] = [place for place, stays in zip(before_it, keep.tolist(), strict=True) if stays]
+    _settle(model, layout, heads)
     now = count_parts(encoder)
     return {kind: (before[kind], now[kind]) for kind in before}
 
@@ -74,11 +75,9 @@ def save_compact(
         kind of part -> (number before, number now).
     """
     with new_folder(folder) as target:
-        if isinstance(model, PreTrainedModel):
-            model = copy.deepcopy(model)
-        else:
-            source = model_folder(model)
-            model = load(source)
+        given, source = open_model(model)
+        model = given if source else copy.deepcopy(given)
+        if source:
             copy_companions(source, target)
         counts = compact(model)
         if dtype:
@@ -88,44 +87,21 @@ def save_compact(
     return counts
 
 
-def load(folder: Path) -> PreTrainedModel:
-    """The model of a folder, as the class that saved it."""
-    names = read_json(folder / CONFIG_NAME).get("architectures")
-    name = names[0] if isinstance(names, list) and len(names) == 1 else None
-    cls = MultitaskModel if name == "MultitaskModel" else getattr(transformers, str(name), None)
-    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
-        got = str(names)[:100]
-        raise UserError(f"{folder}: expected a model of transformers' or a MultitaskModel, got architectures {got}")
-    try:
-        model, report = cls.from_pretrained(folder, output_loading_info=True)
-    except UserError:
-        raise
-    except Exception as error:  # transformers and safetensors raise a dozen kinds
-        raise UserError(f"{folder}: expected a model that loads, got {one_line(error)}") from error
-    for kind in ("missing_keys", "unexpected_keys"):
-        if report[kind]:  # transformers would fill in random weights and say so in a report
-            wrong = ", ".join(sorted(report[kind])[:3])
-            raise UserError(
-                f"{folder}: expected exactly the weights of a {name}, got {kind.replace('_', ' ')}: {wrong}"
-            )
-    return model
-
-
 def count_parts(encoder: nn.Module) -> dict[str, int]:
     """kind -> number of parts that are there."""
     counts = {kind: sum(site.parts for site in places.values()) for kind, places in find_sites(encoder).items()}
     return counts | {"layer": len(encoder.get_submodule(layout_of(encoder).layers))}
 
 
-def structure_of(model: PreTrainedModel) -> Structure:
-    """What of the model's shape its architecture's configuration does not say."""
+def heads_that_stay(model: PreTrainedModel) -> dict[str, list[int]]:
+    """attention -> places among its first heads, of a model that is compact already."""
     form = getattr(model.config, "quantization_config", None)
     held = form.structure if isinstance(form, StoredForm) and form.structure else {}
-    return {kind: dict(held.get(kind, {})) for kind in ("heads", "neurons")}
+    return dict(held.get("heads", {}))
 
 
-def drop_layers(model: MultitaskModel, cuts: Cuts, structure: Structure) -> None:
-    """Takes the skipped layers out; names in `structure` move with the layers that stay."""
+def drop_layers(model: MultitaskModel, cuts: Cuts, heads: dict[str, list[int]]) -> None:
+    """Takes the skipped layers out; the names in `heads` move with the layers that stay."""
     if not model.config.skipped_layers:
         return
     layout = layout_of(model.encoder)
@@ -146,31 +122,23 @@ def drop_layers(model: MultitaskModel, cuts: Cuts, structure: Structure) -> None
     if getattr(encoder.config, "layer_types", None):
         encoder.config.layer_types = [encoder.config.layer_types[i] for i in stay]
     places = {f"{layout.layers}.{old}.": f"{layout.layers}.{new}." for new, old in enumerate(stay)}
-    for kind, entries in structure.items():
-        moved = ((old, new, name) for name in entries for old, new in places.items() if name.startswith(old))
-        structure[kind] = {name.replace(old, new, 1): entries[name] for old, new, name in moved}
+    moved = [(old, new, name) for name in heads for old, new in places.items() if name.startswith(old)]
+    renamed = {name.replace(old, new, 1): heads[name] for old, new, name in moved}
+    heads.clear()
+    heads.update(renamed)
 
 
-def _note(structure: Structure, kind: str, name: str, keep: Tensor) -> None:
-    if kind == "head":
-        before = structure["heads"].get(name, range(len(keep)))
-        structure["heads"][name] = [place for place, stays in zip(before, keep.tolist(), strict=True) if stays]
-    else:
-        structure["neurons"][name] = int(keep.sum())
-
-
-def _settle(model: PreTrainedModel, layout: Layout, structure: Structure) -> None:
+def _settle(model: PreTrainedModel, layout: Layout, heads: dict[str, list[int]]) -> None:
     """Says as much as it can in the architecture's own configuration, and the rest in `structure`."""
     encoder = model.base_model
-    places = find_sites(encoder)["neuron"]
+    places, neurons = find_sites(encoder)["neuron"], {}
     widths = {site.parts for site in places.values()}
     if len(widths) == 1:
         setattr(encoder.config, layout.neurons_key, widths.pop())
-        structure["neurons"] = {}
     else:
         full = getattr(encoder.config, layout.neurons_key)
-        structure["neurons"] = {name: site.parts for name, site in places.items() if site.parts != full}
-    structure = {kind: entries for kind, entries in structure.items() if entries}
+        neurons = {name: site.parts for name, site in places.items() if site.parts != full}
+    structure = {kind: entries for kind, entries in (("heads", heads), ("neurons", neurons)) if entries}
     if structure:
         model.config.quantization_config = StoredForm(structure=structure)
     elif hasattr(model.config, "quantization_config"):

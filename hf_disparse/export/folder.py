@@ -11,11 +11,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
 
 from hf_disparse.config import UserError, one_line
 from hf_disparse.export.form import FORM_VERSION, METHOD
+from hf_disparse.model import MultitaskModel
 from hf_disparse.tasks import resolve
 
 WEIGHTS_NAME, CONFIG_NAME, INDEX_NAME = "model.safetensors", "config.json", "model.safetensors.index.json"
@@ -55,12 +58,35 @@ def model_folder(name: str | Path) -> Path:
     if not path.is_dir():
         try:
             patterns = ["*.safetensors", *(f"*{suffix}" for suffix in _COMPANIONS)]
-            path = Path(snapshot_download(str(name), allow_patterns=patterns))
+            path = Path(snapshot_download(str(name), allow_patterns=patterns, ignore_patterns="*/*"))
         except Exception as error:  # huggingface_hub raises a dozen kinds
             raise UserError(f"{name}: expected the folder or the Hub id of a model, got {one_line(error)}") from error
     if not (path / CONFIG_NAME).is_file():
         raise UserError(f"{name}: expected a model's folder, with {CONFIG_NAME}, got one without")
     return path
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """The model of a folder, as the class that saved it."""
+    names = read_json(folder / CONFIG_NAME).get("architectures")
+    name = names[0] if isinstance(names, list) and len(names) == 1 else None
+    cls = MultitaskModel if name == "MultitaskModel" else getattr(transformers, str(name), None)
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        got = str(names)[:100]
+        raise UserError(f"{folder}: expected a model of transformers' or a MultitaskModel, got architectures {got}")
+    try:
+        model, report = cls.from_pretrained(folder, output_loading_info=True)
+    except UserError:
+        raise
+    except Exception as error:  # transformers and safetensors raise a dozen kinds
+        raise UserError(f"{folder}: expected a model that loads, got {one_line(error)}") from error
+    for kind in ("missing_keys", "unexpected_keys"):
+        if report[kind]:  # transformers would fill in random weights and say so in a report
+            wrong = ", ".join(sorted(report[kind])[:3])
+            raise UserError(
+                f"{folder}: expected exactly the weights of a {name}, got {kind.replace('_', ' ')}: {wrong}"
+            )
+    return model
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -72,14 +98,34 @@ def weight_files(folder: Path) -> list[Path]:
     places = read_json(folder / INDEX_NAME).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise UserError(f"{folder}: expected {INDEX_NAME} to map weights to files, got {str(places)[:100]}")
-    for name in sorted(set(places.values())):
+    names = sorted(set(places.values()))
+    for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise UserError(f"{folder}: {INDEX_NAME} names the file {name!r}, which is not in that folder")
-        with safe_open(folder / name, framework="pt") as stored:
+        with open_weights(folder / name) as stored:
             lost = {tensor for tensor, place in places.items() if place == name} - set(stored.keys())
         if lost:
             raise UserError(f"{folder / name}: expected the weight {min(lost)}, as {INDEX_NAME} has it, got none")
-    return [folder / name for name in sorted(set(places.values()))]
+    return [folder / name for name in names]
+
+
+@contextmanager
+def open_weights(path: Path) -> Iterator[Any]:
+    """A safetensors file, open; one that is not whole is the user's to mend."""
+    try:
+        with safe_open(path, framework="pt") as stored:
+            yield stored
+    except (SafetensorError, OSError) as error:
+        got = f"a file that does not parse ({one_line(error)})"
+        raise UserError(f"{path}: expected whole safetensors, got {got}; write or download it again") from None
+
+
+def open_model(model: PreTrainedModel | str | Path) -> tuple[PreTrainedModel, Path | None]:
+    """A model and the folder it came from; one that is in memory already is taken as it is, and came from none."""
+    if isinstance(model, PreTrainedModel):
+        return model, None
+    folder = model_folder(model)
+    return load(folder), folder
 
 
 def copy_companions(source: Path, target: Path, tokenizer_only: bool = False) -> None:
@@ -102,16 +148,14 @@ def describe(folder: Path, dtype: torch.dtype | None = None, packed: bool = Fals
     if packed or form:  # a model that plain transformers reads stays without
         form |= {"quant_method": METHOD, "version": FORM_VERSION, "packed": packed}
         config["quantization_config"] = form
-        _write_json(path, config)
-        form["sha256"] = digests(folder)
-    _write_json(path, config)
+        form["sha256"] = digests(folder, config)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def digests(folder: Path) -> dict[str, str]:
+def digests(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     """sha256 of the weights' file and of what config.json says but for the digests themselves, its keys sorted."""
-    config = read_json(folder / CONFIG_NAME)
-    config["quantization_config"].pop("sha256", None)
-    text, weights = json.dumps(config, sort_keys=True), hashlib.sha256()
+    form = {key: value for key, value in config["quantization_config"].items() if key != "sha256"}
+    text, weights = json.dumps(config | {"quantization_config": form}, sort_keys=True), hashlib.sha256()
     with open(folder / WEIGHTS_NAME, "rb") as file:
         while chunk := file.read(2**20):
             weights.update(chunk)
@@ -127,7 +171,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(values).__name__}")
     return values
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -26,14 +26,13 @@ class StoredForm(QuantizationConfigMixin):
 
     def __init__(
         self,
+        quant_method: str = METHOD,
         version: int = FORM_VERSION,
         packed: bool = False,
         structure: dict | None = None,
         sha256: dict | None = None,
         **newer: Any,
     ):
-        newer.pop("quant_method", None)
-        newer.pop("dequantize", None)
         if version != FORM_VERSION or newer:
             raise UserError(
                 f"config.json: expected format version {FORM_VERSION} of hf_disparse, got {str(version)[:40]} with "

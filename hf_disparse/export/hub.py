@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from hf_disparse.config import UserError, one_line
 from hf_disparse.export.card import is_multitask, write_card
 from hf_disparse.export.compact import save_compact
-from hf_disparse.export.folder import copy_companions, model_folder, new_folder, weight_files
+from hf_disparse.export.folder import copy_companions, model_folder, weight_files
 from hf_disparse.export.packed import save_packed
 from hf_disparse.export.task import save_tasks
 
@@ -57,10 +57,10 @@ def push(
         elif form == "compact":
             save_compact(source, folder, dtype)
         elif form == "plain":
-            with new_folder(folder) as target:
-                for path in weight_files(source):
-                    (target / path.name).symlink_to(path.resolve())
-                copy_companions(source, target)
+            folder.mkdir()
+            for path in weight_files(source):
+                (folder / path.name).symlink_to(path.resolve())
+            copy_companions(source, folder)
         else:
             raise UserError(f"--format: expected packed, compact or plain, got {form!r}")
         if is_multitask(folder):

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantizer
 
-from hf_disparse.config import UserError, one_line
-from hf_disparse.export.folder import CONFIG_NAME, WEIGHTS_NAME, digests
+from hf_disparse.config import UserError
+from hf_disparse.export.folder import CONFIG_NAME, WEIGHTS_NAME, digests, open_weights, read_json
 from hf_disparse.export.form import METHOD, StoredForm
 from hf_disparse.export.packed import BITMASK, fill, zeros
 from hf_disparse.shapes import rebuild
@@ -50,11 +49,14 @@ class StoredFormReader(HfQuantizer):
                 rebuild(model.base_model, self.quantization_config.structure)
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         check_header(self._folder / WEIGHTS_NAME)
-        self._digests = self._threads.submit(digests, self._folder)
+        form = self.quantization_config
+        self._digests = None
+        if form.packed or form.sha256:  # a compact model that a Trainer saved has none
+            self._digests = self._threads.submit(lambda: digests(self._folder, read_json(self._folder / CONFIG_NAME)))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_) -> None:
         form = self.quantization_config
-        if form.packed or form.sha256:  # a compact model that a Trainer saved has none
+        if self._digests:
             check_digests(self._folder, self._digests.result(), form.sha256)
         for job in self._jobs:
             job.result()  # raises what it was refused for
@@ -134,11 +136,8 @@ def check_header(path: Path) -> None:
     Raises:
         UserError: with the name of the file or the tensor.
     """
-    try:
-        with safe_open(path, framework="pt") as stored:
-            shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: expected whole safetensors, got {one_line(error)}; download it again") from None
+    with open_weights(path) as stored:
+        shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
     for name in shapes:
         if name.endswith(f"weight{BITMASK}") and len(shapes.get(name.removesuffix(BITMASK), ())) != 1:
             raise UserError(f"{name.removesuffix(BITMASK)}: expected its values beside its bitmask, got none")

@@ -10,16 +10,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_disparse.config import UserError
-from hf_disparse.export.folder import WEIGHTS_NAME, copy_companions, describe, model_folder, new_folder, weight_files
+from hf_disparse.export.folder import (
+    WEIGHTS_NAME,
+    copy_companions,
+    describe,
+    model_folder,
+    new_folder,
+    open_weights,
+    weight_files,
+)
+from hf_disparse.masks import BITS
 
 BITMASK = "_bitmask"
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,7 +35,7 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     -0.0 counts as zero: a model that was pruned by a product with its mask is half full of it.
     """
     keep = (weight != 0).numpy()
-    bits = weight.reshape(-1).view(_BITS[weight.element_size()]).numpy()
+    bits = weight.reshape(-1).view(BITS[weight.element_size()]).numpy()
     values = torch.from_numpy(bits[np.flatnonzero(keep)]).view(weight.dtype)
     return values, torch.from_numpy(np.packbits(keep, axis=1))
 
@@ -60,7 +67,7 @@ def fill(matrix: Tensor, values: Tensor, bitmask: Tensor) -> None:
     places = np.flatnonzero(keep)
     if values.ndim != 1 or len(values) != len(places):
         raise UserError(f"values: expected {len(places)}, as the bitmask has bits, got {tuple(values.shape)}")
-    bits = _BITS[values.element_size()]  # numpy has no bfloat16
+    bits = BITS[values.element_size()]  # numpy has no bfloat16
     matrix.view(-1).view(bits).numpy()[places] = values.view(bits).numpy()
 
 
@@ -102,12 +109,9 @@ def save_packed(
 
 
 def _read(file: Path) -> Iterator[tuple[str, Tensor]]:
-    try:
-        with safe_open(file, framework="pt") as stored:
-            for name in stored.keys():  # noqa: SIM118, a safe_open has no iterator
-                yield name, stored.get_tensor(name)
-    except SafetensorError as error:
-        raise UserError(f"{file}: expected whole safetensors, got a file that does not parse ({error})") from None
+    with open_weights(file) as stored:
+        for name in stored.keys():  # noqa: SIM118, a safe_open has no iterator
+            yield name, stored.get_tensor(name)
 
 
 def _packed(

@@ -7,8 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_disparse.config import UserError
-from hf_disparse.export.compact import drop_layers, load
-from hf_disparse.export.folder import copy_companions, model_folder, new_folder
+from hf_disparse.export.compact import drop_layers
+from hf_disparse.export.folder import copy_companions, new_folder, open_model
 from hf_disparse.export.form import StoredForm
 from hf_disparse.model import MultitaskModel, auto_class, head_config
 from hf_disparse.shapes import Cuts
@@ -22,8 +22,7 @@ def task_model(model: MultitaskModel, task: str) -> PreTrainedModel:
     Raises:
         UserError: no such task, or an encoder of a shape that plain transformers has not.
     """
-    if task not in model.heads:
-        raise UserError(f"--task: the model has no task '{task}'; it has {', '.join(model.heads)}")
+    check_task(model, task)
     if model.config.skipped_layers:
         model = copy.deepcopy(model)
         drop_layers(model, Cuts(None), {})
@@ -42,6 +41,12 @@ def task_model(model: MultitaskModel, task: str) -> PreTrainedModel:
     return full.train(model.training)
 
 
+def check_task(model: MultitaskModel, task: str) -> None:
+    """Refuses a task that the model has not."""
+    if task not in model.heads:
+        raise UserError(f"--task: the model has no task '{task}'; it has {', '.join(model.heads)}")
+
+
 def save_tasks(
     model: MultitaskModel | str | Path, folder: str | Path, task: str | None = None, dtype: torch.dtype | None = None
 ) -> list[Path]:
@@ -55,8 +60,7 @@ def save_tasks(
     Returns:
         The folders of the models.
     """
-    source = None if isinstance(model, MultitaskModel) else model_folder(model)
-    model = load(source) if source else model
+    model, source = open_model(model)
     if not isinstance(model, MultitaskModel):
         raise UserError(
             f"--format task: expected a MultitaskModel, got a {type(model).__name__}, which is one task already"

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_disparse.config import UserError, one_line
-from hf_disparse.export.compact import compact, load
-from hf_disparse.export.folder import copy_companions, model_folder, new_folder
+from hf_disparse.export.card import tokens_to_time
+from hf_disparse.export.compact import compact
+from hf_disparse.export.folder import copy_companions, new_folder, open_model
+from hf_disparse.export.task import check_task
 from hf_disparse.model import MultitaskModel, head_config
 
 ONNX_NAME = "model.onnx"
-_TOKENS, _ROUNDS, _TOLERANCE = 64, 15, 1e-3
+_ROUNDS, _TOLERANCE = 15, 1e-3
 
 
 def save_onnx(model: PreTrainedModel | str | Path, folder: str | Path, task: str | None = None) -> dict[str, float]:
@@ -45,13 +47,12 @@ def save_onnx(model: PreTrainedModel | str | Path, folder: str | Path, task: str
         import onnxscript  # noqa: F401, which torch's exporter is made of
     except ImportError as error:
         raise UserError(f"--format onnx: {error}; try: pip install 'hf_disparse[onnx]'") from None
-    source = None if isinstance(model, PreTrainedModel) else model_folder(model)
-    model = load(source) if source else copy.deepcopy(model)
+    given, source = open_model(model)
+    model = given if source else copy.deepcopy(given)
     model = model.float().cpu().eval()
     if isinstance(model, MultitaskModel):
         task = task or next(iter(model.heads))
-        if task not in model.heads:
-            raise UserError(f"--task: the model has no task '{task}'; it has {', '.join(model.heads)}")
+        check_task(model, task)
         if model.config.skipped_layers:
             compact(model)
         config = head_config(model.config.encoder_config, model.tasks[task])
@@ -65,13 +66,11 @@ def save_onnx(model: PreTrainedModel | str | Path, folder: str | Path, task: str
         config.save_pretrained(target)
         _export(plain, target / ONNX_NAME)
         session = onnxruntime.InferenceSession(target / ONNX_NAME, providers=["CPUExecutionProvider"])
-        positions = getattr(config, "max_position_embeddings", None) or 512
-        tokens = min(_TOKENS, positions - 2)  # RoBERTa and its kin keep two for themselves
 
         def run(inputs: dict[str, Tensor]) -> Tensor:
             return torch.from_numpy(session.run(None, {name: value.numpy() for name, value in inputs.items()})[0])
 
-        return _check(plain, tokens, run)
+        return _check(plain, tokens_to_time(config), run)
 
 
 class _Logits(nn.Module):
@@ -127,11 +126,11 @@ def _check(model: nn.Module, tokens: int, run: Callable[[dict[str, Tensor]], Ten
         inputs, ratios = _batch(1, tokens), []
         for turn in range(_ROUNDS + 1):
             seconds = {}
-            for block in (model.forward, None) if turn % 2 else (None, model.forward):
+            for name in ("torch", "onnxruntime")[:: 1 if turn % 2 else -1]:
                 start = time.perf_counter()
-                run(inputs) if block is None else block(**inputs)
-                seconds[block is None] = time.perf_counter() - start
-            ratios.append(seconds[False] / seconds[True])
+                model(**inputs) if name == "torch" else run(inputs)
+                seconds[name] = time.perf_counter() - start
+            ratios.append(seconds["torch"] / seconds["onnxruntime"])
     if not difference < _TOLERANCE:
         raise UserError(f"--format onnx: expected torch's logits from onnxruntime, got others by {difference:.2g}")
     return {"difference": difference, "speed": statistics.median(ratios[1:])}

@@ -71,7 +71,7 @@ class PruningCallback(TrainerCallback):
                 got = type(model).__name__
                 raise UserError(f"pruning.granularity: layers are pruned from a MultitaskModel only, got {got}")
             for kind, places in prunable_sites(model, self.config).items():
-                check_sparsity(kind, places, self.config.sparsity)
+                check_sparsity(kind, [site.parts for site in places.values()], self.config.sparsity)
             done = [step for step in update_steps(self.config) if step < state.global_step]
             if done and self.masks is None:  # resumed from a checkpoint without masks: a foreign Trainer's, say
                 self.masks = self._masks_in_zeros(model, parameters, sparsity_at(self.config, done[-1]))

@@ -1,6 +1,6 @@
 """From a `PruningConfig` and the tasks' scores to masks: of weights, or of parts that go as a whole."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -35,7 +35,9 @@ def decide_parts(
     active: decision.Masks,
     sites: Sites,
 ) -> decision.Masks:
-    """The masks of the weights once exactly `round(sparsity * parts)` parts of each kind are gone.
+    """The masks of the weights once `round(sparsity * parts)` parts of each kind are gone.
+
+    Exactly so many, but where a layer goes after parts of other layers went: nothing that is pruned comes back.
 
     A part's score for a task is the sum of those of its weights; `config.decision` decides over parts as over weights. The
     best part of every site stays, by the same rule: an encoder needs a head in each layer.
@@ -44,16 +46,11 @@ def decide_parts(
         task_scores: (task, scores of the weights), consumed one at a time.
         active: the masks so far; what they prune stays pruned and counts.
     """
-    by_part = [
-        (
-            task,
-            {
-                kind: {name: sum_by_part(scores, site) for name, site in places.items()}
-                for kind, places in sites.items()
-            },
-        )
-        for task, scores in task_scores
-    ]
+
+    def of_parts(scores: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        return {kind: {name: sum_by_part(scores, site) for name, site in p.items()} for kind, p in sites.items()}
+
+    by_part = [(task, of_parts(scores)) for task, scores in task_scores]
     masks = dict(active)
     for kind in sorted(sites, key="layer".__ne__):  # layers first: their heads and neurons are gone, and count
         places = sites[kind]
@@ -78,7 +75,7 @@ def keep_parts(
     Raises:
         UserError: the sparsity would leave a site without any part.
     """
-    count = check_sparsity(kind, live, sparsity)
+    count = check_sparsity(kind, [len(alive) for alive in live.values()], sparsity)
     if count <= sum(int((~alive).sum()) for alive in live.values()):
         return {name: alive.clone() for name, alive in live.items()}
     best = {name: alive.clone() for name, alive in live.items()}
@@ -96,13 +93,13 @@ def keep_parts(
     return best
 
 
-def check_sparsity(kind: str, places: Mapping[str, Site | Tensor], sparsity: float) -> int:
-    """How many parts of a kind that sparsity prunes; refuses one that leaves a site, of Sites or (parts,) each, without."""
-    size = sum(place.parts if isinstance(place, Site) else len(place) for place in places.values())
-    count, most = round(sparsity * size), size - len(places)
+def check_sparsity(kind: str, parts: Sequence[int], sparsity: float) -> int:
+    """How many parts of a kind a sparsity prunes, of so many at each site; refuses one that leaves a site without."""
+    size = sum(parts)
+    count, most = round(sparsity * size), size - len(parts)
     if count > most:
         raise UserError(
-            f"pruning.sparsity: expected at most {most / size:.3f}, for one {kind} of each of {len(places)} sites stays, "
+            f"pruning.sparsity: expected at most {most / size:.3f}, for one {kind} of each of {len(parts)} sites stays, "
             f"got {sparsity}"
         )
     return count

@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_disparse.config import PruningConfig, UserError
-from hf_disparse.export import write_card
-from hf_disparse.export.card import results_of_log
+from hf_disparse.export.card import results_of_log, write_card
 from hf_disparse.losses import GradientSurgery, distillation_loss, hidden_loss, uncertainty_weight
 from hf_disparse.masks import MASKS_NAME, count_pruned, load_masks, save_masks
 from hf_disparse.model import MultitaskModel
@@ -354,9 +353,7 @@ class DisparseTrainer(Trainer):
             state = json.loads(path.read_text())
             self._trained, self.loss_means = state["backward_passes"], state["loss_means"]
 
-    def create_model_card(
-        self, language=None, license: str | None = None, tags=None, model_name=None, **kwargs
-    ) -> None:
+    def create_model_card(self, language=None, license=None, tags=None, model_name=None, **kwargs) -> None:
         """Writes the card of a MultitaskModel that was saved in `output_dir`; of another model as in Trainer."""
         if not self.is_multitask:
             super().create_model_card(language, license, tags, model_name, **kwargs)
