@@ -188,8 +188,14 @@ class _DataBySeed:
 
 
 def _recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
-    """The recipe that is this cell; what does not score trains for as many backward passes more."""
+    """The recipe that is this cell; what does not score trains for as many backward passes more.
+
+    The dense row goes on at the dense phase's learning rate: one that pruned weights need throws a finished model back.
+    """
     values, arguments = recipe.values, recipe.arguments("sparse", recipe.output_dir)
+    recovery = dict(values.get("recovery") or {})
+    if cell.method == "dense":
+        recovery.pop("learning_rate", None)
     steps = arguments.max_steps
     require(steps > 0, "recovery.max_steps", "a number of steps, so that every method gets the same", steps)
     if not cell.scores_by_gradients:
@@ -201,7 +207,7 @@ def _recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
             **values,
             "seed": cell.seed,
             "pruning": {**(values.get("pruning") or {}), **cell.pruning()},
-            "recovery": {**(values.get("recovery") or {}), "max_steps": steps},
+            "recovery": {**recovery, "max_steps": steps},
         }
     )
 

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
+from hf_disparse.adapters import TaskAdapters, without_adapters
 from hf_disparse.architectures import layout_of
 from hf_disparse.config import PruningConfig, TaskConfig, UserError
 from hf_disparse.shapes import rebuild
@@ -39,6 +40,7 @@ class MultitaskConfig(PreTrainedConfig):
             `MultitaskModel.from_encoder` checks.
         tasks: one `TaskConfig`, or its dictionary, per head. A list, for its order is that of the parameters.
         skipped_layers: places of the encoder's layers that hand on their input, see `MultitaskModel.skip_layers`.
+        adapters: the tasks that have one, see `MultitaskModel.add_adapter`.
     """
 
     model_type = "hf_disparse_multitask"
@@ -46,6 +48,7 @@ class MultitaskConfig(PreTrainedConfig):
     encoder_config: dict | PreTrainedConfig | None = None
     tasks: list = field(default_factory=list)
     skipped_layers: list = field(default_factory=list)
+    adapters: list = field(default_factory=list)
 
     def __post_init__(self, **kwargs):
         if isinstance(self.encoder_config, dict):
@@ -83,8 +86,8 @@ class HiddenStates(nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=inputs_embeds, pooler_output=pooled)
 
 
-class MultitaskModel(PreTrainedModel):
-    """A shared encoder (`self.encoder`) and one head per task (`self.heads[task]`)."""
+class MultitaskModel(TaskAdapters, PreTrainedModel):
+    """A shared encoder (`self.encoder`) and one head per task (`self.heads[task]`), and maybe PEFT's adapters of tasks."""
 
     config_class = MultitaskConfig
     base_model_prefix = "encoder"
@@ -141,15 +144,24 @@ class MultitaskModel(PreTrainedModel):
         return self.run_heads([task], labels=labels, **inputs)[0]
 
     def run_heads(self, tasks: Sequence[str | None], labels: Tensor | None = None, **inputs: Any) -> list[ModelOutput]:
-        """One pass of the encoder for the heads of several tasks; arguments and outputs are those of `forward`."""
-        heads = [self.heads[self._task(task)] for task in tasks]
+        """One pass of the encoder for the heads of several tasks, and one more for each that has an adapter.
+
+        Arguments and outputs are those of `forward`.
+        """
+        names = [self._task(task) for task in tasks]
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        hidden, mask, outputs = self.encoder(**inputs), inputs.get("attention_mask"), []
-        for head in heads:
-            output = head(inputs_embeds=hidden[0], attention_mask=mask, labels=labels, return_dict=True)
-            for name in ("hidden_states", "attentions"):
-                if getattr(hidden, name, None) is not None:
-                    output[name] = getattr(hidden, name)
+        mask, passes, outputs = inputs.get("attention_mask"), {}, []
+        for name in names:
+            adapter = name if name in self.adapters else None
+            if adapter not in passes:
+                if self.adapters:
+                    self._use_adapter(adapter)
+                passes[adapter] = self.encoder(**inputs)
+            hidden = passes[adapter]
+            output = self.heads[name](inputs_embeds=hidden[0], attention_mask=mask, labels=labels, return_dict=True)
+            for key in ("hidden_states", "attentions"):
+                if getattr(hidden, key, None) is not None:
+                    output[key] = getattr(hidden, key)
             outputs.append(output)
         return outputs
 
@@ -174,11 +186,13 @@ class MultitaskModel(PreTrainedModel):
         self.config.skipped_layers = list(places)
 
     def remove_task(self, name: str) -> None:
-        """Takes a task's head away; the encoder stays as it is."""
+        """Takes a task's head away, and its adapter; the encoder stays as it is."""
         if name not in self.heads or len(self.heads) == 1:
             raise UserError(
                 f"tasks: expected one of several tasks, got {name!r}; the model has {', '.join(self.heads)}"
             )
+        if name in self.adapters:
+            self.delete_adapter(name)
         del self.heads[name]
         self.config.tasks = [task.to_dict() for task in self.tasks.values() if task.name != name]
 
@@ -202,7 +216,8 @@ class MultitaskModel(PreTrainedModel):
             )
             model = cls(config)
             model._shape_as(source)
-            model.encoder.load_state_dict(source.encoder.state_dict())
+            encoder = source.encoder.state_dict()
+            model.encoder.load_state_dict(without_adapters(source.encoder, encoder) if source.adapters else encoder)
             return model.to(source.dtype)
         stored = encoder_config.__dict__.pop("quantization_config", None)  # how the file is read, not the model
         encoder_config.name_or_path = ""  # a local path is nobody's business once the model is published
@@ -301,7 +316,7 @@ def prunable_parameters(model: nn.Module, config: PruningConfig | None = None) -
         UserError: nothing matches.
     """
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
-        raise UserError("pruning: expected a model without adapters, got one wrapped by PEFT; prune before wrapping")
+        raise UserError("pruning: expected a model without adapters, got one with PEFT's; prune before adding them")
     encoder = model.base_model
     prefix = next(name for name, module in model.named_modules() if module is encoder)
     lists = [name + "." for name, module in encoder.named_modules() if isinstance(module, nn.ModuleList)]

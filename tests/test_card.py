@@ -115,9 +115,9 @@ def test_every_architecture_has_one(model_type, tmp_path):
     assert "62 tokens" in write_card(tmp_path).text  # what these tiny ones have positions for
 
 
-def test_a_model_without_results_has_a_card_that_says_so(tmp_path):
+def test_a_model_without_results_has_a_card_that_claims_none(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     card = write_card(tmp_path)
-    assert "It was trained without pruning." in card.text and "## Metrics" not in card.text
+    assert not any(words in card.text for words in ("pruned, by", "## Metrics", "metrics are", "adapters"))
     assert ModelCard.load(tmp_path / "README.md").data.eval_results is None

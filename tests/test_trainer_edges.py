@@ -120,7 +120,7 @@ def test_adapters_are_not_taken_for_weights(tmp_path):
         train_dataset=tokenized_rows(BINARY, 8),
         processing_class=tiny_tokenizer(),
     )
-    with pytest.raises(UserError, match="prune before wrapping"):
+    with pytest.raises(UserError, match="prune before adding them"):
         trainer.train()
 
 

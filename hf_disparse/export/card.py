@@ -142,7 +142,7 @@ def _eval_results(model: MultitaskModel, results: Mapping[str, Any]) -> list[Eva
 
 def _summary(name: str, model: MultitaskModel, results: Mapping[str, Any], pruning: PruningConfig | None) -> str:
     tasks, base = ", ".join(model.tasks), results.get("recipe", {}).get("encoder") or model.encoder.config.model_type
-    how = "It was trained without pruning."
+    how = ""
     if pruning and pruning.sparsity:
         what = " and ".join(f"{kind}s" for kind in pruning.granularity)
         rules = {"unanimous": "what all tasks can spare", "quorum": f"what fewer than {pruning.quorum} tasks want"}
@@ -151,7 +151,10 @@ def _summary(name: str, model: MultitaskModel, results: Mapping[str, Any], pruni
             f"{100 * pruning.sparsity:g} % of the {what} of its layers are pruned, by {rule}, each task judging by the "
             f"criterion `{pruning.criterion}`."
         )
-    return f"# {name}\n\nOne shared encoder ({base}) with a head for each of these tasks: {tasks}. {how}"
+    apart = [f"{task} ({config.peft_type.value})" for task, config in model.adapters.items()]
+    if apart:
+        how += f" On the encoder, which is frozen, these tasks have PEFT adapters of their own: {', '.join(apart)}."
+    return f"# {name}\n\nOne shared encoder ({base}) with a head for each of these tasks: {tasks}. {how.strip()}".rstrip()
 
 
 def _usage(name: str, model: MultitaskModel) -> str:
@@ -188,12 +191,16 @@ def _metrics(results: Mapping[str, Any]) -> str:
 
 def _size(folder: Path, model: MultitaskModel, pruning: PruningConfig | None) -> str:
     form = read_json(folder / CONFIG_NAME).get("quantization_config") or {}
+    parameters, tokens = sum(p.numel() for p in model.parameters()), tokens_to_time(model.encoder.config)
+    times = latency(model, tokens)
+    for task in list(model.adapters):
+        model.delete_adapter(task)
     zeros = sparsity_report(model, model.encoder, prunable_parameters(model, pruning))
     forms = {"packed": "packed: non-zeros and a bit a weight", "structure": "compact: pruned parts are taken out"}
     said = [text for key, text in forms.items() if form.get(key)] or ["plain: zeros are stored in full"]
     rows = [
         ("", ""),
-        ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
+        ("parameters", f"{parameters:,}"),
         ("zeros among the prunable weights", f"{100 * zeros['prunable']:.1f} %"),
         ("zeros in the encoder", f"{100 * zeros['encoder']:.1f} %"),
         ("zeros in the model", f"{100 * zeros['model']:.1f} %"),
@@ -201,8 +208,7 @@ def _size(folder: Path, model: MultitaskModel, pruning: PruningConfig | None) ->
         ("form of the file", ", ".join(said)),
     ]
     device = torch.cuda.get_device_name() if model.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    tokens = tokens_to_time(model.encoder.config)
-    for size, milliseconds in latency(model, tokens).items():
+    for size, milliseconds in times.items():
         rows.append((f"milliseconds, batch of {size}, {tokens} tokens, {device}", f"{milliseconds:.1f}"))
     return f"## Size and speed\n\n{_table(rows)}"
 
@@ -223,9 +229,9 @@ def _training(results: Mapping[str, Any], pruning: PruningConfig | None) -> str:
 
 
 def _limits(results: Mapping[str, Any]) -> str:
-    seeds = "one seed; runs with other seeds differ by a point or more on small tasks" if results else "unknown data"
+    seeds = "- The metrics are of one seed, on data like that of training; other seeds differ by a point or more on small tasks.\n"
     return (
-        f"## Limits\n\n- The metrics are of {seeds}, on data like that of training.\n"
+        f"## Limits\n\n{seeds if 'sparse' in results else ''}"
         "- Zeros alone make no model faster in stock PyTorch; a compact one, without pruned parts, is.\n"
         "- Licence, languages and biases are those of the base model and of the data it was trained on; pruning may have cost "
         "rare cases more than the averages show."

@@ -35,10 +35,10 @@ def compact(model: PreTrainedModel, optimizer: Optimizer | None = None) -> dict[
     Raises:
         UserError: an encoder whose layers are not known.
     """
-    encoder, before = model.base_model, count_parts(model.base_model)
-    layout = layout_of(encoder)
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise UserError("compact: expected a model without adapters, got one with PEFT's; compact before adding them")
+    encoder, before = model.base_model, count_parts(model.base_model)
+    layout = layout_of(encoder)
     cuts = Cuts(optimizer)
     heads = heads_that_stay(model)
     if isinstance(model, MultitaskModel):

@@ -14,8 +14,10 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import PreTrainedModel
 
+from hf_disparse.adapters import ADAPTER_FOLDER
 from hf_disparse.config import UserError, one_line
 from hf_disparse.export.form import FORM_VERSION, METHOD
 from hf_disparse.model import MultitaskModel
@@ -54,11 +56,18 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 
 def model_folder(name: str | Path) -> Path:
     """The local folder of a model: of a path, `package:NAME/path`, or a Hub id, which is downloaded."""
+    if isinstance(name, nn.Module):
+        raise UserError(
+            f"model: expected one of transformers', a folder or a Hub id, got a {type(name).__name__}; adapters are added by "
+            "MultitaskModel.add_adapter"
+        )
     path = Path(resolve(str(name)))
     if not path.is_dir():
         try:
             patterns = ["*.safetensors", *(f"*{suffix}" for suffix in _COMPANIONS)]
             path = Path(snapshot_download(str(name), allow_patterns=patterns, ignore_patterns="*/*"))
+            if read_json(path / CONFIG_NAME).get("adapters"):
+                snapshot_download(str(name), allow_patterns=[f"{ADAPTER_FOLDER}*/adapter_*"])
         except Exception as error:  # huggingface_hub raises a dozen kinds
             raise UserError(f"{name}: expected the folder or the Hub id of a model, got {one_line(error)}") from error
     if not (path / CONFIG_NAME).is_file():
@@ -130,6 +139,9 @@ def open_model(model: PreTrainedModel | str | Path) -> tuple[PreTrainedModel, Pa
 
 def copy_companions(source: Path, target: Path, tokenizer_only: bool = False) -> None:
     """Copies what a model's folder holds besides weights and is published: tokenizer, configurations, card."""
+    for path in () if tokenizer_only else source.glob(f"{ADAPTER_FOLDER}*/adapter_*"):
+        (target / path.parent.name).mkdir(exist_ok=True)
+        shutil.copyfile(path, target / path.parent.name / path.name)
     others = (*_NOT_PUBLISHED, *_OF_THE_MODEL) if tokenizer_only else _NOT_PUBLISHED
     for path in source.iterdir():
         if path.is_file() and path.suffix in _COMPANIONS and path.name not in others:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_disparse.adapters import without_adapters
 from hf_disparse.config import UserError
 from hf_disparse.export.folder import (
     WEIGHTS_NAME,
@@ -93,7 +94,10 @@ def save_packed(
     sizes = {"bytes": 0, "dense_bytes": 0, "packed_bytes": 0, "packed_dense_bytes": 0, "matrices": 0}
     with new_folder(folder) as target:
         if isinstance(model, PreTrainedModel):
-            tensors = _packed(model.state_dict().items(), dtype, sizes)
+            state = model.state_dict()
+            if getattr(model, "adapters", None):
+                state = without_adapters(model, state)
+            tensors = _packed(state.items(), dtype, sizes)
             # Under the names that the model has, for a conversion to others could not read what is packed.
             model.save_pretrained(target, state_dict=tensors, save_original_format=False, max_shard_size="1TB")
         else:

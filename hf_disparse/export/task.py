@@ -20,11 +20,12 @@ def task_model(model: MultitaskModel, task: str) -> PreTrainedModel:
     Its logits are the model's, its `config.id2label` the task's labels; weights are copied.
 
     Raises:
-        UserError: no such task, or an encoder of a shape that plain transformers has not.
+        UserError: no such task, an encoder of a shape that plain transformers has not, or an adapter whose merge fills
+            zeros.
     """
     check_task(model, task)
-    if model.config.skipped_layers:
-        model = copy.deepcopy(model)
+    if model.config.skipped_layers or model.adapters:
+        model = only_task(model, task)
         drop_layers(model, Cuts(None), {})
     if isinstance(getattr(model.config, "quantization_config", None), StoredForm):
         raise UserError(
@@ -39,6 +40,16 @@ def task_model(model: MultitaskModel, task: str) -> PreTrainedModel:
         tensor.data = tensor.data.to(weights[name].dtype)  # which may differ from one to the next
     full.load_state_dict(weights)
     return full.train(model.training)
+
+
+def only_task(model: MultitaskModel, task: str) -> MultitaskModel:
+    """A copy with that head alone, its adapter merged into the encoder."""
+    model = copy.deepcopy(model)
+    for other in [name for name in model.heads if name != task]:
+        model.remove_task(other)
+    if model.adapters:
+        model.merge_adapter()
+    return model
 
 
 def check_task(model: MultitaskModel, task: str) -> None:

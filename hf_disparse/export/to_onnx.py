@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 
 from hf_disparse.config import UserError, one_line
 from hf_disparse.export.card import tokens_to_time
-from hf_disparse.export.compact import compact
+from hf_disparse.export.compact import drop_layers, heads_that_stay
 from hf_disparse.export.folder import copy_companions, new_folder, open_model
-from hf_disparse.export.task import check_task
+from hf_disparse.export.task import check_task, only_task
 from hf_disparse.model import MultitaskModel, head_config
+from hf_disparse.shapes import Cuts
 
 ONNX_NAME = "model.onnx"
 _ROUNDS, _TOLERANCE = 15, 1e-3
@@ -47,19 +48,18 @@ def save_onnx(model: PreTrainedModel | str | Path, folder: str | Path, task: str
         import onnxscript  # noqa: F401, which torch's exporter is made of
     except ImportError as error:
         raise UserError(f"--format onnx: {error}; try: pip install 'hf_disparse[onnx]'") from None
-    given, source = open_model(model)
-    model = given if source else copy.deepcopy(given)
-    model = model.float().cpu().eval()
+    model, source = open_model(model)
     if isinstance(model, MultitaskModel):
         task = task or next(iter(model.heads))
         check_task(model, task)
-        if model.config.skipped_layers:
-            compact(model)
+        model = only_task(model, task)
+        drop_layers(model, Cuts(None), heads_that_stay(model))
         config = head_config(model.config.encoder_config, model.tasks[task])
     else:
         config, task = copy.deepcopy(model.config), None
         config.__dict__.pop("quantization_config", None)  # which says how safetensors are read
-    plain = _Logits(model, task).eval()
+        model = model if source else copy.deepcopy(model)
+    plain = _Logits(model.float().cpu(), task).eval()
     with new_folder(folder) as target:
         if source:
             copy_companions(source, target, tokenizer_only=True)

@@ -24,6 +24,7 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
 
 def _is_whole(checkpoint: Path) -> bool:
     weights = [*checkpoint.glob("model*.safetensors"), *checkpoint.glob("adapter_model.safetensors")]
+    weights += checkpoint.glob("adapter-*/adapter_model.safetensors") if weights else ()
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())
         for index in checkpoint.glob("model.safetensors.index.json"):

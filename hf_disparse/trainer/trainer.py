@@ -1,15 +1,14 @@
 """`DisparseTrainer`: transformers' Trainer on several tasks, with pruning."""
 
-import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import Trainer, TrainingArguments
 
 from hf_disparse.config import PruningConfig, UserError
 from hf_disparse.export.card import results_of_log, write_card
@@ -18,6 +17,7 @@ from hf_disparse.masks import MASKS_NAME, count_pruned, load_masks, save_masks
 from hf_disparse.model import MultitaskModel
 from hf_disparse.tasks import MultitaskCollator, TaskBatchSampler, TaskDataset, average, compute_metrics
 from hf_disparse.trainer.arguments import DisparseTrainingArguments, check_arguments, check_datasets, lengths_by_task
+from hf_disparse.trainer.batches import EpochOfSampler, ScoringBatches
 from hf_disparse.trainer.callback import PruningCallback
 from hf_disparse.trainer.checkpoints import last_whole_checkpoint
 
@@ -80,13 +80,13 @@ class DisparseTrainer(Trainer):
         judges = (train_dataset or self.tasks) if self.is_multitask else ["train"]  # a head without data has no say
         self.pruner = PruningCallback(
             pruning_config,
-            {task: _ScoringBatches(self, task) for task in judges},
+            {task: ScoringBatches(self, task) for task in judges},
             masks=masks,
             loss_fn=self._scoring_loss,
             weights={name: task.weight for name, task in self.tasks.items()},
         )
         self.add_callback(self.pruner)
-        self.add_callback(_EpochOfSampler(self))
+        self.add_callback(EpochOfSampler(self))
 
     # Data: one task per batch
 
@@ -353,6 +353,18 @@ class DisparseTrainer(Trainer):
             state = json.loads(path.read_text())
             self._trained, self.loss_means = state["backward_passes"], state["loss_means"]
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_multitask and self.model.adapters:
+            self.model.load_checkpoint(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.is_multitask and self.model.adapters:
+            self.model.load_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
     def create_model_card(self, language=None, license=None, tags=None, model_name=None, **kwargs) -> None:
         """Writes the card of a MultitaskModel that was saved in `output_dir`; of another model as in Trainer."""
         if not self.is_multitask:
@@ -365,37 +377,3 @@ class DisparseTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.pruning_config is not None:
             self.pruning_config.save_pretrained(output_dir or self.args.output_dir)
-
-
-class _EpochOfSampler(TrainerCallback):
-    """Tells the sampler its epoch. Trainer does, too, but not through what Accelerate wraps around it on a resume."""
-
-    def __init__(self, trainer: DisparseTrainer):
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        if self.trainer.is_multitask:
-            self.trainer.task_sampler.set_epoch(int(state.epoch or 0))
-
-
-class _ScoringBatches:
-    """The batches that one task is scored on: seeded by the config and the step, without touching the global generators."""
-
-    def __init__(self, trainer: DisparseTrainer, task: str):
-        self.trainer, self.task = trainer, task
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        trainer = self.trainer
-        rows, lengths = trainer.train_dataset, None
-        if trainer.is_multitask:
-            mine = {self.task: rows[self.task]}
-            rows, lengths = TaskDataset(mine), lengths_by_task(mine, trainer.args)
-        elif isinstance(rows, IterableDataset):
-            raise UserError("train_dataset: scoring draws examples at random, got a stream; load it as a Dataset")
-        collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="scoring")
-        seed = trainer.pruning_config.seed + trainer.state.global_step
-        sampler = TaskBatchSampler({self.task: len(rows)}, trainer._train_batch_size, lengths=lengths, seed=seed)
-        for epoch in itertools.count():
-            sampler.set_epoch(epoch)
-            for indices in sampler:
-                yield trainer._prepare_inputs(collate([rows[i] for i in indices]))

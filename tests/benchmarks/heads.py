@@ -3,10 +3,9 @@
 python tests/benchmarks/heads.py            # about a minute on 2 cores
 """
 
-import statistics
-import time
+from functools import partial
 
-import torch
+from timing import inference, side_by_side
 from transformers import AutoTokenizer, logging
 
 from hf_disparse import MultitaskModel, MultitaskPipeline, TaskConfig
@@ -24,12 +23,6 @@ if __name__ == "__main__":
     batch = pipeline.tokenizer(TEXTS, return_tensors="pt")
     names = [task.name for task in tasks]
 
-    def seconds(block) -> float:
-        start = time.perf_counter()
-        with torch.inference_mode():
-            block()
-        return time.perf_counter() - start
-
     print(
         f"batch of {len(TEXTS)}, {batch['input_ids'].shape[1]} tokens; five heads over one, median of {ROUNDS} rounds"
     )
@@ -38,10 +31,6 @@ if __name__ == "__main__":
         "pipeline": lambda chosen: pipeline(TEXTS, tasks=chosen, batch_size=len(TEXTS)),
     }
     for name, block in blocks.items():
-        block(names)
-        ratios = []
-        for turn in range(ROUNDS):
-            order = (names, names[:1]) if turn % 2 else (names[:1], names)
-            times = {len(chosen): seconds(lambda c=chosen, b=block: b(c)) for chosen in order}
-            ratios.append(times[5] / times[1])
-        print(f"  {name:9} {statistics.median(ratios):.3f}")
+        chosen = {"one": names[:1], "five": names}
+        ratio = side_by_side({n: inference(partial(block, tasks)) for n, tasks in chosen.items()}, ROUNDS)["five"]
+        print(f"  {name:9} {ratio:.3f}")

@@ -7,15 +7,14 @@ checkpoint only maps the file: the system reads and copies a page when it is fir
 every weight once, as the first step of training does.
 """
 
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from timing import side_by_side, timed
 from transformers import AutoModel, BertConfig, logging
 
 import hf_disparse  # noqa: F401, reads packed checkpoints
@@ -45,23 +44,15 @@ def load_to_train(folder: Path):
 
 
 def ratio(first: Callable[[], object], second: Callable[[], object]) -> float:
-    """Time of the second over that of the first, which take turns: the median over rounds."""
-    ratios = []
-    for turn in range(ROUNDS):
-        seconds = {}
-        for block in (first, second) if turn % 2 else (second, first):
-            start = time.perf_counter()
-            block()
-            seconds[block] = time.perf_counter() - start
-        ratios.append(seconds[second] / seconds[first])
-    return statistics.median(ratios)
+    """Time of the second over that of the first."""
+    return side_by_side({"first": timed(first), "second": timed(second)}, ROUNDS)["second"]
 
 
 def peak(action: str, folder: Path) -> int:
     """Peak resident bytes of a fresh process that loads `folder`, and saves it packed if asked to."""
     code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
-        "from pathlib import Path; from tests.benchmarks import packed\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path; import packed\n"
         f"model = packed.load_to_train(Path({str(folder)!r}))\n"
         + (f"packed.save_packed(model, {str(folder) + '-again'!r})\n" if action == "save" else "")
         # not getrusage, whose maximum a new process inherits

@@ -14,10 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 
 import torch
 from datasets import Dataset
+from timing import side_by_side
 from torch import nn
 from torch.nn.utils import prune
 from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, logging
@@ -51,22 +51,6 @@ def batch() -> dict:
         "labels": torch.randint(0, 2, (BATCH,)),
         "task": "task",
     }
-
-
-def side_by_side(blocks: dict[str, Callable[[], list[float]]], rounds: int) -> dict[str, float]:
-    """Each block's time over that of the first: median over rounds of the ratio of the medians in a round.
-
-    The blocks take turns, and turns at going first, so that a noisy minute or a warm cache favours none of them.
-    """
-    names = list(blocks)
-    ratios = {name: [] for name in names}
-    for turn in range(rounds):
-        times = {}
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            times[name] = statistics.median(blocks[name]())
-        for name in names:
-            ratios[name].append(times[name] / times[names[0]])
-    return {name: statistics.median(values) for name, values in ratios.items()}
 
 
 def report(what: str, ratio: float, limit: str) -> None:

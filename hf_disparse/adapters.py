@@ -1,0 +1,344 @@
+"""PEFT adapters of single tasks on the shared encoder, which stays as it is. Layer 2; needs the extra `peft`.
+
+An adapter is on the encoder while its own task runs, and off for every other one. In a model's folder it stands in
+`adapter-<task>`, as PEFT writes it: `PeftModel.from_pretrained(encoder, folder, subfolder="adapter-<task>")` reads it, too.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.utils import cached_file
+
+from hf_disparse.config import UserError, one_line
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+ADAPTER_FOLDER = "adapter-"  # and the task; one level only, for push_to_hub of transformers looks no deeper
+_WEIGHTS_NAME, _CONFIG_NAME, _PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+_OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+_NOT_ON_META = ("BOFT", "OFT", "PSOFT", "RANDLORA", "SHIRA")  # these calculate while they are made
+_STAYS = "so that the shared encoder stays as it is and adapters are on single layers of it"
+_THAT_KEEP_ZEROS = "IA3, HiRA, or SHiRA, whose merge keeps them"
+
+
+class TaskAdapters:
+    """The part of `MultitaskModel` that has to do with adapters; expects its `encoder`, `heads` and `config`."""
+
+    _task_of_encoder: str | None = None  # whose adapter is on
+
+    @property
+    def adapters(self) -> "dict[str, PeftConfig]":
+        """task -> the configuration of its adapter."""
+        return getattr(self.encoder, "peft_config", {})
+
+    def add_adapter(self, adapter_config: "PeftConfig", adapter_name: str) -> None:
+        """Gives a task an adapter of its own on the encoder, which is frozen from then on; the heads are not.
+
+        Args:
+            adapter_config: of any PEFT method that `peft.inject_adapter_in_model` knows. SHiRA's places are drawn among the
+                weights that are not zero, unless it has a `mask_fn` of its own.
+            adapter_name: the task.
+
+        Raises:
+            UserError: no such task, or a configuration that cannot stand beside other tasks.
+        """
+        if getattr(adapter_config, "mask_type", None) == "random":
+            adapter_config = copy.copy(adapter_config)
+            if adapter_config.mask_fn.__module__.startswith("peft."):
+                adapter_config.mask_fn = among_non_zeros
+        self._inject(adapter_config, adapter_name)
+
+    def _inject(self, config: "PeftConfig", task: str, empty: bool = False) -> None:
+        _need_peft()
+        from peft import inject_adapter_in_model
+        from peft.functional import set_requires_grad
+
+        self._check_free(task)
+        kinds = {other.peft_type for other in self.adapters.values()}
+        if kinds - {config.peft_type}:
+            raise UserError(
+                f"adapter_config: expected a {kinds.pop().value}, as the other tasks have, got {config.peft_type.value}"
+            )
+        if getattr(config, "modules_to_save", None):
+            raise UserError(
+                "adapter_config.modules_to_save: expected None, for every task's head is trained and saved anyway"
+            )
+        if getattr(config, "bias", "none") != "none":
+            raise UserError("adapter_config.bias: expected 'none', for the encoder's biases serve the other tasks too")
+        for field in ("layer_replication", "target_parameters", "trainable_token_indices"):
+            if getattr(config, field, None):
+                raise UserError(f"adapter_config.{field}: expected None, {_STAYS}")
+        start = getattr(config, "init_lora_weights", True)
+        if not isinstance(start, bool) and start not in ("gaussian", "eva", "orthogonal"):
+            raise UserError(
+                f"adapter_config.init_lora_weights: expected a bool, gaussian, eva or orthogonal, {_STAYS}, got {start!r}"
+            )
+        with self._whole_or_not(task):
+            try:
+                on_meta = empty and config.peft_type.value not in _NOT_ON_META
+                with torch.device("meta") if on_meta else nullcontext():
+                    inject_adapter_in_model(config, self.encoder, task, low_cpu_mem_usage=empty)
+            except UserError:
+                raise
+            except Exception as error:  # PEFT raises a dozen kinds
+                raise UserError(f"adapter_config: PEFT refuses it for this encoder: {one_line(error)}") from error
+        set_requires_grad(self.encoder, list(self.adapters))  # PEFT leaves them to the last one alone
+        for _, layer in _tuner_layers(self.encoder):
+            layer.train(self.encoder.training)
+        self._task_of_encoder = None  # PEFT has changed what is on
+        self._use_adapter(task)
+        self.config.adapters = list(self.adapters)
+
+    def _check_free(self, task: str) -> None:
+        if not isinstance(task, str) or task not in self.heads or task in self.adapters:
+            free = ", ".join(name for name in self.heads if name not in self.adapters)
+            raise UserError(
+                f"adapter_name: expected a task without an adapter, one of {free or 'none left'}, got {task!r}"
+            )
+
+    @contextmanager
+    def _whole_or_not(self, task: str) -> Iterator[None]:
+        """Takes back what there is of an adapter if adding it fails."""
+        trainable = [(parameter, parameter.requires_grad) for parameter in self.encoder.parameters()]
+        try:
+            yield
+        except Exception:
+            self._drop(task)
+            for parameter, flag in trainable:
+                parameter.requires_grad_(flag)
+            raise
+
+    def _drop(self, task: str) -> None:
+        """Takes out an adapter, or the half of one, and what PEFT put around layers that no other adapter is on."""
+        self.adapters.pop(task, None)
+        if not self.adapters:
+            return self._unload()
+        self._task_of_encoder = None
+        self._use_adapter(next(iter(self.adapters)))
+        for name, layer in _tuner_layers(self.encoder):
+            trainable = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
+            layer.delete_adapter(task)
+            for parameter, flag in trainable:
+                parameter.requires_grad_(flag)
+            if not any(len(getattr(layer, names)) for names in layer.adapter_layer_names):
+                self.encoder.set_submodule(name, layer.get_base_layer())
+        self.config.adapters = list(self.adapters)
+
+    def load_adapter(self, peft_model_id: str | Path, adapter_name: str, subfolder: str = "", **hub: Any) -> None:
+        """Reads an adapter that PEFT or this class wrote, from a folder or the Hub, as that of the task `adapter_name`.
+
+        Raises:
+            UserError: its files do not fit this encoder, or are not safetensors.
+        """
+        where = f"{peft_model_id}/{subfolder}".rstrip("/")
+        self._check_free(adapter_name)
+        _need_peft()
+        from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+
+        try:
+            folder = Path(cached_file(str(peft_model_id), _CONFIG_NAME, subfolder=subfolder, **hub)).parent
+            weights = cached_file(str(peft_model_id), _WEIGHTS_NAME, subfolder=subfolder, **hub)
+            config = PeftConfig.from_pretrained(str(folder))
+            tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(weights).items()}
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise UserError(f"{where}: expected {_CONFIG_NAME} and {_WEIGHTS_NAME}, got {one_line(error)}") from error
+        with self._whole_or_not(adapter_name):
+            self._inject(config, adapter_name, empty=True)  # no memory before the sizes are checked
+            expected = get_peft_model_state_dict(self.encoder, adapter_name=adapter_name)
+            problem = _misfit(tensors, expected) or _stray_places(self.encoder, tensors)
+            if problem:
+                raise UserError(f"{where}: expected the adapter of this encoder, got {problem}")
+            set_peft_model_state_dict(self.encoder, tensors, adapter_name, low_cpu_mem_usage=True)
+
+    def delete_adapter(self, adapter_names: str) -> None:
+        """Takes a task's adapter away; the head stays."""
+        if adapter_names not in self.adapters:
+            has = ", ".join(self.adapters) or "none"
+            raise UserError(f"adapter_names: expected a task with an adapter, {has}, got {adapter_names!r}")
+        self._drop(adapter_names)
+
+    def merge_adapter(self) -> None:
+        """Folds the adapter of a model with one task into the encoder, which is an ordinary, trainable one afterwards.
+
+        Raises:
+            UserError: there are other tasks, or zeros of the encoder would not stay zero; nothing has changed then.
+        """
+        if len(self.heads) > 1 or not self.adapters:
+            got = f"tasks {', '.join(self.heads)}, adapters {', '.join(self.adapters) or 'none'}"
+            raise UserError(
+                f"merge_adapter: expected one task and its adapter, got {got}; remove_task takes others away"
+            )
+        [task], lost, size = self.adapters, 0, 0
+        for _, layer in _tuner_layers(self.encoder):
+            trial = copy.deepcopy(layer)  # one at a time
+            zero = trial.get_base_layer().weight == 0
+            try:
+                trial.merge(safe_merge=True, adapter_names=[task])
+            except Exception as error:  # PEFT raises a dozen kinds
+                raise UserError(f"merge_adapter: PEFT refuses it: {one_line(error)}; keep it unmerged") from error
+            lost += int((zero & (trial.get_base_layer().weight != 0)).sum())
+            size += int(zero.sum())
+        if lost:
+            kind = self.adapters[task].peft_type.value
+            raise UserError(
+                f"merge_adapter: expected the encoder's zeros to stay, but merging {kind} would fill {lost:,} of "
+                f"{size:,}; keep it unmerged (save_pretrained, push), or train {_THAT_KEEP_ZEROS}"
+            )
+        for _, layer in _tuner_layers(self.encoder):
+            layer.merge(safe_merge=True, adapter_names=[task])
+        self._unload()
+
+    def _unload(self) -> None:
+        """Leaves nothing of PEFT in the encoder, which trains again."""
+        for name, layer in _tuner_layers(self.encoder):
+            self.encoder.set_submodule(name, layer.get_base_layer())
+        self.encoder.__dict__.pop("peft_config", None)
+        self.encoder.requires_grad_(True)
+        self._task_of_encoder, self.config.adapters = None, []
+
+    def _use_adapter(self, task: str | None) -> None:
+        """Puts the adapter of `task` on and all others off; PEFT would freeze those others, too."""
+        if task == self._task_of_encoder:
+            return
+        for _, layer in _tuner_layers(self.encoder):
+            trainable = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
+            if task is None:
+                layer.enable_adapters(False)
+            else:
+                layer.set_adapter(task)
+                layer.enable_adapters(True)
+            for parameter, flag in trainable:
+                parameter.requires_grad_(flag)
+        self._task_of_encoder = task
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, state_dict=None, **kwargs: Any) -> None:
+        """As in transformers; adapters go to folders beside the encoder, which is saved as it is without them."""
+        if self.adapters:
+            if kwargs.get("is_main_process", True):
+                save_adapters(self, save_directory)
+            state_dict = without_adapters(self, self.state_dict() if state_dict is None else state_dict)
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+    def _get_files_timestamps(self, working_dir: str | Path) -> dict[str, float]:
+        """What `save_pretrained(push_to_hub=True)` takes for old; adapters are there before it looks."""
+        files = super()._get_files_timestamps(working_dir)
+        return {name: time for name, time in files.items() if name.removeprefix(ADAPTER_FOLDER) not in self.adapters}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any):
+        """As in transformers, and with the adapters that the folder or the repository has."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        names, above = model.config.adapters, kwargs.get("subfolder") or ""
+        if not isinstance(names, list):
+            raise UserError(
+                f"{pretrained_model_name_or_path}: expected config.json's adapters to be a list of tasks, got {names!r}"
+            )
+        hub = {name: kwargs[name] for name in _OF_THE_HUB if name in kwargs}
+        for task in names:
+            folder = f"{above}/{ADAPTER_FOLDER}{task}".lstrip("/")
+            model.load_adapter(pretrained_model_name_or_path, task, subfolder=folder, **hub)
+        return model if loaded is model else (model, *loaded[1:])
+
+    def load_checkpoint(self, folder: str | Path) -> None:
+        """Takes heads, encoder and adapters, as `save_pretrained` wrote them, into a model that has the same adapters."""
+        from peft import set_peft_model_state_dict
+
+        layers = {f"{name}." for name, _ in _tuner_layers(self)}
+        state = {}
+        for name, tensor in load_file(Path(folder, "model.safetensors")).items():
+            module, _, last = name.rpartition(".")
+            state[f"{module}.base_layer.{last}" if module + "." in layers else name] = tensor
+        self.load_state_dict(state, strict=False)
+        for task in self.adapters:
+            tensors = load_file(Path(folder, f"{ADAPTER_FOLDER}{task}", _WEIGHTS_NAME))
+            set_peft_model_state_dict(self.encoder, {n.removeprefix(_PREFIX): t for n, t in tensors.items()}, task)
+
+
+def save_adapters(model: TaskAdapters, folder: str | Path) -> None:
+    """Writes the model's adapters into `adapter-<task>` of `folder`."""
+    from peft import get_peft_model_state_dict
+
+    for task, config in model.adapters.items():
+        target = Path(folder, f"{ADAPTER_FOLDER}{task}")
+        target.mkdir(parents=True, exist_ok=True)
+        tensors = get_peft_model_state_dict(model.encoder, adapter_name=task)
+        stored = {_PREFIX + name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+        save_file(stored, target / _WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(str(target))
+
+
+def without_adapters(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of `model` under the names that they have without adapters; those that have them already stay."""
+    layers, own, plain = [f"{name}." for name, _ in _tuner_layers(model)], set(model.state_dict()), {}
+    for name, tensor in state_dict.items():
+        layer = next((layer for layer in layers if name.startswith(layer)), "")
+        inner = name.removeprefix(f"{layer}base_layer.")
+        if layer and inner != name:
+            plain[layer + inner] = tensor
+        elif not layer or name not in own:
+            plain[name] = tensor
+    return plain
+
+
+def among_non_zeros(base_layer: nn.Linear, r: int, random_seed: int | None = None, **_: Any) -> Tensor:
+    """SHiRA's `mask_fn`: r (inputs + outputs) places at random among the weights that are not zero, as 0 and 1."""
+    weight = base_layer.weight
+    places = (weight.detach().reshape(-1) != 0).nonzero()[:, 0].cpu()
+    number = r * sum(weight.shape)
+    if number > len(places):
+        most = len(places) // sum(weight.shape)
+        raise UserError(
+            f"adapter_config.r: SHiRA with r={r} trains {number:,} weights of each matrix, and one of {tuple(weight.shape)} "
+            f"has {len(places):,} that are not pruned; expected r of at most {most}, or other target_modules"
+        )
+    generator = None if random_seed is None else torch.Generator().manual_seed(random_seed)
+    chosen = places[torch.randperm(len(places), generator=generator)[:number]]
+    mask = torch.zeros(weight.numel(), dtype=weight.dtype)
+    mask[chosen] = 1
+    return mask.reshape(weight.shape).to(weight.device)
+
+
+def _tuner_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Name and module of what PEFT has put around linear layers."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _misfit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with the tensors of a file, if something is."""
+    for name in sorted(set(tensors) ^ set(expected)):
+        return f"{'no' if name in expected else 'an unknown'} tensor {name[:100]}"
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            return f"{name} of {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
+        if tensor.dtype != expected[name].dtype and not (tensor.is_floating_point() and expected[name].is_floating_point()):
+            return f"{name} of {tensor.dtype} instead of {expected[name].dtype}"
+    return None
+
+
+def _stray_places(encoder: nn.Module, tensors: Mapping[str, Tensor]) -> str | None:
+    """SHiRA stores row and column of its weights, which torch takes as they come."""
+    for name, tensor in tensors.items():
+        if name.endswith(".shira_indices"):
+            shape = encoder.get_submodule(name.removesuffix(".shira_indices")).get_base_layer().weight.shape
+            limits = torch.tensor(shape)[:, None]
+            if tensor.ndim != 2 or len(tensor) != 2 or not ((tensor >= 0) & (tensor < limits)).all():
+                return f"{name} outside a matrix of {tuple(shape)}"
+    return None
+
+
+def _need_peft() -> None:
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"adapters: {error}; try: pip install 'hf_disparse[peft]'") from None
