@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import cached_file
@@ -60,13 +59,19 @@ class TaskAdapters:
         _need_peft()
         from peft import inject_adapter_in_model
         from peft.functional import set_requires_grad
+        from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
         self._check_free(task)
+        taken = {part for name in self.encoder.state_dict() for part in name.split(".")}
+        if task in taken or task.startswith(PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "base_layer")):
+            raise UserError(
+                f"adapter_name: PEFT would take '{task}' for a part of the encoder, which has weights of that name; give the "
+                "task another one"
+            )
         kinds = {other.peft_type for other in self.adapters.values()}
         if kinds - {config.peft_type}:
-            raise UserError(
-                f"adapter_config: expected a {kinds.pop().value}, as the other tasks have, got {config.peft_type.value}"
-            )
+            got = getattr(config.peft_type, "value", None)
+            raise UserError(f"adapter_config: expected a {kinds.pop().value}, as the other tasks have, got {got}")
         if getattr(config, "modules_to_save", None):
             raise UserError(
                 "adapter_config.modules_to_save: expected None, for every task's head is trained and saved anyway"
@@ -79,7 +84,7 @@ class TaskAdapters:
         start = getattr(config, "init_lora_weights", True)
         if not isinstance(start, bool) and start not in ("gaussian", "eva", "orthogonal"):
             raise UserError(
-                f"adapter_config.init_lora_weights: expected a bool, gaussian, eva or orthogonal, {_STAYS}, got {start!r}"
+                f"adapter_config.init_lora_weights: expected a bool, gaussian, eva or orthogonal, {_STAYS}, got {str(start)[:100]}"
             )
         with self._whole_or_not(task):
             try:
@@ -148,7 +153,7 @@ class TaskAdapters:
             weights = cached_file(str(peft_model_id), _WEIGHTS_NAME, subfolder=subfolder, **hub)
             config = PeftConfig.from_pretrained(str(folder))
             tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(weights).items()}
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except Exception as error:  # transformers, PEFT and safetensors raise a dozen kinds
             raise UserError(f"{where}: expected {_CONFIG_NAME} and {_WEIGHTS_NAME}, got {one_line(error)}") from error
         with self._whole_or_not(adapter_name):
             self._inject(config, adapter_name, empty=True)  # no memory before the sizes are checked
@@ -240,7 +245,7 @@ class TaskAdapters:
         names, above = model.config.adapters, kwargs.get("subfolder") or ""
         if not isinstance(names, list):
             raise UserError(
-                f"{pretrained_model_name_or_path}: expected config.json's adapters to be a list of tasks, got {names!r}"
+                f"{pretrained_model_name_or_path}: expected config.json's adapters to be a list of tasks, got {str(names)[:100]}"
             )
         hub = {name: kwargs[name] for name in _OF_THE_HUB if name in kwargs}
         for task in names:
@@ -321,7 +326,8 @@ def _misfit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> st
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             return f"{name} of {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
-        if tensor.dtype != expected[name].dtype and not (tensor.is_floating_point() and expected[name].is_floating_point()):
+        floating = tensor.is_floating_point() and expected[name].is_floating_point()
+        if not floating and tensor.dtype != expected[name].dtype:
             return f"{name} of {tensor.dtype} instead of {expected[name].dtype}"
     return None
 

@@ -1,5 +1,7 @@
 """When to prune and how far: pure functions of the optimizer step. Layer 6."""
 
+import math
+
 from hf_disparse.config import PruningConfig
 
 
@@ -13,24 +15,40 @@ def cubic_sparsity(step: int, start: int, end: int, final: float) -> float:
     return final * (1 - (1 - progress) ** 3)
 
 
-def update_steps(config: PruningConfig) -> range:
+def end_of(config: PruningConfig, max_steps: int | None = None) -> int:
+    """The step of the last update: `end_step`, or the method's share of a training of `max_steps` where that is None."""
+    if config.end_step is not None or config.schedule == "one_shot":
+        return config.start_step if config.schedule == "one_shot" else config.end_step
+    return config.start_step + 1 if max_steps is None else max(config.start_step + 1, int(config.end_share * max_steps))
+
+
+def update_steps(config: PruningConfig, max_steps: int | None = None) -> range:
     """The optimizer steps at which masks change; pruning happens before the step's first forward pass.
 
-    One shot: `start_step` alone. Cubic: every `update_every` steps after `start_step`, counted back from `end_step`, so
-    that the last update is at `end_step` exactly.
+    One shot: `start_step` alone. Cubic: every `update_every` steps after `start_step`, counted back from the end, so that
+    the last update is at the end exactly. Constant: every `update_every` steps from `start_step` on.
     """
+    start, end, every = config.start_step, end_of(config, max_steps), config.update_every
     if config.sparsity == 0:
         return range(0)
-    if config.schedule == "one_shot":
-        return range(config.start_step, config.start_step + 1)
-    first = config.start_step + ((config.end_step - config.start_step - 1) % config.update_every) + 1
-    return range(first, config.end_step + 1, config.update_every)
+    if config.schedule == "cubic":
+        return range(start + ((end - start - 1) % every) + 1, end + 1, every)
+    return range(start, end + 1, every)
 
 
-def sparsity_at(config: PruningConfig, step: int) -> float | None:
+def sparsity_at(config: PruningConfig, step: int, max_steps: int | None = None) -> float | None:
     """The sparsity to prune to at optimizer step `step`, or None where nothing changes."""
-    if step not in update_steps(config):
+    if step not in update_steps(config, max_steps):
         return None
-    if config.schedule == "one_shot":
-        return config.sparsity
-    return cubic_sparsity(step, config.start_step, config.end_step, config.sparsity)
+    if config.schedule == "cubic":
+        return cubic_sparsity(step, config.start_step, end_of(config, max_steps), config.sparsity)
+    return config.sparsity
+
+
+def cosine_decay(step: int, start: int, end: int, first: float) -> float:
+    """first / 2 * (1 + cos(pi (step - start) / (end - start))): `first` at the start, 0 from the end on.
+
+    Source: the fraction of weights that RigL replaces, Evci et al. 2020 (arXiv 1911.11134), section 3.
+    """
+    progress = min(max((step - start) / max(1, end - start), 0.0), 1.0)
+    return first / 2 * (1 + math.cos(math.pi * progress))

@@ -10,6 +10,7 @@ LAYER = {
     "config": 0,
     "tasks": 1,
     "parts": 2,
+    "adapters": 2,
     "architectures": 2,
     "shapes": 2,
     "model": 2,

@@ -121,7 +121,7 @@ def test_evaluation_and_scores_are_of_the_labels(tmp_path):
     for changes in ({}, {"distillation": 1.0, "loss_weighting": "uncertainty"}):
         trainer = trainer_of(tmp_path, tiny_model(), pruning=PruningConfig(score_batches=2), **changes)
         metrics = trainer.evaluate(three_datasets(30, seed=9))
-        trainer.pruner.prune(trainer.model.train(), 0.5)
+        trainer.pruner.prune(trainer.model.train(), step=0)
         assert trainer.loss_means == {}
         found.append((trainer.pruner.masks, {k: v for k, v in metrics.items() if k.endswith(("loss", "average"))}))
     assert_same(found[0][0], found[1][0])

@@ -154,7 +154,9 @@ def _summary(name: str, model: MultitaskModel, results: Mapping[str, Any], pruni
     apart = [f"{task} ({config.peft_type.value})" for task, config in model.adapters.items()]
     if apart:
         how += f" On the encoder, which is frozen, these tasks have PEFT adapters of their own: {', '.join(apart)}."
-    return f"# {name}\n\nOne shared encoder ({base}) with a head for each of these tasks: {tasks}. {how.strip()}".rstrip()
+    return (
+        f"# {name}\n\nOne shared encoder ({base}) with a head for each of these tasks: {tasks}. {how.strip()}".rstrip()
+    )
 
 
 def _usage(name: str, model: MultitaskModel) -> str:

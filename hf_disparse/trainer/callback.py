@@ -1,6 +1,7 @@
-"""Pruning inside any transformers Trainer: scores, decides and masks on schedule, and holds the zeros."""
+"""Pruning inside any transformers Trainer: asks the method for masks on its schedule, and holds the zeros."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +12,9 @@ from hf_disparse.masks import MaskHooks, apply_masks, find_masks
 from hf_disparse.model import MultitaskModel, prunable_parameters
 from hf_disparse.schedule import sparsity_at, update_steps
 from hf_disparse.scores import GRADIENT_CRITERIA, Batch, LossFunction, model_loss, score
-from hf_disparse.trainer.rules import (
-    check_sparsity,
-    decide_by,
-    decide_parts,
-    gone_layers,
-    prunable_sites,
-    pruned_fractions,
-)
+from hf_disparse.trainer.methods import Update, new_method
+from hf_disparse.trainer.methods.base import Stream
+from hf_disparse.trainer.rules import check_sparsity, gone_layers, prunable_sites, pruned_fractions
 
 
 class PruningCallback(TrainerCallback):
@@ -50,48 +46,86 @@ class PruningCallback(TrainerCallback):
                 f"pruning.quorum: expected at most the number of tasks, {len(loaders)}, got {config.quorum}"
             )
         self.config, self.loaders, self.masks = config, loaders, masks
+        self.method = new_method(config) if config and config.sparsity else None
+        self.task = next(iter(loaders), "")  # whose batch the next backward pass is of
         self._loss_fn, self._weights = loss_fn, weights
+        self._parameters: dict[str, nn.Parameter] = {}
         self._hooks: MaskHooks | None = None
+        self._watches: list[torch.utils.hooks.RemovableHandle] = []
+        self._loaded_state: dict[str, Tensor] | None = None
         self.backward_passes = 0
 
     @property
     def last_update(self) -> int:
-        """The optimizer step of the last change of masks, -1 without any."""
-        steps = update_steps(self.config) if self.config else range(0)
+        """The optimizer step of the last change of masks, -1 without any; of a relative schedule once training began."""
+        steps = list(self.method.steps) or update_steps(self.config) if self.method else ()
         return steps[-1] if steps else -1
 
     def on_train_begin(self, args, state, control, *, model, **kwargs):
         """Holds the masks there are; refuses a schedule that training would cut off."""
+        if self.method:
+            self._parameters = parameters = self._check(model, args)
+            self.method.begin(parameters, self.loaders, state.max_steps)
+            if self._loaded_state is not None:
+                self.method.load_state(self._loaded_state)
+                self._loaded_state = None
         if self.last_update >= state.max_steps:
             steps = f"the last pruning is at step {self.last_update}, training ends at step {state.max_steps}"
             raise UserError(f"pruning: {steps}; prune earlier or train longer")
-        if self.config and self.config.sparsity:
-            parameters = prunable_parameters(model, self.config)  # refuses what matches nothing now, not at start_step
-            if "layer" in self.config.granularity and not isinstance(model, MultitaskModel):
-                got = type(model).__name__
-                raise UserError(f"pruning.granularity: layers are pruned from a MultitaskModel only, got {got}")
-            for kind, places in prunable_sites(model, self.config).items():
-                check_sparsity(kind, [site.parts for site in places.values()], self.config.sparsity)
-            done = [step for step in update_steps(self.config) if step < state.global_step]
+        if self.method:
+            done = [step for step in self.method.steps if step < state.global_step]
             if done and self.masks is None:  # resumed from a checkpoint without masks: a foreign Trainer's, say
                 self.masks = self._masks_in_zeros(model, parameters, sparsity_at(self.config, done[-1]))
         if self.masks is not None:
             self._hold(model, self.masks)
+        if self.method and self.method.sees_gradients:
+            self._watch(model, parameters)
 
-    def on_step_begin(self, args, state, control, *, model, **kwargs):
-        """Prunes if the schedule says so, on the weights as the last step left them."""
-        sparsity = sparsity_at(self.config, state.global_step) if self.config else None
-        if sparsity is not None:
-            self.prune(model, sparsity, progress=state.is_local_process_zero and not args.disable_tqdm)
+    def _check(self, model: nn.Module, args) -> dict[str, nn.Parameter]:
+        """Refuses now what would fail at the first update; returns the prunable weights."""
+        config, parameters = self.config, prunable_parameters(model, self.config)
+        if "layer" in config.granularity and not isinstance(model, MultitaskModel):
+            got = type(model).__name__
+            raise UserError(f"pruning.granularity: layers are pruned from a MultitaskModel only, got {got}")
+        for kind, places in prunable_sites(model, config).items():
+            check_sparsity(kind, [site.parts for site in places.values()], config.sparsity)
+        if self.method.sees_gradients and args.fp16:
+            raise UserError(
+                f"pruning.method: {config.method} reads gradients as they come, which fp16 scales; use bf16"
+            )
+        return parameters
 
-    def on_optimizer_step(self, args, state, control, *, model, **kwargs):
+    def _watch(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Shows the method the gradients of training, not those of scoring."""
+
+        def see(name: str, parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
+            if model.training:
+                return self.method.gradient(name, parameter.detach(), gradient, self.task)
+
+        self._watches = [p.register_hook(partial(see, name, p)) for name, p in parameters.items()]
+
+    def on_step_begin(self, args, state, control, *, model, optimizer=None, **kwargs):
+        """Changes the masks if it is time, on the weights as the last step left them."""
+        if self.method and state.global_step in self.method.steps:
+            self.prune(model, state.global_step, optimizer, state.is_local_process_zero and not args.disable_tqdm)
+        if self.method:
+            self.method.before_step(self._parameters, state.global_step)
+
+    def on_pre_optimizer_step(self, args, state, control, *, model, **kwargs):
+        """Hands the complete gradients to the method."""
+        if self.method:
+            self.method.before_optimizer(self._parameters)
+
+    def on_optimizer_step(self, args, state, control, *, model, optimizer=None, **kwargs):
         """Undoes what momentum and weight decay did to pruned weights."""
+        if self.method:
+            self.method.after_optimizer(self._parameters, optimizer)
         if self.masks is not None:
             apply_masks(model, self.masks)
 
     def on_train_end(self, args, state, control, **kwargs):
         """Lets the gradients pass again."""
-        self.release()
+        self.end()
 
     def _masks_in_zeros(self, model: nn.Module, parameters: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
         """The masks of a model that was pruned to `sparsity`, from its zeros."""
@@ -104,19 +138,32 @@ class PruningCallback(TrainerCallback):
                 )
         return masks
 
-    def prune(self, model: nn.Module, sparsity: float, progress: bool = False) -> None:
-        """Scores every task, decides, applies and holds the masks; does nothing to a model that is as sparse already."""
-        parameters = prunable_parameters(model, self.config)
-        held = self.masks or {}
-        active = {name: held.get(name, torch.ones_like(p, dtype=torch.bool)) for name, p in parameters.items()}
-        sites = prunable_sites(model, self.config)
-        if all(pruned >= round(sparsity * size) for pruned, size in pruned_fractions(active, sites).values()):
-            return
-        joint = self.config.decision == "joint"
-        stream = score(
+    def prune(self, model: nn.Module, step: int, optimizer=None, progress: bool = False) -> None:
+        """Asks the method for masks, applies and holds them."""
+        parameters, held = prunable_parameters(model, self.config), self.masks or {}
+        masks = {name: held.get(name, torch.ones_like(p, dtype=torch.bool)) for name, p in parameters.items()}
+        decided = self.method.update(
+            Update(
+                step=step,
+                model=model,
+                parameters=parameters,
+                masks=masks,
+                sites=prunable_sites(model, self.config),
+                tasks=tuple(self.loaders),
+                score=partial(self._score, model, parameters, progress),
+                optimizer=optimizer,
+            )
+        )
+        if decided is not None:
+            self._hold(model, {**held, **decided})
+
+    def _score(self, model, parameters, progress: bool, criterion: str, joint: bool = False) -> Stream:
+        if criterion in GRADIENT_CRITERIA:
+            self.backward_passes += len(self.loaders) * self.config.score_batches
+        return score(
             model,
             self.loaders,
-            self.config.criterion,
+            criterion,
             parameters=parameters,
             num_batches=self.config.score_batches,
             joint=joint,
@@ -125,13 +172,14 @@ class PruningCallback(TrainerCallback):
             seed=self.config.seed,
             progress=progress,
         )
-        if sites:
-            decided = decide_parts(self.config, stream, sparsity, active, sites)
-        else:
-            decided = decide_by(self.config, stream, sparsity, active)
-        self._hold(model, {**held, **decided})
-        if self.config.criterion in GRADIENT_CRITERIA:
-            self.backward_passes += len(self.loaders) * self.config.score_batches
+
+    def state(self) -> dict[str, Tensor]:
+        """The method's, for a checkpoint."""
+        return self.method.state() if self.method else {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Takes a checkpoint's, when training begins."""
+        self._loaded_state = state
 
     def _hold(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         self.release()
@@ -147,3 +195,10 @@ class PruningCallback(TrainerCallback):
         if self._hooks:
             self._hooks.remove()
             self._hooks = None
+
+    def end(self) -> None:
+        """Lets go of the model."""
+        self.release()
+        for watch in self._watches:
+            watch.remove()
+        self._watches = []

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainingArguments
@@ -21,7 +22,7 @@ from hf_disparse.trainer.batches import EpochOfSampler, ScoringBatches
 from hf_disparse.trainer.callback import PruningCallback
 from hf_disparse.trainer.checkpoints import last_whole_checkpoint
 
-STATE_NAME = "disparse_state.json"
+STATE_NAME, PRUNING_STATE_NAME = "disparse_state.json", "pruning_state.safetensors"
 
 
 class DisparseTrainer(Trainer):
@@ -159,6 +160,7 @@ class DisparseTrainer(Trainer):
         """The task's loss; in training with the teacher's share in it and times the task's weight."""
         if not (self.is_multitask and model.training):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.pruner.task = inputs["task"]
         task, teacher = inputs["task"], self._teachers.get(inputs["task"])
         if teacher is not None:
             inputs = {**inputs, "output_hidden_states": self.args.distillation_hidden > 0}
@@ -331,12 +333,14 @@ class DisparseTrainer(Trainer):
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self.pruner.release()  # also where training died
+            self.pruner.end()  # also where training died
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.pruner.masks is not None and self.args.should_save:
             save_masks(self.pruner.masks, Path(output_dir, MASKS_NAME))
+        if self.args.should_save and (pruning := self.pruner.state()):
+            save_file(pruning, Path(output_dir, PRUNING_STATE_NAME))
         if self.args.should_save:
             state = {"backward_passes": self.backward_passes, "loss_means": self.loss_means}
             Path(output_dir, STATE_NAME).write_text(json.dumps(state))
@@ -348,6 +352,9 @@ class DisparseTrainer(Trainer):
         path = Path(checkpoint, MASKS_NAME)
         if path.is_file():
             self.pruner.masks = load_masks(path)
+        path = Path(checkpoint, PRUNING_STATE_NAME)
+        if path.is_file():
+            self.pruner.load_state(load_file(path))
         path = Path(checkpoint, STATE_NAME)
         if path.is_file():  # absent from a foreign Trainer's
             state = json.loads(path.read_text())

@@ -1,0 +1,170 @@
+"""How an encoder is made sparse: what all methods have in common."""
+
+import dataclasses
+import json
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hf_disparse.config.base import Config, UserError, closest, is_count, is_number, require, strings
+
+PRUNING_CONFIG_NAME = "pruning_config.json"
+FORMAT_VERSION = 1
+
+CRITERIA = ("magnitude", "snip", "disparse", "fisher", "random")
+DECISIONS = ("unanimous", "quorum", "joint", "sum", "max", "mean_rank")
+SCHEDULES = ("one_shot", "cubic")
+GRANULARITIES = ("weight", "head", "neuron", "layer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningConfig(Config):
+    """How a shared encoder is made sparse by scores: criterion, decision, schedule.
+
+    Args:
+        sparsity: fraction of the prunable weights that ends up zero, in [0, 1); of the parts with another granularity.
+        granularity: what goes: `weight`, or one or several of `head` (of attention), `neuron` (of the FFN) and `layer`, of
+            each of which `sparsity` is pruned, but for the best one of its layer.
+        criterion: how one task scores a weight: `magnitude`, `snip` |w g|, `disparse` |g| w^2, `fisher` g^2 w^2 / 2, or
+            `random`.
+        decision: how the tasks' scores become one mask: `unanimous` (a weight goes only if all tasks spare it),
+            `quorum` (it stays if at least `quorum` tasks want it), `sum` and `max` of the normalised scores,
+            `mean_rank`, or `joint` (the losses are summed first: the control without disentangling).
+        quorum: how many tasks must want a weight; only with `decision="quorum"`.
+        schedule: `one_shot` at `start_step`, or `cubic` from `start_step` to `end_step`, scoring anew at each step.
+        start_step, end_step, update_every: in optimizer steps; the last two only with `schedule="cubic"`.
+        score_batches: batches per task behind each scoring.
+        target_modules, exclude_modules: which Linear modules of the encoder to prune, with PEFT's meaning: a string is
+            a regular expression for the whole name, a list holds names or their endings. Default: all in its layers.
+        seed: of the random criterion and of the order of the scoring batches.
+    """
+
+    method: ClassVar[str] = "saliency"
+    # What a method knows of; its subclass narrows them, so that what cannot go together is refused at birth.
+    criteria: ClassVar[tuple[str, ...]] = CRITERIA
+    decisions: ClassVar[tuple[str, ...]] = DECISIONS
+    schedules: ClassVar[tuple[str, ...]] = SCHEDULES
+    granularities: ClassVar[tuple[str, ...]] = GRANULARITIES
+    end_share: ClassVar[float | None] = None  # of training, where `end_step` is left open
+
+    sparsity: float = 0.8
+    granularity: str | tuple[str, ...] = "weight"
+    criterion: str = "disparse"
+    decision: str = "unanimous"
+    quorum: int = 1
+    schedule: str = "one_shot"
+    start_step: int = 0
+    end_step: int | None = None
+    update_every: int = 100
+    score_batches: int = 32
+    target_modules: str | tuple[str, ...] | None = None
+    exclude_modules: str | tuple[str, ...] | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        require(is_number(self.sparsity) and 0 <= self.sparsity < 1, "sparsity", "a number in [0, 1)", self.sparsity)
+        for key, known, all_known in (
+            ("criterion", self.criteria, CRITERIA),
+            ("decision", self.decisions, DECISIONS),
+            ("schedule", self.schedules, SCHEDULES),
+        ):
+            value = getattr(self, key)
+            if value not in known and value in all_known:
+                raise UserError(f"{key}: expected one of {', '.join(known)} with method {self.method}, got '{value}'")
+            if value not in known:
+                raise UserError(f"{key}: unknown value {value!r}{closest(value, known)}")
+        for key, least in (("quorum", 1), ("start_step", 0), ("update_every", 1), ("score_batches", 1), ("seed", 0)):
+            value = getattr(self, key)
+            good = is_count(value, least) and value < 2**32
+            require(good, key, f"a whole number of at least {least} and below 2^32", value)
+        fits = self.quorum == 1 or self.decision == "quorum"
+        require(fits, "quorum", f"1 with decision '{self.decision}' (set decision: quorum)", self.quorum)
+        if self.schedule != "one_shot":
+            good_end = is_count(self.end_step, self.start_step + 1) or (self.end_step is None and self.end_share)
+            require(
+                bool(good_end),
+                "end_step",
+                f"a step after start_step {self.start_step} for schedule {self.schedule}",
+                self.end_step,
+            )
+        else:
+            require(self.end_step is None, "end_step", "nothing with schedule one_shot", self.end_step)
+        strings(self, "granularity", allow_empty=False)
+        for kind in self.granularity:
+            if kind not in self.granularities:
+                with_method = f" with method {self.method}" if kind in GRANULARITIES else ""
+                raise UserError(f"granularity: unknown value {kind!r}{with_method}{closest(kind, self.granularities)}")
+        alone = "weight" not in self.granularity or self.granularity == ("weight",)
+        require(alone, "granularity", "weight alone, or parts", list(self.granularity))
+        for key in ("target_modules", "exclude_modules"):
+            value = getattr(self, key)
+            fits = value is None or not self.prunes_parts
+            require(fits, key, "nothing where parts are pruned, which go as a whole", value)
+            if isinstance(value, str):
+                try:
+                    re.compile(value)
+                except (re.error, OverflowError) as error:
+                    raise UserError(f"{key}: not a regular expression: {error}") from None
+            elif value is not None:
+                strings(self, key, allow_empty=False)
+
+    @property
+    def prunes_parts(self) -> bool:
+        """True if heads, neurons or layers go as a whole."""
+        return self.granularity != ("weight",)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, the method's name and the version of the format."""
+        return {"method": self.method, "version": FORMAT_VERSION, **super().to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "") -> "PruningConfig":
+        """The config of the method that `values` names; fields unknown to this version warn if a newer one wrote them."""
+        values = dict(values) if isinstance(values, dict) else values
+        if isinstance(values, dict):
+            method, version = values.pop("method", cls.method), values.pop("version", FORMAT_VERSION)
+            where = where or cls.__name__
+            target = _method_class(method, where)
+            known = {f.name for f in dataclasses.fields(target)}
+            newer = [k for k in values if k not in known] if is_count(version, FORMAT_VERSION + 1) else []
+            for key in newer:
+                warnings.warn(f"{where}: ignoring '{key}' of format version {version} > {FORMAT_VERSION}", stacklevel=2)
+                values.pop(key)
+            if target is not cls:
+                return super(PruningConfig, target).from_dict(values, where)
+        return super().from_dict(values, where)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `pruning_config.json` into `folder`, which is made if need be."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, PRUNING_CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **hub_arguments) -> "PruningConfig":
+        """Reads `pruning_config.json` from a folder, or from the Hub (`hub_arguments` go to `hf_hub_download`)."""
+        path = Path(name_or_path, PRUNING_CONFIG_NAME)
+        if not Path(name_or_path).is_dir():
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(str(name_or_path), PRUNING_CONFIG_NAME, **hub_arguments))
+        if not path.is_file():
+            raise UserError(f"{path}: there is no such file; was this model pruned by hf_disparse?")
+        try:
+            values = json.loads(path.read_text())
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: expected JSON, got a file that does not parse ({error})") from None
+        return cls.from_dict(values, where=PRUNING_CONFIG_NAME)
+
+
+def _method_class(method: str, where: str) -> type[PruningConfig]:
+    """PruningConfig or the subclass whose `method` is the one asked for."""
+    classes, todo = {}, [PruningConfig]
+    while todo:
+        one = todo.pop()
+        classes[one.method] = one
+        todo += one.__subclasses__()
+    if method not in list(classes):  # a list, for what JSON gives may not be hashable
+        raise UserError(f"{where}.method: unknown value {method!r}{closest(method, classes)}")
+    return classes[method]

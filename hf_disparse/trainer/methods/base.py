@@ -1,0 +1,86 @@
+"""What a pruning method is to the trainer: it decides masks, and may look at every gradient on the way."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hf_disparse.config import PruningConfig
+from hf_disparse.decision import Masks
+from hf_disparse.schedule import update_steps
+from hf_disparse.trainer.rules import Sites
+
+Stream = Iterator[tuple[str, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a method may ask for when it changes the masks.
+
+    Args:
+        step: the optimizer step that is about to begin.
+        parameters: the prunable weights by name; they hold +0.0 where they are pruned.
+        masks: those in force, by the same names; all True before the first pruning.
+        sites: the parts that go as a whole, empty where weights do.
+        tasks: the names of those that judge, in order.
+        score: (criterion) -> (task, scores) one task at a time, on batches of its own; (criterion, True) -> one pair
+            "joint", of the summed losses. Every call takes backward passes.
+        optimizer: None in a loop that hides it.
+    """
+
+    step: int
+    model: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    masks: Masks
+    sites: Sites
+    tasks: tuple[str, ...]
+    score: Callable[..., Stream]
+    optimizer: Optimizer | None
+
+
+class Method:
+    """A pruning method in training. Between steps the weights of the model are the effective ones, pruned ones zero.
+
+    Args:
+        config: of the subclass of PruningConfig that names this method.
+
+    Attributes:
+        sees_gradients: whether `gradient` is to be called.
+        may_revive: whether a weight that was pruned can come back.
+    """
+
+    sees_gradients = False
+    may_revive = False
+
+    def __init__(self, config: PruningConfig):
+        self.config = config
+        self.steps: Iterable[int] = range(0)
+
+    def begin(self, parameters: Mapping[str, nn.Parameter], tasks: Iterable[str], max_steps: int) -> None:
+        """Before the first step of a training, also of one that goes on: the state of that comes by `load_state`."""
+        self.steps = update_steps(self.config, max_steps)
+
+    def update(self, now: Update) -> Masks | None:
+        """The masks from this step on, of all prunable weights; None leaves them."""
+        raise NotImplementedError
+
+    def gradient(self, name: str, weight: Tensor, gradient: Tensor, task: str) -> Tensor | None:
+        """Sees the gradient of one backward pass, before it is added to others; what it returns is put in its place."""
+
+    def before_step(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:
+        """Before the first forward pass of a step, after `update`."""
+
+    def before_optimizer(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Once a step's gradients are complete and clipped."""
+
+    def after_optimizer(self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer | None) -> None:
+        """Once the optimizer has moved the weights; pruned ones are zeroed afterwards."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint has to hold for the next step to have the same bits."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes what `state` returned."""
