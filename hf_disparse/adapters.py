@@ -103,6 +103,9 @@ class TaskAdapters:
         self.config.adapters = list(self.adapters)
 
     def _check_free(self, task: str) -> None:
+        if self.config.unshared:
+            got = f"one where {', '.join(self.config.unshared)} have layers of their own"
+            raise UserError(f"adapter_name: expected a model whose tasks share all layers, got {got}")
         if not isinstance(task, str) or task not in self.heads or task in self.adapters:
             free = ", ".join(name for name in self.heads if name not in self.adapters)
             raise UserError(

@@ -9,7 +9,18 @@ from safetensors.torch import load_file, save_file
 
 from hf_disparse import MultitaskModel, PruningConfig, TaskConfig, UserError, save_packed
 from hf_disparse.export import compact, push, save_compact, save_tasks
-from tests.test_adapters import TWO, adapted, assert_unchanged, config_of, peft, sparse_model, state, train_by_hand
+from tests.test_adapters import (
+    TWO,
+    adapted,
+    adapter,
+    assert_unchanged,
+    config_of,
+    of_peft,
+    peft,
+    sparse_model,
+    state,
+    train_by_hand,
+)
 from tests.test_trainer import multitask_trainer, weights
 from tests.tiny import three_tasks, tiny_model
 

@@ -1,11 +1,13 @@
 """A task as a plain model: the same logits, read by plain transformers without this package."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from hf_disparse import MultitaskConfig, MultitaskModel, TaskConfig, UserError, compact, save_packed
@@ -49,6 +51,21 @@ def test_logits_and_loss_are_the_model_s(model_type, tmp_path):
         assert plain.config.label2id == {label: i for i, label in enumerate(names)}
 
 
+def test_its_card_has_the_task_s_metrics_and_a_snippet_that_runs(tmp_path):
+    model_with_tags("bert").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    both = {"three": {"accuracy": 61.25}, "two": {"accuracy": 99.0}}
+    results = {"sparse": {"tasks": both, "average": 80.1}, "dense": {"tasks": both, "average": 80.1}}
+    (tmp_path / "model" / "results.json").write_text(json.dumps(results))
+    [folder] = save_tasks(tmp_path / "model", tmp_path / "one", "three")
+    card = ModelCard.load(folder / "README.md")
+    [metric] = card.data.eval_results
+    assert (metric.metric_value, metric.dataset_name) == (61.25, "three") and "99.0" not in card.text
+    snippet = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert re.search(r"'label': '[abc]'", done.stdout)
+
+
 def test_a_pipeline_reads_it_without_the_package(tmp_path):
     model, tokenizer = model_with_tags("bert"), tiny_tokenizer()
     model.save_pretrained(tmp_path / "model")
@@ -57,6 +74,7 @@ def test_a_pipeline_reads_it_without_the_package(tmp_path):
     [folder] = save_tasks(tmp_path / "model", tmp_path / "three", "three")
     [tags] = save_tasks(tmp_path / "model", tmp_path / "tags", "tags")
     assert {path.name for path in folder.iterdir()} == {
+        "README.md",
         "config.json",
         "model.safetensors",
         "tokenizer.json",

@@ -7,9 +7,12 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_disparse.config import UserError
+from hf_disparse.export.card import write_task_card
 from hf_disparse.export.compact import drop_layers
+from hf_disparse.export.factorise import multiply_out
 from hf_disparse.export.folder import copy_companions, new_folder, open_model
 from hf_disparse.export.form import StoredForm
+from hf_disparse.low_rank import low_rank_modules
 from hf_disparse.model import MultitaskModel, auto_class, head_config
 from hf_disparse.shapes import Cuts
 
@@ -24,8 +27,9 @@ def task_model(model: MultitaskModel, task: str) -> PreTrainedModel:
             zeros.
     """
     check_task(model, task)
-    if model.config.skipped_layers or model.adapters:
+    if model.config.skipped_layers or model.adapters or model.config.unshared or low_rank_modules(model.encoder):
         model = only_task(model, task)
+        multiply_out(model)  # no smaller than it was, but what plain transformers reads
         drop_layers(model, Cuts(None), {})
     if isinstance(getattr(model.config, "quantization_config", None), StoredForm):
         raise UserError(
@@ -43,7 +47,7 @@ def task_model(model: MultitaskModel, task: str) -> PreTrainedModel:
 
 
 def only_task(model: MultitaskModel, task: str) -> MultitaskModel:
-    """A copy with that head alone, its adapter merged into the encoder."""
+    """A copy with that head alone, its adapter merged into the encoder, which has its own layers if it has some."""
     model = copy.deepcopy(model)
     for other in [name for name in model.heads if name != task]:
         model.remove_task(other)
@@ -87,4 +91,6 @@ def save_tasks(
             if dtype:
                 plain.to(dtype)
             plain.save_pretrained(inner)
+            path = Path(folder).name if task else f"tasks/{name}"
+            write_task_card(inner, model.tasks[name], plain, path, source)
     return [Path(folder) if task else Path(folder, "tasks", name) for name in names]
