@@ -3,15 +3,29 @@
 Importing this registers `MultitaskModel` with transformers' Auto classes, and the form of packed checkpoints.
 """
 
-from hf_disparse.config import DataConfig, PruningConfig, TaskConfig, UserError
+from hf_disparse.config import (
+    DataConfig,
+    DynamicConfig,
+    FlopConfig,
+    GroupLassoConfig,
+    L0Config,
+    MovementConfig,
+    PlatonConfig,
+    PruningConfig,
+    RankConfig,
+    TaskConfig,
+    UserError,
+)
 from hf_disparse.decision import decide, decide_max, decide_mean_rank, decide_sum
-from hf_disparse.export import compact, save_compact, save_onnx, save_packed, save_tasks, task_model
+from hf_disparse.export import compact, factorise, save_compact, save_onnx, save_packed, save_tasks, task_model
+from hf_disparse.family import decide_again, prune_again, vote_masks
 from hf_disparse.inference import MultitaskPipeline
 from hf_disparse.masks import MaskHooks, apply_masks, find_masks, load_masks, save_masks, sparsity_report
 from hf_disparse.model import MultitaskConfig, MultitaskModel, prunable_parameters
 from hf_disparse.scores import score
 from hf_disparse.tasks import TaskMetric, load_task, resolve, tokenize
 from hf_disparse.trainer import DisparseTrainer, DisparseTrainingArguments, PruningCallback, last_whole_checkpoint
+from hf_disparse.unshared import unshare
 
 __version__ = "0.1.0"
 
@@ -19,26 +33,36 @@ __all__ = [
     "DataConfig",
     "DisparseTrainer",
     "DisparseTrainingArguments",
+    "DynamicConfig",
+    "FlopConfig",
+    "GroupLassoConfig",
+    "L0Config",
     "MaskHooks",
+    "MovementConfig",
     "MultitaskConfig",
     "MultitaskModel",
     "MultitaskPipeline",
+    "PlatonConfig",
     "PruningCallback",
     "PruningConfig",
+    "RankConfig",
     "TaskConfig",
     "TaskMetric",
     "UserError",
     "apply_masks",
     "compact",
     "decide",
+    "decide_again",
     "decide_max",
     "decide_mean_rank",
     "decide_sum",
+    "factorise",
     "find_masks",
     "last_whole_checkpoint",
     "load_masks",
     "load_task",
     "prunable_parameters",
+    "prune_again",
     "resolve",
     "save_compact",
     "save_masks",
@@ -49,4 +73,6 @@ __all__ = [
     "sparsity_report",
     "task_model",
     "tokenize",
+    "unshare",
+    "vote_masks",
 ]

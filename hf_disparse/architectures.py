@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hf_disparse.config import UserError
+from hf_disparse.low_rank import LowRankLinear, low_rank_modules, rank_sites
 from hf_disparse.parts import Site
 
 
@@ -91,6 +92,8 @@ def _holds_no_more(encoder: nn.Module, layer: nn.Module, layout: Layout) -> bool
     prefix = layout.attention + "."
     inner = {name: module for name, module in layer.named_modules() if name.startswith(prefix)}
     weighty = {name for name, module in inner.items() if next(module.parameters(recurse=False), None) is not None}
+    factorised = low_rank_modules(layer)
+    weighty = {name.rpartition(".")[0] if name.rpartition(".")[0] in factorised else name for name in weighty}
     norms = {name for name in weighty if "norm" in name.lower()}
     return weighty - norms <= known and getattr(encoder.config, "attention_type", None) != "block_sparse"
 
@@ -101,7 +104,7 @@ def first_stays(encoder: nn.Module) -> bool:
 
 
 def find_sites(encoder: nn.Module, prefix: str = "") -> dict[str, dict[str, Site]]:
-    """kind of part -> name of the site -> site: heads and neurons layer by layer, and the layers themselves.
+    """kind of part -> name of the site -> site: heads and neurons layer by layer, the layers themselves, and ranks if any.
 
     Args:
         prefix: put before the names of modules, such as `encoder.` in a `MultitaskModel`.
@@ -120,22 +123,33 @@ def find_sites(encoder: nn.Module, prefix: str = "") -> dict[str, dict[str, Site
         by_column = torch.arange(columns) // width
         by_head = [n for n in (*layout.by_head, *layout.if_there) if _has(layer, n)]
         members = {
-            f"{name}.{n}": (0, by_column.repeat(layer.get_submodule(n).out_features // columns)) for n in by_head
+            _member(layer, name, n, 0): (0, by_column.repeat(layer.get_submodule(n).out_features // columns))
+            for n in by_head
         }
-        members[f"{name}.{layout.merge}"] = (1, by_column)
+        members[_member(layer, name, layout.merge, 1)] = (1, by_column)
         sites["head"][f"{name}.{layout.attention}"] = Site(columns // width, members)
         neurons = layer.get_submodule(layout.down).in_features
         by_row = torch.arange(neurons).repeat(
             layer.get_submodule(layout.up).out_features // max(neurons, 1)
         )  # gated: twice
-        members = {f"{name}.{layout.up}": (0, by_row), f"{name}.{layout.down}": (1, torch.arange(neurons))}
+        members = {
+            _member(layer, name, layout.up, 0): (0, by_row),
+            _member(layer, name, layout.down, 1): (1, torch.arange(neurons)),
+        }
         sites["neuron"][f"{name}.{layout.up}"] = Site(neurons, members)
         if i or not protected:
             for n, module in layer.named_modules():
                 if isinstance(module, nn.Linear):
                     linears[f"{name}.{n}"] = (0, torch.full((module.out_features,), i - protected))
     sites["layer"] = {f"{prefix}{layout.layers}": Site(len(layers) - protected, linears)}
-    return sites
+    ranks = rank_sites(encoder, prefix)
+    return sites | {"rank": ranks} if ranks else sites
+
+
+def _member(layer: nn.Module, prefix: str, name: str, dim: int) -> str:
+    """The module whose weight has the outputs (dim 0) or inputs (dim 1) of the module `name` of a layer."""
+    factor = (".up", ".down")[dim] if isinstance(layer.get_submodule(name), LowRankLinear) else ""
+    return f"{prefix}.{name}{factor}"
 
 
 def _has(module: nn.Module, name: str) -> bool:

@@ -129,15 +129,27 @@ def evaluate(
 def compare(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file; its budget is every method's budget.")],
     methods: Annotated[
-        str,
-        typer.Option(help="dense, random, magnitude, joint, sum, max, mean, quorum2 (or another number), unanimous."),
-    ] = "dense,random,magnitude,joint,unanimous",
+        str | None,
+        typer.Option(
+            help="dense, random, magnitude, joint, sum, max, mean, quorum2 (or another number), unanimous, reinitialise, "
+            "2:4, block16x16, parts, agreement, dynamic, rigl, movement, movement_joint, movement_soft, platon, platon_joint, l0, "
+            "rank, flop, group_lasso. Default: dense,random,magnitude,joint,unanimous."
+        ),
+    ] = None,
     criteria: Annotated[
         str | None,
-        typer.Option(help="Of the methods that leave it open: snip, disparse, fisher. Default: the recipe's."),
+        typer.Option(help="Of the methods that leave it open, such as snip, disparse, fisher. Default: the recipe's."),
     ] = None,
     sparsities: Annotated[str | None, typer.Option(help="Default: the recipe's.")] = None,
     seeds: Annotated[str, typer.Option(help="One dense model per seed, which all methods start from.")] = "1,2,3",
+    protocol: Annotated[
+        Literal["methods", "equal-budget"],
+        typer.Option(help="equal-budget: the best ensemble of single-task models against the shared model, by budget."),
+    ] = "methods",
+    budgets: Annotated[
+        str | None,
+        typer.Option(help="With equal-budget: kept weights, as fractions of one encoder. Default: 1 - the sparsities."),
+    ] = None,
     set_: _Set = [],  # noqa: B006
     output_dir: Annotated[
         str | None, typer.Option("--output_dir", "--output-dir", help="Default: the recipe's, with -compare added.")
@@ -148,26 +160,38 @@ def compare(
     The same command again goes on where it stopped; other methods, sparsities and seeds add rows to the folder.
     """
     _quiet()
+    from hf_disparse import cells as known
     from hf_disparse import compare as comparing
+    from hf_disparse import race as racing
+    from hf_disparse.config import require
     from hf_disparse.recipes import read_recipe
 
     parsed = read_recipe(recipe, set_, output_dir)
     if output_dir is None:
         parsed = read_recipe(recipe, set_, parsed.output_dir.rstrip("/") + "-compare")
-    cells = comparing.grid(
-        _list(methods, "--methods", str),
-        _list(criteria or parsed.pruning.criterion, "--criteria", str),
-        _list(sparsities or str(parsed.pruning.sparsity), "--sparsities", float),
-        _list(seeds, "--seeds", int),
-    )
+    curve = _list(sparsities or str(parsed.pruning.sparsity), "--sparsities", float)
+    if protocol == "equal-budget":
+        for option, value in (("--methods", methods), ("--criteria", criteria)):
+            require(
+                value is None, option, "nothing with --protocol equal-budget, which prunes as the recipe does", value
+            )
+        wanted = _list(budgets, "--budgets", float) if budgets is not None else ()
+        race = racing.Race(parsed, tuple(curve), tuple(_list(seeds, "--seeds", int)), tuple(wanted))
+        module, folder, cells, start = racing, race.folder, race.cells, lambda: racing.run(race)
+    else:
+        require(budgets is None, "--budgets", "nothing without --protocol equal-budget", budgets)
+        names = _list("dense,random,magnitude,joint,unanimous" if methods is None else methods, "--methods", str)
+        kinds = _list(criteria or parsed.pruning.criterion, "--criteria", str)
+        cells = known.grid(names, kinds, curve, _list(seeds, "--seeds", int))
+        module, folder, start = comparing, parsed.output_dir, lambda: comparing.compare(parsed, cells)
     try:
-        report = comparing.compare(parsed, cells)
+        report = start()
     except KeyboardInterrupt:
         close_bars()
-        done = comparing.progress(parsed, cells)
+        done = comparing.progress(folder, cells)
         print(f"stopped; {done}, the same command goes on", file=sys.stderr)
         raise typer.Exit(130) from None
-    print_comparison(report, parsed.output_dir)
+    print_comparison(report, parsed.output_dir, module)
 
 
 @app.command(
@@ -180,7 +204,7 @@ def export(
         Literal["packed", "compact", "task", "onnx"],
         typer.Option(
             "--format",
-            help="packed: non-zeros and a bit a weight; compact: without pruned heads, neurons and layers; "
+            help="packed: non-zeros and a bit a weight; compact: without pruned heads, neurons, layers and ranks; "
             "task: for plain transformers; onnx: one task, checked in onnxruntime.",
         ),
     ] = "packed",
@@ -274,10 +298,8 @@ def _list(text: str, where: str, kind) -> list:
     return values
 
 
-def print_comparison(report: dict, folder: str) -> None:
-    """The table of a comparison; ends with status 1 if a cell failed."""
-    from hf_disparse import compare as comparing
-
+def print_comparison(report: dict, folder: str, comparing) -> None:
+    """The table of a comparison, as the module `comparing` makes it; ends with status 1 if a cell failed."""
     close_bars()
     if report["rows"]:
         header, rows = comparing.table(report)
@@ -310,6 +332,8 @@ def print_results(results: dict, folder: str) -> None:
     table.add_row("average", "", "", f"{dense:.1f}", f"{sparse:.1f}", f"{sparse - dense:+.1f}")
     Console().print(table)
     print_sparsity(results["sparsity"])
+    if "guard" in results:
+        print_guard(results["guard"])
     size = results["bytes"]
     print(f"bytes:    dense {size['dense']:,}, sparse {size['sparse']:,} (zeros are stored as they are)")
     print(
@@ -326,6 +350,17 @@ def print_sparsity(sparsity: dict[str, float]) -> None:
         "model": "of the model",
     }
     print("sparsity: " + ", ".join(f"{100 * sparsity[k]:.1f} % {text}" for k, text in names.items() if k in sparsity))
+
+
+def print_guard(guard: dict) -> None:
+    """Which task ended pruning, on one line."""
+    stopped = guard["stopped"]
+    if stopped is None:
+        print("guard:    no task lost more than it may")
+        return
+    lost = f"{stopped['task']} lost {stopped['drop']:.1f} points of at most {guard['max_drop'][stopped['task']]:g}"
+    undone, kept = (f"{100 * stopped[key]:.1f} %" for key in ("undone", "kept"))
+    print(f"guard:    {lost} at {undone}, which was undone to {kept}, where pruning ended")
 
 
 def print_plan(plan: dict) -> None:

@@ -5,89 +5,23 @@ cell being a method, a criterion, a sparsity and a seed. Starting the same compa
 """
 
 import json
-import math
-import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from hf_disparse.config import CRITERIA, UserError, closest, one_line, require
-from hf_disparse.recipes import Recipe, parse_recipe
+from hf_disparse.cells import METHODS, Cell, recipe_of
+from hf_disparse.config import one_line
+from hf_disparse.recipes import Recipe
 from hf_disparse.run import PHASE_NAME, environment, prepare, rehearse, say, sizes, train_phase
 from hf_disparse.run_folder import claim, read_json, refuse_others, write_whole
-from hf_disparse.schedule import update_steps
-from hf_disparse.scores import GRADIENT_CRITERIA
 from hf_disparse.tasks import average
 
 JSON_NAME, MARKDOWN_NAME = "compare.json", "compare.md"
-METHODS = ("dense", "random", "magnitude", "joint", "sum", "max", "mean", "quorum2", "unanimous")
-_WITHOUT_CRITERION = ("dense", "random", "magnitude")  # every task would say the same, and none needs a gradient
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of the grid.
-
-    Args:
-        method: one of METHODS, or `quorum` with another number.
-        criterion: of the methods that leave it open; empty for the others.
-        sparsity: 0 for the dense row.
-    """
-
-    method: str
-    criterion: str
-    sparsity: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """What its files are called."""
-        parts = [self.method, self.criterion, str(self.sparsity) if self.sparsity else "", f"seed{self.seed}"]
-        return "-".join(part for part in parts if part)
-
-    @property
-    def scores_by_gradients(self) -> bool:
-        """Whether its scoring takes backward passes."""
-        return self.method not in _WITHOUT_CRITERION and self.criterion in GRADIENT_CRITERIA
-
-    def pruning(self) -> dict[str, Any]:
-        """The fields of PruningConfig that this cell sets."""
-        quorum = int(self.method.removeprefix("quorum")) if self.method.startswith("quorum") else 1
-        decisions = {"joint": "joint", "sum": "sum", "max": "max", "mean": "mean_rank"}
-        fields = {
-            "sparsity": self.sparsity,
-            "decision": decisions.get(self.method, "quorum" if quorum > 1 else "unanimous"),
-            "quorum": quorum,
-        }
-        criterion = self.method if self.method in ("random", "magnitude") else self.criterion
-        return {**fields, "criterion": criterion} if criterion else fields
-
-
-def grid(
-    methods: Sequence[str], criteria: Sequence[str], sparsities: Sequence[float], seeds: Sequence[int]
-) -> list[Cell]:
-    """The cells of a comparison, one seed after the other; methods without a criterion stand once for all criteria."""
-    for method in methods:
-        if method not in METHODS and not re.fullmatch(r"quorum[1-9]\d*", method):
-            raise UserError(f"--methods: unknown method {method!r}{closest(method, METHODS)}")
-    for criterion in criteria:
-        if criterion not in CRITERIA:
-            raise UserError(f"--criteria: unknown criterion {criterion!r}{closest(criterion, CRITERIA)}")
-    for sparsity in sparsities:
-        require(0 < sparsity < 1, "--sparsities", "numbers in (0, 1); the method dense is the one without", sparsity)
-    cells = [
-        Cell(method, "" if method in _WITHOUT_CRITERION else criterion, 0.0 if method == "dense" else sparsity, seed)
-        for seed in seeds
-        for sparsity in sparsities
-        for method in methods
-        for criterion in criteria
-    ]
-    return list(dict.fromkeys(cells))
 
 
 def compare(recipe: Recipe, cells: Sequence[Cell]) -> dict[str, Any]:
@@ -101,28 +35,11 @@ def compare(recipe: Recipe, cells: Sequence[Cell]) -> dict[str, Any]:
     """
     folder = Path(recipe.output_dir)
     refuse_others(folder, recipe)
-    recipes = {cell: _recipe_of(recipe, cell) for cell in cells}  # refuses nonsense before anything runs
-    todo = [cell for cell in cells if not _file(folder, cell).is_file()]
-    failed, hopeless = {}, {}
-    if todo:
-        data_of = _DataBySeed()
-        most = max(todo, key=lambda cell: (cell.sparsity > 0, cell.scores_by_gradients))  # asks for what others do not
-        rehearse(recipes[most], *data_of(recipes[most]))
-        claim(folder, recipe)
-    for cell in tqdm(todo, desc="cells", disable=None):
-        say(f"cell {cell.name}, {len(todo)} to run, {len(cells) - len(todo)} were there")
-        try:
-            if cell.seed not in hopeless:
-                _run(recipes[cell], cell, folder, data_of)
-        except Exception as error:  # whatever it is, the other cells are not to blame
-            failed[cell.name] = one_line(error)
-            say(f"cell {cell.name} failed: {failed[cell.name]}")
-            if not Path(_dense(folder, cell), PHASE_NAME).is_file():
-                hopeless[cell.seed] = f"no dense model of seed {cell.seed}: {failed[cell.name]}"
-        if cell.seed in hopeless:
-            failed[cell.name] = hopeless[cell.seed]
-    for cell in set(cells) - set(todo):  # killed between its result and the end of its clean-up
-        shutil.rmtree(folder / "cells" / cell.name, ignore_errors=True)
+    recipes = {cell: recipe_of(recipe, cell) for cell in cells}  # refuses nonsense before anything runs
+    most = {}  # of each kind of cell the one that asks for most
+    for cell in sorted(cells, key=lambda cell: (cell.sparsity, cell.criterion)):
+        most[recipes[cell].pruning.method, recipes[cell].pruning.granularity] = cell
+    failed = run_cells(recipe, recipes, folder, list(most.values()))
     results = _finished(folder)
     report = {
         "rows": tabulate(results),
@@ -136,12 +53,44 @@ def compare(recipe: Recipe, cells: Sequence[Cell]) -> dict[str, Any]:
     return report
 
 
-def _file(folder: Path, cell: Cell) -> Path:
+def run_cells(recipe: Recipe, recipes: Mapping[Any, Recipe], folder: Path, most: Sequence[Any]) -> dict[str, str]:
+    """Runs the cells that `folder` does not have yet, each from the dense model that is trained once for its `start`.
+
+    Args:
+        recipe: that of all; its folder is claimed.
+        recipes: cell -> its recipe; a cell has `name`, `start` and `seed`.
+        most: the cells that together ask for whatever any cell does, for a rehearsal.
+
+    Returns:
+        Name -> reason, of the cells that failed.
+    """
+    todo = [cell for cell in recipes if not cell_file(folder, cell).is_file()]
+    failed, hopeless = {}, {}
+    if todo:
+        data_of = _DataBySeed(recipe)
+        for cell in most:
+            rehearse(recipes[cell], *data_of(recipes[cell]))
+        claim(Path(recipe.output_dir), recipe)
+    for cell in tqdm(todo, desc="cells", disable=None):
+        say(f"cell {cell.name}, {len(todo)} to run, {len(recipes) - len(todo)} were there")
+        try:
+            if cell.start not in hopeless:
+                _run(recipes[cell], cell, folder, data_of)
+        except Exception as error:  # whatever it is, the other cells are not to blame
+            failed[cell.name] = one_line(error)
+            say(f"cell {cell.name} failed: {failed[cell.name]}")
+            if not Path(folder, cell.start, PHASE_NAME).is_file():
+                hopeless[cell.start] = f"no dense model of seed {cell.seed}: {failed[cell.name]}"
+        if cell.start in hopeless:
+            failed[cell.name] = hopeless[cell.start]
+    for cell in set(recipes) - set(todo):  # killed between its result and the end of its clean-up
+        shutil.rmtree(folder / "cells" / cell.name, ignore_errors=True)
+    return failed
+
+
+def cell_file(folder: Path, cell: Any) -> Path:
+    """Where a finished cell's result is."""
     return folder / "cells" / f"{cell.name}.json"
-
-
-def _dense(folder: Path, cell: Cell) -> Path:
-    return folder / f"dense-seed{cell.seed}"
 
 
 def _finished(folder: Path) -> dict[Cell, dict[str, Any]]:
@@ -158,58 +107,36 @@ def _finished(folder: Path) -> dict[Cell, dict[str, Any]]:
     return {cell: results[cell] for cell in sorted(results, key=order)}
 
 
-def _run(recipe: Recipe, cell: Cell, root: Path, data_of: "_DataBySeed") -> None:
-    """Trains one cell from the dense model of its seed, which is trained first if it is not there."""
+def _run(recipe: Recipe, cell: Any, root: Path, data_of: "_DataBySeed") -> None:
+    """Trains one cell from its dense model, which is trained first if it is not there."""
     tokenizer, data = data_of(recipe)
-    dense = _dense(root, cell)
-    train_phase(recipe, "dense", dense, tokenizer, data)
+    dense = root / cell.start
+    before = train_phase(recipe, "dense", dense, tokenizer, data)
     for path in dense.glob("checkpoint-*"):
         shutil.rmtree(path)
     work = root / "cells" / cell.name
     result = train_phase(recipe, "sparse", work, tokenizer, data, start=dense)
     result["pruned"] = result.pop("sparsity")  # as measured; the cell has the sparsity that was asked for
-    write_whole(
-        _file(root, cell), json.dumps({"cell": asdict(cell), **result, "examples": sizes(data)}, indent=2) + "\n"
-    )
+    result |= {"dense_backward_passes": before["backward_passes"], "examples": sizes(data)}
+    write_whole(cell_file(root, cell), json.dumps({"cell": asdict(cell), **result}, indent=2) + "\n")
     shutil.rmtree(work)  # a grid of models fills a disk; `train` makes any one of them again
 
 
 class _DataBySeed:
-    """Loads and tokenizes when the seed changes, for it may choose which rows are taken."""
+    """Loads and tokenizes all tasks when the seed changes, for it may choose which rows are taken; gives those of a cell."""
 
-    def __init__(self):
-        self._seed, self._loaded = None, None
+    def __init__(self, recipe: Recipe):
+        self._recipe, self._seed, self._loaded = recipe, None, None
 
     def __call__(self, recipe: Recipe):
         if self._seed != recipe.seed:
-            tokenizer, data, _ = prepare(recipe)
+            tokenizer, data, _ = prepare(replace(self._recipe, seed=recipe.seed))
             self._seed, self._loaded = recipe.seed, (tokenizer, data)
-        return self._loaded
-
-
-def _recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
-    """The recipe that is this cell; what does not score trains for as many backward passes more.
-
-    The dense row goes on at the dense phase's learning rate: one that pruned weights need throws a finished model back.
-    """
-    values, arguments = recipe.values, recipe.arguments("sparse", recipe.output_dir)
-    recovery = dict(values.get("recovery") or {})
-    if cell.method == "dense":
-        recovery.pop("learning_rate", None)
-    steps = arguments.max_steps
-    require(steps > 0, "recovery.max_steps", "a number of steps, so that every method gets the same", steps)
-    if not cell.scores_by_gradients:
-        updates = len(update_steps(replace(recipe.pruning, sparsity=0.5)))  # the same steps at any sparsity but 0
-        votes = len(recipe.tasks) - len(recipe.helpers)
-        steps += math.ceil(votes * recipe.pruning.score_batches * updates / arguments.gradient_accumulation_steps)
-    return parse_recipe(
-        {
-            **values,
-            "seed": cell.seed,
-            "pruning": {**(values.get("pruning") or {}), **cell.pruning()},
-            "recovery": {**recovery, "max_steps": steps},
+        tokenizer, data = self._loaded
+        mine = {
+            split: {name: rows for name, rows in tasks.items() if name in recipe.tasks} for split, tasks in data.items()
         }
-    )
+        return tokenizer, mine
 
 
 def tabulate(results: dict[Cell, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -281,7 +208,7 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "", caption(report), "", *failed]).rstrip() + "\n"
 
 
-def progress(recipe: Recipe, cells: Sequence[Cell]) -> str:
+def progress(folder: str | Path, cells: Sequence[Any]) -> str:
     """How far a comparison is, for somebody who stopped it."""
-    done = sum(_file(Path(recipe.output_dir), cell).is_file() for cell in cells)
+    done = sum(cell_file(Path(folder), cell).is_file() for cell in cells)
     return f"{done} of {len(cells)} cells are done"

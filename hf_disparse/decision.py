@@ -18,9 +18,12 @@ from torch import Tensor
 Scores = Mapping[str, Tensor]
 TaskScores = Mapping[str, Scores] | Iterable[tuple[str, Scores]]
 Masks = dict[str, Tensor]
+Cut = Callable[[Tensor], Tensor]
 
 
-def decide(task_scores: TaskScores, sparsity: float, quorum: int = 1, active: Scores | None = None) -> Masks:
+def decide(
+    task_scores: TaskScores, sparsity: float, quorum: int = 1, active: Scores | None = None, cut: Cut | None = None
+) -> Masks:
     """Prunes exactly `round(sparsity * N)` weights, keeping what at least `quorum` tasks want; 1 is unanimous pruning.
 
     Args:
@@ -28,6 +31,7 @@ def decide(task_scores: TaskScores, sparsity: float, quorum: int = 1, active: Sc
         sparsity: fraction of all weights that is False in the result, in [0, 1).
         quorum: a weight is ranked by its `quorum`-th best rank over the tasks, in 1..T.
         active: weights that are False here stay pruned and count towards the sparsity; a mask, all True by default.
+        cut: another budget than a count: (N,) cost of every weight, lower is better -> (N,) bool, those that are kept.
 
     Returns:
         The mask. One task gives plain pruning by its scores.
@@ -43,42 +47,41 @@ def decide(task_scores: TaskScores, sparsity: float, quorum: int = 1, active: Sc
         raise ValueError(f"quorum: expected a whole number in 1..T, got {quorum!r}")
 
     def smallest_ranks(best: list[Tensor] | None, scores: Tensor, live: Tensor | None) -> list[Tensor]:
-        best, rank = best or [], ranks(scores, live)
-        for i, held in enumerate(best):  # insertion into the sorted list of the `quorum` smallest, weight by weight
-            best[i], rank = torch.minimum(held, rank), torch.maximum(held, rank)
-        return [*best, rank] if len(best) < quorum else best
+        return smallest(best or [], ranks(scores, live), quorum)
 
     def cost(best: list[Tensor], tasks: int) -> Tensor:
         if quorum > tasks:
             raise ValueError(f"quorum: expected a whole number in 1..{tasks} (the number of tasks), got {quorum}")
         return best[-1]
 
-    return _stream(task_scores, sparsity, active, smallest_ranks, cost)
+    return _stream(task_scores, sparsity, active, smallest_ranks, cost, cut)
 
 
-def decide_sum(task_scores: TaskScores, sparsity: float, active: Scores | None = None) -> Masks:
+def decide_sum(task_scores: TaskScores, sparsity: float, active: Scores | None = None, cut: Cut | None = None) -> Masks:
     """Keeps the weights with the largest sum over tasks of scores, each task's normalised to sum 1. See `decide`."""
-    return _stream(task_scores, sparsity, active, _add_normalised, lambda total, tasks: ranks(total, None))
+    return _stream(task_scores, sparsity, active, _add_normalised, lambda total, tasks: ranks(total, None), cut)
 
 
-def decide_max(task_scores: TaskScores, sparsity: float, active: Scores | None = None) -> Masks:
+def decide_max(task_scores: TaskScores, sparsity: float, active: Scores | None = None, cut: Cut | None = None) -> Masks:
     """Keeps the weights with the largest score for any task, each task's normalised to sum 1. See `decide`."""
 
     def largest(best, scores, live):
         scores = _normalised(scores)
         return scores if best is None else torch.maximum(best, scores, out=best)
 
-    return _stream(task_scores, sparsity, active, largest, lambda best, tasks: ranks(best, None))
+    return _stream(task_scores, sparsity, active, largest, lambda best, tasks: ranks(best, None), cut)
 
 
-def decide_mean_rank(task_scores: TaskScores, sparsity: float, active: Scores | None = None) -> Masks:
+def decide_mean_rank(
+    task_scores: TaskScores, sparsity: float, active: Scores | None = None, cut: Cut | None = None
+) -> Masks:
     """Keeps the weights with the smallest rank on average over the tasks. See `decide`."""
 
     def add_ranks(total, scores, live):
         rank = ranks(scores, live).long()  # int64: T ranks of up to 2^31 are added
         return rank if total is None else total.add_(rank)
 
-    return _stream(task_scores, sparsity, active, add_ranks, lambda total, tasks: total)
+    return _stream(task_scores, sparsity, active, add_ranks, lambda total, tasks: total, cut)
 
 
 def ranks(scores: Tensor, live: Tensor | None = None) -> Tensor:
@@ -100,6 +103,13 @@ def ranks(scores: Tensor, live: Tensor | None = None) -> Tensor:
     rank = torch.empty(len(order), dtype=torch.int32, device=scores.device)
     rank[order] = torch.arange(len(order), dtype=torch.int32, device=scores.device)
     return rank
+
+
+def smallest(best: list[Tensor], rank: Tensor, quorum: int) -> list[Tensor]:
+    """Inserts one more task's ranks into the sorted list of the `quorum` smallest, weight by weight. Shapes all (N,)."""
+    for i, held in enumerate(best):
+        best[i], rank = torch.minimum(held, rank), torch.maximum(held, rank)
+    return [*best, rank] if len(best) < quorum else best
 
 
 def keep_smallest(cost: Tensor, count: int) -> Tensor:
@@ -128,7 +138,14 @@ def _normalised(scores: Tensor) -> Tensor:
     return scores / scores.sum()
 
 
-def _stream(task_scores: TaskScores, sparsity: float, active: Scores | None, add: Callable, finish: Callable) -> Masks:
+def _stream(
+    task_scores: TaskScores,
+    sparsity: float,
+    active: Scores | None,
+    add: Callable,
+    finish: Callable,
+    cut: Cut | None = None,
+) -> Masks:
     """Folds the tasks into one buffer by `add(buffer, scores, live)`, then keeps the smallest `finish(buffer, tasks)`."""
     if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not 0 <= sparsity < 1:
         raise ValueError(f"sparsity: expected a number in [0, 1), got {sparsity!r}")
@@ -153,13 +170,16 @@ def _stream(task_scores: TaskScores, sparsity: float, active: Scores | None, add
     size = len(cost)
     count = size - round(float(sparsity) * size)
     if live is not None:
-        if count > int(live.sum()):
+        if cut is None and count > int(live.sum()):
             pruned = size - int(live.sum())
             raise ValueError(
                 f"sparsity: {sparsity} prunes {size - count} of {size} weights, but `active` already has {pruned}"
             )
         cost = cost.masked_fill(~live, torch.iinfo(cost.dtype).max)
-    return {name: part.reshape(shapes[name]).clone() for name, part in _split(keep_smallest(cost, count), shapes)}
+    keep = keep_smallest(cost, count) if cut is None else cut(cost)
+    if cut is not None and live is not None:
+        keep &= live
+    return {name: part.reshape(shapes[name]).clone() for name, part in _split(keep, shapes)}
 
 
 def _split(flat: Tensor, shapes: Mapping[str, torch.Size]) -> Iterable[tuple[str, Tensor]]:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hf_disparse.config import FORMAT_VERSION, UserError
+from hf_disparse.low_rank import dense_size
 
 MASKS_NAME = "pruning_masks.safetensors"
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -79,13 +80,23 @@ def count_pruned(masks: Mapping[str, Tensor]) -> tuple[int, int]:
     return size - sum(int(keep.sum()) for keep in masks.values()), size
 
 
+def masked_share(model: nn.Module, masks: Mapping[str, Tensor]) -> float:
+    """The fraction that the masks prune of the weights that they are of, counted as in `sparsity_report`."""
+    parameters, (pruned, size) = dict(model.named_parameters()), count_pruned(masks)
+    total = dense_size(model, [parameters[name] for name in masks])
+    return (total - size + pruned) / total
+
+
 def sparsity_report(model: nn.Module, encoder: nn.Module, prunable: Mapping[str, Tensor]) -> dict[str, float]:
-    """Fraction of exact zeros by denominator: `prunable` weights, all parameters of the `encoder`, all of the `model`."""
+    """Fraction of exact zeros by denominator: `prunable` weights, all parameters of the `encoder`, all of the `model`.
+
+    Of a matrix in two factors: the fraction that they save of it as it was dense, below 0 while they are larger.
+    """
 
     def fraction(tensors) -> float:
         tensors = list(tensors)
-        total = sum(t.numel() for t in tensors)
-        return sum(int((t.detach() == 0).sum()) for t in tensors) / total if total else 0.0
+        total = dense_size(model, tensors)
+        return (total - sum(int(torch.count_nonzero(t.detach())) for t in tensors)) / total if total else 0.0
 
     groups = {"prunable": prunable.values(), "encoder": encoder.parameters(), "model": model.parameters()}
     return {name: fraction(tensors) for name, tensors in groups.items()}

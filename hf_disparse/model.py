@@ -27,7 +27,9 @@ from transformers.utils import ModelOutput
 from hf_disparse.adapters import TaskAdapters, without_adapters
 from hf_disparse.architectures import layout_of
 from hf_disparse.config import PruningConfig, TaskConfig, UserError
+from hf_disparse.low_rank import low_rank_modules
 from hf_disparse.shapes import rebuild
+from hf_disparse.unshared import PRIVATE, UnsharedLayers, shared_name
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -41,6 +43,7 @@ class MultitaskConfig(PreTrainedConfig):
         tasks: one `TaskConfig`, or its dictionary, per head. A list, for its order is that of the parameters.
         skipped_layers: places of the encoder's layers that hand on their input, see `MultitaskModel.skip_layers`.
         adapters: the tasks that have one, see `MultitaskModel.add_adapter`.
+        unshared: task -> the first of the encoder's layers of which it has its own, see `unshare`.
     """
 
     model_type = "hf_disparse_multitask"
@@ -49,6 +52,7 @@ class MultitaskConfig(PreTrainedConfig):
     tasks: list = field(default_factory=list)
     skipped_layers: list = field(default_factory=list)
     adapters: list = field(default_factory=list)
+    unshared: dict = field(default_factory=dict)
 
     def __post_init__(self, **kwargs):
         if isinstance(self.encoder_config, dict):
@@ -86,7 +90,7 @@ class HiddenStates(nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=inputs_embeds, pooler_output=pooled)
 
 
-class MultitaskModel(TaskAdapters, PreTrainedModel):
+class MultitaskModel(TaskAdapters, UnsharedLayers, PreTrainedModel):
     """A shared encoder (`self.encoder`) and one head per task (`self.heads[task]`), and maybe PEFT's adapters of tasks."""
 
     config_class = MultitaskConfig
@@ -108,6 +112,7 @@ class MultitaskModel(TaskAdapters, PreTrainedModel):
                 raise UserError(f"tasks: '{name}' cannot name a task, for torch's ModuleDict has a method of that name")
             self.heads[name] = _build_head(config.encoder_config, task)
         self._skips: list[RemovableHandle] = []
+        self.make_private()
         self.post_init()
         self.skip_layers(config.skipped_layers)
 
@@ -144,7 +149,7 @@ class MultitaskModel(TaskAdapters, PreTrainedModel):
         return self.run_heads([task], labels=labels, **inputs)[0]
 
     def run_heads(self, tasks: Sequence[str | None], labels: Tensor | None = None, **inputs: Any) -> list[ModelOutput]:
-        """One pass of the encoder for the heads of several tasks, and one more for each that has an adapter.
+        """One pass of the encoder for the heads of several tasks, and one more for each with an adapter or layers of its own.
 
         Arguments and outputs are those of `forward`.
         """
@@ -152,12 +157,13 @@ class MultitaskModel(TaskAdapters, PreTrainedModel):
         inputs = {name: value for name, value in inputs.items() if value is not None}
         mask, passes, outputs = inputs.get("attention_mask"), {}, []
         for name in names:
-            adapter = name if name in self.adapters else None
-            if adapter not in passes:
+            own = name if name in self.adapters or name in self.config.unshared else None
+            if own not in passes:
                 if self.adapters:
-                    self._use_adapter(adapter)
-                passes[adapter] = self.encoder(**inputs)
-            hidden = passes[adapter]
+                    self._use_adapter(own)
+                with self.layers_of(own):
+                    passes[own] = self.encoder(**inputs)
+            hidden = passes[own]
             output = self.heads[name](inputs_embeds=hidden[0], attention_mask=mask, labels=labels, return_dict=True)
             for key in ("hidden_states", "attentions"):
                 if getattr(hidden, key, None) is not None:
@@ -182,26 +188,42 @@ class MultitaskModel(TaskAdapters, PreTrainedModel):
         layers = self.encoder.get_submodule(layout_of(self.encoder).layers) if places else []
         if any(type(i) is not int or not 0 <= i < len(layers) for i in places):
             raise UserError(f"skipped_layers: expected places among {len(layers)} layers, got {list(places)}")
-        self._skips = [layers[i].register_forward_hook(_hand_on, prepend=True, with_kwargs=True) for i in places]
+        skipped = [layers[i] for i in places]
+        for task, first in self.config.unshared.items() if places else ():
+            skipped += [self.encoder.private[task][i - first] for i in places if i >= first]
+        self._skips = [layer.register_forward_hook(_hand_on, prepend=True, with_kwargs=True) for layer in skipped]
         self.config.skipped_layers = list(places)
 
+    def add_task(self, task: TaskConfig) -> None:
+        """Gives the model a head for one more task, started fresh; encoder and other heads stay bit for bit."""
+        if task.name in self.heads or task.name in dir(self.heads):
+            taken = ", ".join(self.heads)
+            raise UserError(f"tasks: expected a name that is free beside {taken}, got '{task.name}'")
+        head = _build_head(self.config.encoder_config, task)
+        head.init_weights()
+        self.heads[task.name] = head.to(self.device, self.dtype).train(self.training)
+        self.config.tasks = [*self.config.tasks, task.to_dict()]
+
     def remove_task(self, name: str) -> None:
-        """Takes a task's head away, and its adapter; the encoder stays as it is."""
+        """Takes a task's head away, its adapter and its own layers; what the others use stays as it is."""
         if name not in self.heads or len(self.heads) == 1:
             raise UserError(
                 f"tasks: expected one of several tasks, got {name!r}; the model has {', '.join(self.heads)}"
             )
         if name in self.adapters:
             self.delete_adapter(name)
+        if name in self.config.unshared:
+            self.share_again(name)
         del self.heads[name]
         self.config.tasks = [task.to_dict() for task in self.tasks.values() if task.name != name]
+        self.settle()
 
     @classmethod
     def from_encoder(cls, name_or_path: str, tasks: Sequence[TaskConfig], **kwargs: Any) -> "MultitaskModel":
         """Starts from a pretrained encoder: any checkpoint that transformers' classification models load, or ours.
 
         What pretraining left of a head (pooler, transform) starts every head, as `AutoModelForSequenceClassification`
-        does it; the classifiers start fresh. `kwargs` go to `from_pretrained`.
+        does it; the classifiers start fresh. Of ours, only the shared encoder is taken. `kwargs` go to `from_pretrained`.
 
         Raises:
             UserError: an architecture whose heads do not work on the encoder's last hidden state alone.
@@ -216,7 +238,7 @@ class MultitaskModel(TaskAdapters, PreTrainedModel):
             )
             model = cls(config)
             model._shape_as(source)
-            encoder = source.encoder.state_dict()
+            encoder = {n: t for n, t in source.encoder.state_dict().items() if not n.startswith(f"{PRIVATE}.")}
             model.encoder.load_state_dict(without_adapters(source.encoder, encoder) if source.adapters else encoder)
             return model.to(source.dtype)
         stored = encoder_config.__dict__.pop("quantization_config", None)  # how the file is read, not the model
@@ -310,7 +332,8 @@ def prunable_parameters(model: nn.Module, config: PruningConfig | None = None) -
 
     By default those of its layers, that is, below a ModuleList of the encoder: not embeddings, norms, biases, poolers or
     heads. `config.target_modules` chooses among all Linear modules of the encoder instead, `config.exclude_modules` takes
-    away. Works on a `MultitaskModel` and on any transformers model with an encoder (`model.base_model`).
+    away. Works on a `MultitaskModel` and on any transformers model with an encoder (`model.base_model`). A matrix in two
+    factors, see `hf_disparse.low_rank`, goes by its own name there and gives both.
 
     Raises:
         UserError: nothing matches.
@@ -321,15 +344,18 @@ def prunable_parameters(model: nn.Module, config: PruningConfig | None = None) -
     prefix = next(name for name, module in model.named_modules() if module is encoder)
     lists = [name + "." for name, module in encoder.named_modules() if isinstance(module, nn.ModuleList)]
     target, exclude = (config.target_modules, config.exclude_modules) if config else (None, None)
-    found, full, seen = {}, "", set()
+    found, full, seen, factorised = {}, "", set(), low_rank_modules(encoder)
     for name, module in encoder.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        full = f"{prefix}.{name}" if prefix else name
+        place = f"{prefix}.{name}" if prefix else name
+        full = shared_name(encoder, name)  # a layer that one task has to itself goes by the one it was copied from
+        full = f"{prefix}.{full}" if prefix else full
+        full = full.rpartition(".")[0] if name.rpartition(".")[0] in factorised else full  # a factor goes by its matrix
         wanted = name.startswith(tuple(lists)) if target is None else _matches(full, target)
         if wanted and not (exclude is not None and _matches(full, exclude)):
             if id(module.weight) not in seen:  # a weight that two modules share goes by its first name
-                found[f"{full}.weight"] = module.weight
+                found[f"{place}.weight"] = module.weight
             seen.add(id(module.weight))
     if not found:
         wish = f"target_modules={target!r}, exclude_modules={exclude!r}"

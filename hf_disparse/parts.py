@@ -19,6 +19,12 @@ class Site:
     members: Mapping[str, tuple[int, Tensor]]
 
 
+def channels(parameters: Mapping[str, Tensor]) -> dict[str, Site]:
+    """Every matrix as a site of its own, whose parts are its columns. Shapes: {parameter name: (rows, columns)}."""
+    modules = {name.removesuffix(".weight"): weight.shape[1] for name, weight in parameters.items()}
+    return {module: Site(columns, {module: (1, torch.arange(columns))}) for module, columns in modules.items()}
+
+
 def sum_by_part(tensors: Mapping[str, Tensor], site: Site) -> Tensor:
     """What all weights of a part add up to: a part's score, or how many of its weights a mask keeps.
 

@@ -315,6 +315,11 @@ class _Loader(yaml.SafeLoader):
     """YAML as people write it: 2e-5 is a number (in YAML 1.1, which PyYAML reads, it is a string); a key stands once."""
 
 
+# Before PyYAML's own, for which 2:4 is a number to base 60.
+_Loader.yaml_implicit_resolvers = {
+    first: [("tag:yaml.org,2002:str", re.compile(r"^\d+:\d+$")), *known] if first in set("123456789") else known
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )

@@ -7,6 +7,7 @@ the sparse model with its tokenizer and `results.json` on top. Starting the same
 import json
 import math
 import platform
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -23,10 +24,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 import hf_disparse
 from hf_disparse.config import DataConfig, UserError, one_line, require
 from hf_disparse.export.card import RESULTS_NAME, losses_of_log, write_card
+from hf_disparse.low_rank import dense_size
 from hf_disparse.masks import sparsity_report
 from hf_disparse.model import MultitaskModel, prunable_parameters
 from hf_disparse.recipes import Recipe, read_recipe
 from hf_disparse.run_folder import RECIPE_NAME, claim, read_json, refuse_others, write_whole
+from hf_disparse.stored_scores import SCORES_FOLDER
 from hf_disparse.tasks import average, load_task, resolve, tokenize
 from hf_disparse.trainer import DisparseTrainer, last_whole_checkpoint
 
@@ -70,10 +73,15 @@ def train(recipe: Recipe) -> dict[str, Any]:
         ],
         "environment": environment(),
     }
+    if "guard" in sparse:
+        results["guard"] = sparse["guard"]
     model = _load_model(folder / "sparse")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     recipe.pruning.save_pretrained(folder)
+    if (folder / "sparse" / SCORES_FOLDER).is_dir():  # not after a run that stopped right here
+        shutil.rmtree(folder / SCORES_FOLDER, ignore_errors=True)
+        (folder / "sparse" / SCORES_FOLDER).rename(folder / SCORES_FOLDER)
     write_card(folder, results=results)
     write_whole(folder / RESULTS_NAME, json.dumps(results, indent=2) + "\n")  # last: it says that the run is finished
     return results
@@ -112,7 +120,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     return {
         "examples": sizes(data),
         "unlabelled": unlabelled,
-        "prunable": sum(p.numel() for p in prunable_parameters(model, recipe.pruning).values()),
+        "prunable": dense_size(model, prunable_parameters(model, recipe.pruning).values()),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 
@@ -233,8 +241,11 @@ def train_phase(
         "backward_passes": trainer.backward_passes,
         "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         "sparsity": sparsity_report(model, model.encoder, prunable_parameters(model, recipe.pruning)),
+        "prunable": dense_size(model, prunable_parameters(model, recipe.pruning).values()),
         "log": losses_of_log(trainer.state.log_history),
     }
+    if trainer.pruner.guard:
+        result["guard"] = trainer.pruner.guard.report()
     write_whole(folder / PHASE_NAME, json.dumps(result))
     return result
 

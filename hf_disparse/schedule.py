@@ -15,6 +15,11 @@ def cubic_sparsity(step: int, start: int, end: int, final: float) -> float:
     return final * (1 - (1 - progress) ** 3)
 
 
+def linear_sparsity(step: int, start: int, end: int, final: float) -> float:
+    """Sparsity at `step`: final * (step - start) / (end - start), held outside [start, end]."""
+    return final * min(max((step - start) / (end - start), 0.0), 1.0)
+
+
 def end_of(config: PruningConfig, max_steps: int | None = None) -> int:
     """The step of the last update: `end_step`, or the method's share of a training of `max_steps` where that is None."""
     if config.end_step is not None or config.schedule == "one_shot":
@@ -26,13 +31,16 @@ def update_steps(config: PruningConfig, max_steps: int | None = None) -> range:
     """The optimizer steps at which masks change; pruning happens before the step's first forward pass.
 
     One shot: `start_step` alone. Cubic: every `update_every` steps after `start_step`, counted back from the end, so that
-    the last update is at the end exactly. Constant: every `update_every` steps from `start_step` on.
+    the last update is at the end exactly. Constant: every `update_every` steps from `start_step` on. Linear: at the end
+    alone, to which a target of soft gates rises.
     """
     start, end, every = config.start_step, end_of(config, max_steps), config.update_every
     if config.sparsity == 0:
         return range(0)
     if config.schedule == "cubic":
         return range(start + ((end - start - 1) % every) + 1, end + 1, every)
+    if config.schedule == "linear":
+        return range(end, end + 1)
     return range(start, end + 1, every)
 
 

@@ -47,13 +47,26 @@ def fisher(weight: Tensor, grad_squared: Tensor) -> Tensor:
     return weight.square() * grad_squared / 2
 
 
+def gradient(weight: Tensor, grad_sum: Tensor) -> Tensor:
+    """|sum g|, by which weights grow that are zero now. Source: RigL, Evci et al. 2020 (arXiv 1911.11134), section 3 (4).
+
+    Not a criterion for pruning: it does not look at the weight. Shapes: weight and grad_sum (the sum of g) alike -> the same.
+    """
+    return grad_sum.abs()
+
+
 def random(weight: Tensor, generator: torch.Generator) -> Tensor:
     """Uniform in [0, 1): the control that knows nothing. Shape of the weight."""
     return torch.rand(weight.shape, generator=generator).to(weight.device)
 
 
 # criterion -> (function of the weight and the statistic, what one batch's gradient adds to the statistic)
-GRADIENT_CRITERIA = {"snip": (snip, torch.abs), "disparse": (disparse, torch.abs), "fisher": (fisher, torch.square)}
+GRADIENT_CRITERIA = {
+    "snip": (snip, torch.abs),
+    "disparse": (disparse, torch.abs),
+    "fisher": (fisher, torch.square),
+    "gradient": (gradient, torch.positive),
+}
 
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -79,7 +92,7 @@ def score(
 
     Args:
         loaders: task -> batches of that task.
-        criterion: one of `config.CRITERIA`.
+        criterion: one of `config.CRITERIA`, or `gradient`, by which weights grow.
         parameters: the weights to score, by name, as `prunable_parameters(model, config)` gives them.
         num_batches: batches per task, a short loader being iterated again; by default one pass over it.
         joint: sum the tasks' losses, each times its weight, before scoring, and yield one pair named "joint".
@@ -106,20 +119,42 @@ def score(
         elif criterion in GRADIENT_CRITERIA:
             function, reduce = GRADIENT_CRITERIA[criterion]
             scale = weights if joint else {group: 1.0}
-            iterators = [_gradients(model, t, loaders[t], parameters, num_batches, loss_fn, scale[t]) for t in members]
-            steps = tqdm(
-                zip(*iterators, strict=True),
-                desc=f"scoring {group}",
-                total=num_batches,
-                disable=not progress,
-                leave=False,
-            )
-            total = accumulate(steps, reduce, parameters)
+            streams = [_gradients(model, t, loaders[t], parameters, num_batches, loss_fn, scale[t]) for t in members]
+            total = accumulate(_in_step(streams, group, num_batches, progress), reduce, parameters)
             yield group, {name: function(p.detach().to(_wide(p)), total.pop(name)) for name, p in parameters.items()}
         else:
             raise ValueError(
                 f"criterion: expected one of magnitude, random, {', '.join(GRADIENT_CRITERIA)}, got {criterion!r}"
             )
+
+
+def gradients(
+    model: nn.Module,
+    loaders: Mapping[str, Iterable[Batch]],
+    *,
+    parameters: Mapping[str, nn.Parameter],
+    num_batches: int | None = None,
+    joint: bool = False,
+    weights: Mapping[str, float] | None = None,
+    loss_fn: LossFunction = model_loss,
+    progress: bool = False,
+) -> Iterator[tuple[str, Iterator[dict[str, Tensor]]]]:
+    """Yields (task, its gradients batch by batch), to be consumed before the next task; arguments and errors as of `score`.
+
+    Shapes: {parameter name: as the weight}, float32 (float64 for float64 weights); zeros where a weight has no part in the loss.
+    """
+    tasks = list(loaders)
+    scale = {task: 1.0 for task in tasks} | dict(weights or {} if joint else {})
+    for group, members in ({"joint": tasks} if joint else {task: [task] for task in tasks}).items():
+        streams = [_gradients(model, t, loaders[t], parameters, num_batches, loss_fn, scale[t]) for t in members]
+        steps = _in_step(streams, group, num_batches, progress)
+        yield group, (accumulate([step], torch.positive, parameters) for step in steps)
+
+
+def _in_step(streams: list[Iterator], group: str, num_batches: int | None, progress: bool) -> Iterator[tuple]:
+    return tqdm(
+        zip(*streams, strict=True), desc=f"scoring {group}", total=num_batches, disable=not progress, leave=False
+    )
 
 
 def accumulate(

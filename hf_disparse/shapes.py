@@ -1,7 +1,8 @@
-"""Encoders whose layers differ in shape: fewer heads, fewer neurons. Layer 2.
+"""Encoders whose layers differ in shape: fewer heads, fewer neurons, matrices in two factors. Layer 2.
 
 What the configuration of an architecture cannot say is a *structure*: {"heads": {attention: [places of those that stay]},
-"neurons": {module: number}}, names within the encoder. `hf_disparse.export` writes and reads it.
+"neurons": {module: number}, "ranks": {module in two factors: rank}}, names within the encoder. `hf_disparse.export` writes
+and reads it.
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 from hf_disparse.architectures import Layout, find_sites, layout_of
 from hf_disparse.config import UserError
+from hf_disparse.low_rank import empty, replace
 from hf_disparse.parts import Site
 
 Structure = dict[str, Any]
@@ -24,8 +26,10 @@ def rebuild(encoder: nn.Module, structure: Structure) -> None:
     Raises:
         UserError: a structure that does not fit, before any memory is taken.
     """
+    known = {"heads", "neurons", "ranks"}
+    _require(isinstance(structure, dict) and set(structure) <= known, structure, "heads, neurons and ranks")
+    _factorise(encoder, structure.get("ranks", {}))
     layout, sites = layout_of(encoder), find_sites(encoder)
-    _require(isinstance(structure, dict) and set(structure) <= {"heads", "neurons"}, structure, "heads and neurons")
     for kind, key in (("head", "heads"), ("neuron", "neurons")):
         entries = structure.get(key, {})
         _require(isinstance(entries, dict), entries, f"a mapping of modules to {key}")
@@ -39,6 +43,19 @@ def rebuild(encoder: nn.Module, structure: Structure) -> None:
             keep = torch.zeros(site.parts, dtype=torch.bool)
             keep[list(places)] = True
             shrink(encoder, layout, kind, name, site, keep, Cuts(None))
+
+
+def _factorise(encoder: nn.Module, ranks: Any) -> None:
+    """Puts two factors of these ranks in place of Linear modules, once all of them fit: at most twice the numbers."""
+    _require(isinstance(ranks, dict), ranks, "a mapping of modules to ranks")
+    modules = dict(encoder.named_modules())
+    for name, rank in ranks.items():
+        linear = modules.get(name)
+        _require(name and isinstance(linear, nn.Linear), name, f"a Linear module of {type(encoder).__name__}")
+        most = min(linear.weight.shape)
+        _require(type(rank) is int and 0 < rank <= most, rank, f"a rank in 1..{most} for {name}")
+    for name, rank in ranks.items():
+        replace(encoder, name, empty(modules[name], rank))
 
 
 def shrink(encoder: nn.Module, layout: Layout, kind: str, name: str, site: Site, keep: Tensor, cuts: "Cuts") -> None:

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from hf_disparse import DisparseTrainer, PruningConfig, compare, run
+from hf_disparse.cells import METHODS, Cell, grid
 from hf_disparse.recipes import parse_recipe
-from hf_disparse.trainer import callback
+from hf_disparse.trainer.methods import saliency
 from tests.cli_helpers import changed, hf_disparse, refused, snapshot, without, write_csv, write_inputs, write_recipe
 from tests.tiny import VOCABULARY
 
@@ -22,7 +23,7 @@ torch.set_num_threads(1)
 
 # What each method asks for, given the criterion fisher; the recipe's own pruning section asks for a quorum of 2.
 ASKS = {
-    "dense": {"sparsity": 0.0, "decision": "unanimous", "quorum": 1},
+    "dense": {"sparsity": 0.0, "decision": "quorum", "quorum": 2},
     "random": {"sparsity": 0.7, "criterion": "random", "decision": "unanimous", "quorum": 1},
     "magnitude": {"sparsity": 0.7, "criterion": "magnitude", "decision": "unanimous", "quorum": 1},
     "joint": {"sparsity": 0.7, "criterion": "fisher", "decision": "joint", "quorum": 1},
@@ -33,8 +34,27 @@ ASKS = {
     "mean": {"sparsity": 0.7, "criterion": "fisher", "decision": "mean_rank", "quorum": 1},
     "quorum1": {"sparsity": 0.7, "criterion": "fisher", "decision": "unanimous", "quorum": 1},
 }
+_PARTS = {"granularity": ["head", "neuron"]}
+OTHERS = {
+    "reinitialise": {**ASKS["unanimous"], "reinitialise": True},
+    "2:4": {**ASKS["unanimous"], "sparsity": 0.5, "granularity": "2:4"},
+    "block4x4": {**ASKS["unanimous"], "granularity": "block4x4"},
+    "parts": {**ASKS["unanimous"], **_PARTS},
+    "agreement": {**ASKS["joint"], **_PARTS, "criterion": "agreement"},
+    "dynamic": {"sparsity": 0.7, "method": "dynamic", "score_batches": 1},
+    "rigl": {"sparsity": 0.7, "method": "dynamic", "decision": "joint", "score_batches": 1},
+    "movement": {"sparsity": 0.7, "method": "movement"},
+    "movement_joint": {"sparsity": 0.7, "method": "movement", "decision": "joint"},
+    "movement_soft": {"sparsity": 0.7, "method": "movement", "mode": "soft"},
+    "platon": {"sparsity": 0.7, "method": "platon"},
+    "platon_joint": {"sparsity": 0.7, "method": "platon", "decision": "joint"},
+    "l0": {"sparsity": 0.7, "method": "l0"},
+    "rank": {"sparsity": 0.7, "method": "rank", "criterion": "fisher", "decision": "unanimous"},
+    "flop": {"sparsity": 0.7, "method": "flop"},
+    "group_lasso": {"sparsity": 0.7, "method": "group_lasso"},
+}
 FIRST, LATER = list(ASKS)[:6], list(ASKS)[6:]
-ORDER = ["dense", *(method for method in compare.METHODS if method in FIRST[1:])]  # of a table
+ORDER = ["dense", *(method for method in METHODS if method in FIRST[1:])]  # of a table
 COMMAND = ("--methods", ",".join(FIRST), "--seeds", "1,2")
 FEW = ("--methods", "dense,joint,magnitude", "--seeds", "2")
 FEW_CELLS = ("dense-seed2", "joint-fisher-0.7-seed2", "magnitude-0.7-seed2")
@@ -115,7 +135,7 @@ def extended(finished, inputs, tmp_path_factory) -> tuple[SimpleNamespace, Simpl
 
 def test_the_grid_goes_seed_by_seed_and_holds_no_cell_twice():
     methods = ["dense", "random", "magnitude", "joint", "unanimous", "joint"]
-    cells = compare.grid(methods, ["snip", "fisher", "snip"], [0.5, 0.7, 0.5], [3, 1, 3])
+    cells = grid(methods, ["snip", "fisher", "snip"], [0.5, 0.7, 0.5], [3, 1, 3])
     both = [(method, criterion) for method in ("joint", "unanimous") for criterion in ("snip", "fisher")]
     once = [("random", ""), ("magnitude", ""), *both]
     wanted = []
@@ -126,18 +146,19 @@ def test_the_grid_goes_seed_by_seed_and_holds_no_cell_twice():
 
 
 def test_close_sparsities_have_files_of_their_own():
-    assert len({cell.name for cell in compare.grid(["sum"], ["snip"], [0.7000001, 0.7000002], [1])}) == 2
+    assert len({cell.name for cell in grid(["sum"], ["snip"], [0.7000001, 0.7000002], [1])}) == 2
 
 
-@pytest.mark.parametrize("method", ASKS)
+@pytest.mark.parametrize("method", [*ASKS, *OTHERS])
 def test_a_method_asks_for_its_criterion_and_decision(method):
-    (cell,) = compare.grid([method], ["fisher"], [0.7], [1])
-    assert cell.pruning() == ASKS[method]
-    PruningConfig(**cell.pruning())  # which refuses a quorum where none is
+    (cell,) = grid([method], ["fisher"], [0.7], [1])
+    asked = cell.pruning({"decision": "quorum", "quorum": 2})
+    assert asked == {**(ASKS | OTHERS)[method], "keep_scores": False}
+    PruningConfig.from_dict(asked)  # which refuses a quorum where none is
 
 
 def test_every_method_is_tested_and_in_the_help():
-    assert set(compare.METHODS) == ASKS.keys() - {"quorum1"}
+    assert set(METHODS) == (ASKS | OTHERS).keys() - {"quorum1", "2:4", "block4x4"}
     status, out, _ = hf_disparse("compare", "--help")
     said = re.sub(r"[\s│]+", " ", out)
     assert status == 0 and "Example: hf-disparse compare " in said
@@ -213,7 +234,7 @@ def test_every_cell_states_the_backward_passes_that_it_had(recipe, changes, trai
 # Results, and their reuse
 
 
-@pytest.mark.parametrize("method", compare.METHODS)
+@pytest.mark.parametrize("method", ASKS.keys() - {"quorum1"})
 def test_a_cell_is_what_train_makes_of_its_recipe(extended, recipe, method):
     steps = 8 if method in ("dense", "random", "magnitude") else 4
     pruning = {"score_batches": 2, **ASKS[method]}
@@ -222,6 +243,20 @@ def test_a_cell_is_what_train_makes_of_its_recipe(extended, recipe, method):
     cell = json.loads(path.read_text())
     assert cell["metrics"] == results["sparse"] and cell["examples"] == results["examples"]
     assert {**cell["pruned"], "target": ASKS[method]["sparsity"]} == results["sparsity"]
+
+
+def test_every_other_method_prunes_on_the_same_budget(inputs, tmp_path):
+    """Two tasks, 4 steps and one scoring of 2 batches: 8 passes. Dynamic's growth batches may not fit to the last one."""
+    recipe = {**inputs, "output_dir": str(tmp_path / "run")}
+    recipe["recovery"] = {**recipe.get("recovery", {}), "max_steps": 4}
+    done = compared(recipe, "--methods", ",".join(OTHERS), "--sparsities", "0.5", "--seeds", "1")
+    assert done.status == 0 and not done.report["failed"], done.err
+    rows = {row["method"]: row for row in done.report["rows"]}
+    assert rows.keys() == OTHERS.keys()
+    for cell in done.report["cells"]:
+        assert cell["backward_passes"] == pytest.approx(8, abs=1), cell["method"]
+        atol = {"rank": 0.12, "flop": 0.12}.get(cell["method"], 0.01)  # a budget of components
+        assert cell["pruned"]["prunable"] == pytest.approx(0.5, abs=atol), cell["method"]
 
 
 def test_the_methods_differ_and_a_quorum_of_one_is_unanimity(extended):
@@ -290,7 +325,7 @@ def same_in_the_end(recipe: dict, finished: SimpleNamespace) -> SimpleNamespace:
 
 
 def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(recipe, finished, monkeypatch):
-    decide = callback.decide_by
+    decide = saliency.decide_by
 
     def failing(config, *args):
         if config.decision == "joint":
@@ -298,7 +333,7 @@ def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(recipe, finished
         return decide(config, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(callback, "decide_by", failing)
+        patch.setattr(saliency, "decide_by", failing)
         done = compared(recipe, *FEW)
     name = FEW_CELLS[1]
     assert done.status == 1 and f"failed: {name}: no luck today" in done.err.splitlines()
@@ -347,7 +382,7 @@ def given(method: str, sparsity: float, values: dict[int, tuple]) -> dict:
     results = {}
     for seed, (two, pearson, spearmanr, average, seconds) in values.items():
         tasks = {"two": {"accuracy": two}, "real": {"pearson": pearson, "spearmanr": spearmanr}}
-        cell = compare.Cell(method, "snip" if sparsity else "", sparsity, seed)
+        cell = Cell(method, "snip" if sparsity else "", sparsity, seed)
         metrics = {"tasks": tasks, "average": average}
         results[cell] = {"metrics": metrics, "seconds": {"a": seconds, "b": 1.0}, "backward_passes": 5678}
     return results

@@ -41,7 +41,7 @@ def test_papers_name_functions_and_tests_that_exist():
     assert len(rows) >= 10
     for row in rows:
         function, test = row.replace("\\|", "").strip("|").split("|")[2:4]
-        for module, name in re.findall(r"`(\w+)\.(\w+)`", function):
+        for module, name in re.findall(r"`([\w.]+)\.(\w+)`", function):
             assert callable(getattr(importlib.import_module(f"hf_disparse.{module}"), name))
         tests = re.findall(r"`(\w+)\.(\w+)`", test)
         assert tests, row

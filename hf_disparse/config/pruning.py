@@ -13,10 +13,14 @@ from hf_disparse.config.base import Config, UserError, closest, is_count, is_num
 PRUNING_CONFIG_NAME = "pruning_config.json"
 FORMAT_VERSION = 1
 
-CRITERIA = ("magnitude", "snip", "disparse", "fisher", "random")
+CRITERIA = ("magnitude", "snip", "disparse", "fisher", "random", "taylor", "agreement")
 DECISIONS = ("unanimous", "quorum", "joint", "sum", "max", "mean_rank")
 SCHEDULES = ("one_shot", "cubic")
-GRANULARITIES = ("weight", "head", "neuron", "layer")
+GRANULARITIES = ("weight", "head", "neuron", "layer", "channel", "rank")
+PART_CRITERIA = ("taylor", "agreement")  # they judge a part as one, and no weight
+_PATTERN = re.compile(r"(?P<n>[1-9]\d{0,4}):(?P<m>[1-9]\d{0,4})|block(?P<rows>[1-9]\d{0,4})x(?P<columns>[1-9]\d{0,4})")
+REINITIALISING = ("saliency",)  # the methods of which nothing but masks is left after the last update
+GROWING_SCHEDULES = ("one_shot", "cubic")  # from no sparsity to all of it, so that a step can be undone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +30,10 @@ class PruningConfig(Config):
     Args:
         sparsity: fraction of the prunable weights that ends up zero, in [0, 1); of the parts with another granularity.
         granularity: what goes: `weight`, or one or several of `head` (of attention), `neuron` (of the FFN) and `layer`, of
-            each of which `sparsity` is pruned, but for the best one of its layer.
+            each of which `sparsity` is pruned, but for the best one of its layer. Or a pattern of weights: `"2:4"` keeps 2
+            of every 4 consecutive weights of a row (any N:M with sparsity 1 - N/M), `block16x16` prunes whole blocks.
         criterion: how one task scores a weight: `magnitude`, `snip` |w g|, `disparse` |g| w^2, `fisher` g^2 w^2 / 2, or
-            `random`.
+            `random`; of parts only also `taylor`, (sum of w g over the part)^2, and `agreement` of the tasks' gradients.
         decision: how the tasks' scores become one mask: `unanimous` (a weight goes only if all tasks spare it),
             `quorum` (it stays if at least `quorum` tasks want it), `sum` and `max` of the normalised scores,
             `mean_rank`, or `joint` (the losses are summed first: the control without disentangling).
@@ -39,6 +44,11 @@ class PruningConfig(Config):
         target_modules, exclude_modules: which Linear modules of the encoder to prune, with PEFT's meaning: a string is
             a regular expression for the whole name, a list holds names or their endings. Default: all in its layers.
         seed: of the random criterion and of the order of the scoring batches.
+        max_drop: how many points (0 to 100, the mean of its metrics) pruning may cost a task, one number for all or task
+            -> number. A step that costs more is undone and pruning ends. For a `DisparseTrainer` with evaluation data.
+        reinitialise: draw the encoder's weights anew after the last update and train them within its masks: a control.
+        keep_scores: store every task's scores of the last update in `scores/` of the Trainer's folder, 4 bytes a prunable
+            weight and task, for `decide_again`.
     """
 
     method: ClassVar[str] = "saliency"
@@ -46,7 +56,7 @@ class PruningConfig(Config):
     criteria: ClassVar[tuple[str, ...]] = CRITERIA
     decisions: ClassVar[tuple[str, ...]] = DECISIONS
     schedules: ClassVar[tuple[str, ...]] = SCHEDULES
-    granularities: ClassVar[tuple[str, ...]] = GRANULARITIES
+    granularities: ClassVar[tuple[str, ...]] = ("weight", "head", "neuron", "layer")
     end_share: ClassVar[float | None] = None  # of training, where `end_step` is left open
 
     sparsity: float = 0.8
@@ -62,6 +72,9 @@ class PruningConfig(Config):
     target_modules: str | tuple[str, ...] | None = None
     exclude_modules: str | tuple[str, ...] | None = None
     seed: int = 0
+    max_drop: float | dict[str, float] | None = None
+    reinitialise: bool = False
+    keep_scores: bool = False
 
     def __post_init__(self):
         require(is_number(self.sparsity) and 0 <= self.sparsity < 1, "sparsity", "a number in [0, 1)", self.sparsity)
@@ -93,14 +106,21 @@ class PruningConfig(Config):
             require(self.end_step is None, "end_step", "nothing with schedule one_shot", self.end_step)
         strings(self, "granularity", allow_empty=False)
         for kind in self.granularity:
-            if kind not in self.granularities:
+            if kind not in self.granularities and not _PATTERN.fullmatch(kind):
                 with_method = f" with method {self.method}" if kind in GRANULARITIES else ""
-                raise UserError(f"granularity: unknown value {kind!r}{with_method}{closest(kind, self.granularities)}")
-        alone = "weight" not in self.granularity or self.granularity == ("weight",)
-        require(alone, "granularity", "weight alone, or parts", list(self.granularity))
+                known = (*self.granularities, *(("2:4", "block16x16") if self.method == PruningConfig.method else ()))
+                raise UserError(f"granularity: unknown value {kind!r}{with_method}{closest(kind, known)}")
+        alone = len(self.granularity) == 1 or all(kind in ("head", "neuron", "layer") for kind in self.granularity)
+        require(alone, "granularity", "weight alone, or parts, or one pattern", list(self.granularity))
+        self._check_pattern()
+        if self.criterion in PART_CRITERIA:
+            require(self.prunes_parts, "granularity", f"parts with criterion {self.criterion}", self.granularity[0])
+        if self.criterion == "agreement":
+            fits = self.decision == "joint"
+            require(fits, "decision", "joint with criterion agreement, which is of all tasks together", self.decision)
         for key in ("target_modules", "exclude_modules"):
             value = getattr(self, key)
-            fits = value is None or not self.prunes_parts
+            fits = value is None or not self.prunes_parts or self.granularity in (("rank",), ("channel",))
             require(fits, key, "nothing where parts are pruned, which go as a whole", value)
             if isinstance(value, str):
                 try:
@@ -109,11 +129,70 @@ class PruningConfig(Config):
                     raise UserError(f"{key}: not a regular expression: {error}") from None
             elif value is not None:
                 strings(self, key, allow_empty=False)
+        self._check_max_drop()
+        self._check_keep_scores()
+        require(isinstance(self.reinitialise, bool), "reinitialise", "true or false", self.reinitialise)
+        if self.reinitialise:
+            require(self.method in REINITIALISING, "reinitialise", f"false with method {self.method}", True)
+            require(self.max_drop is None, "reinitialise", "false with max_drop, which measures trained weights", True)
+
+    def _check_keep_scores(self) -> None:
+        require(isinstance(self.keep_scores, bool), "keep_scores", "true or false", self.keep_scores)
+        if self.keep_scores:
+            for key, why in (
+                ("method", "" if self.method == PruningConfig.method else ", which has no scores of weights"),
+                ("criterion", ", which has no scores of weights" if self.criterion in PART_CRITERIA else ""),
+                ("decision", ", whose scores are of no single task" if self.decision == "joint" else ""),
+                ("max_drop", ", which may undo the update they are of" if self.max_drop is not None else ""),
+            ):
+                require(not why, "keep_scores", f"false with {key} {getattr(self, key)}{why}", True)
+
+    def _check_max_drop(self) -> None:
+        drops = self.max_drop
+        if drops is None:
+            return
+        fits = self.schedule in GROWING_SCHEDULES
+        require(
+            fits, "max_drop", f"nothing with schedule {self.schedule}, whose sparsity does not grow in steps", drops
+        )
+        points = list(drops.values()) if isinstance(drops, dict) else [drops]
+        good = bool(points) and all(is_number(value) and 0 <= value <= 100 for value in points)
+        require(good, "max_drop", "points in 0 to 100, one number or a mapping of tasks to them", drops)
+        if isinstance(drops, dict):
+            object.__setattr__(self, "max_drop", dict(drops))
+
+    def _check_pattern(self) -> None:
+        kind = self.granularity[0]
+        if self.n_of_m is None and self.block is None:
+            return
+        if self.method != PruningConfig.method:
+            known = ", ".join(self.granularities)
+            raise UserError(f"granularity: expected one of {known} with method {self.method}, got the pattern '{kind}'")
+        if self.n_of_m is not None:
+            n, m = self.n_of_m
+            require(n < m, "granularity", "N below M in a pattern N:M", kind)
+            share = 1 - n / m
+            fits = abs(self.sparsity - share) < 1e-9
+            require(fits, "sparsity", f"{share:.10g} with granularity {kind}", self.sparsity)
+            fits = self.schedule == "one_shot"
+            require(fits, "schedule", f"one_shot with granularity {kind}, which has no steps", self.schedule)
+
+    @property
+    def n_of_m(self) -> tuple[int, int] | None:
+        """(N, M) if the granularity is a pattern N:M."""
+        match = _PATTERN.fullmatch(self.granularity[0])
+        return (int(match["n"]), int(match["m"])) if match and match["n"] else None
+
+    @property
+    def block(self) -> tuple[int, int] | None:
+        """(rows, columns) if the granularity is blocks."""
+        match = _PATTERN.fullmatch(self.granularity[0])
+        return (int(match["rows"]), int(match["columns"])) if match and match["rows"] else None
 
     @property
     def prunes_parts(self) -> bool:
         """True if heads, neurons or layers go as a whole."""
-        return self.granularity != ("weight",)
+        return self.granularity != ("weight",) and self.n_of_m is None and self.block is None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, the method's name and the version of the format."""

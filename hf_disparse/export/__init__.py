@@ -3,6 +3,7 @@
 from hf_disparse.export import loading  # noqa: F401, registers the stored form with transformers
 from hf_disparse.export.card import is_multitask, write_card
 from hf_disparse.export.compact import compact, save_compact
+from hf_disparse.export.factorise import factorise, multiply_out
 from hf_disparse.export.hub import push
 from hf_disparse.export.packed import save_packed
 from hf_disparse.export.task import save_tasks, task_model
@@ -10,7 +11,9 @@ from hf_disparse.export.to_onnx import save_onnx
 
 __all__ = [
     "compact",
+    "factorise",
     "is_multitask",
+    "multiply_out",
     "push",
     "save_compact",
     "save_onnx",

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 import hf_disparse
 from hf_disparse.config import PRUNING_CONFIG_NAME, PruningConfig, TaskConfig
 from hf_disparse.export.folder import CONFIG_NAME, WEIGHTS_NAME, load, read_json
 from hf_disparse.masks import sparsity_report
 from hf_disparse.model import MultitaskConfig, MultitaskModel, prunable_parameters
+from hf_disparse.tasks import average
 
 CARD_NAME, RESULTS_NAME = "README.md", "results.json"
 _TOKENS, _ROUNDS, _LOG_ROWS = 64, 7, 12
@@ -50,9 +51,40 @@ def write_card(
         _versions(results),
     ]
     text = "\n\n".join(section for section in sections if section)
-    card = ModelCard(f"---\n{_metadata(name, model, results, license).to_yaml()}\n---\n\n{text}\n")
+    card = ModelCard(f"---\n{_metadata(name, model.tasks, results, license).to_yaml()}\n---\n\n{text}\n")
     card.save(folder / CARD_NAME)
     return card
+
+
+def write_task_card(folder: Path, task: TaskConfig, model: PreTrainedModel, name: str, source: Path | None) -> None:
+    """Writes README.md beside the plain `model` of one task.
+
+    Args:
+        name: the path that the usage snippet loads.
+        source: the folder of the multitask model, whose `results.json` has the metrics.
+    """
+    path = source and source / RESULTS_NAME
+    results = read_json(path) if path and path.is_file() else {}
+    for phase in ("dense", "sparse"):
+        if phase in results:
+            mine = {name: metrics for name, metrics in results[phase]["tasks"].items() if name == task.name}
+            results[phase] = {"tasks": mine, "average": average(mine)} if mine else {}
+    results = {key: value for key, value in results.items() if value}
+    weights = [p for p in model.base_model.parameters() if p.ndim == 2]
+    zeros = sum(int((p == 0).sum()) for p in weights) / sum(p.numel() for p in weights)
+    kind = _KINDS.get(task.problem_type, "text-classification")
+    text = "{'text': 'A first text.', 'text_pair': 'A second text.'}" if len(task.columns) == 2 else "'A text.'"
+    sections = [
+        f"# {task.name}\n\nThe task `{task.name}` of a multitask model with one shared encoder, as a plain "
+        f"`{type(model).__name__}`: {100 * zeros:.1f} % of its encoder's matrices, embeddings included, are zeros.",
+        f'## Use\n\n```python\nfrom transformers import pipeline\n\nprint(pipeline("{kind}", "{name}")({text}))\n```',
+        _metrics(results),
+        _limits(results),
+        _versions(results),
+    ]
+    body = "\n\n".join(section for section in sections if section)
+    card = ModelCard(f"---\n{_metadata(task.name, {task.name: task}, results).to_yaml()}\n---\n\n{body}\n")
+    card.save(folder / CARD_NAME)
 
 
 def losses_of_log(history: list[Mapping[str, Any]]) -> list[dict[str, float]]:
@@ -101,10 +133,12 @@ def latency(model: MultitaskModel, tokens: int) -> dict[int, float]:
     return milliseconds
 
 
-def _metadata(name: str, model: MultitaskModel, results: Mapping[str, Any], license: str | None) -> ModelCardData:
+def _metadata(
+    name: str, tasks: Mapping[str, TaskConfig], results: Mapping[str, Any], license: str | None = None
+) -> ModelCardData:
     base = results.get("recipe", {}).get("encoder", "")
     is_hub_id = base.count("/") == 1 and ":" not in base
-    kinds = sorted({_KINDS.get(task.problem_type, "text-classification") for task in model.tasks.values()})
+    kinds = sorted({_KINDS.get(task.problem_type, "text-classification") for task in tasks.values()})
     data = results.get("recipe", {}).get("data", {})
     return ModelCardData(
         model_name=name,
@@ -113,17 +147,18 @@ def _metadata(name: str, model: MultitaskModel, results: Mapping[str, Any], lice
         base_model_relation="quantized" if is_hub_id else None,  # the Hub's closest word
         library_name="transformers",
         pipeline_tag=kinds[0],
-        tags=["hf_disparse", "pruning", "sparse", "multi-task"],
-        datasets=sorted({entry["data"] for entry in data.values() if entry["data"].count("/") == 1}) or None,
-        eval_results=_eval_results(model, results),
+        tags=["hf_disparse", "pruning", "sparse", *(["multi-task"] if len(tasks) > 1 else [])],
+        datasets=sorted({data[task]["data"] for task in tasks if data.get(task, {}).get("data", "").count("/") == 1})
+        or None,
+        eval_results=_eval_results(tasks, results),
     )
 
 
-def _eval_results(model: MultitaskModel, results: Mapping[str, Any]) -> list[EvalResult] | None:
+def _eval_results(tasks: Mapping[str, TaskConfig], results: Mapping[str, Any]) -> list[EvalResult] | None:
     data, found = results.get("recipe", {}).get("data", {}), []
     for task, metrics in results.get("sparse", {}).get("tasks", {}).items():
         entry = data.get(task, {})
-        kind = _KINDS.get(model.tasks[task].problem_type, "text-classification") if task in model.tasks else None
+        kind = _KINDS.get(tasks[task].problem_type, "text-classification") if task in tasks else None
         for metric, value in metrics.items():
             found.append(
                 EvalResult(
@@ -144,19 +179,38 @@ def _summary(name: str, model: MultitaskModel, results: Mapping[str, Any], pruni
     tasks, base = ", ".join(model.tasks), results.get("recipe", {}).get("encoder") or model.encoder.config.model_type
     how = ""
     if pruning and pruning.sparsity:
-        what = " and ".join(f"{kind}s" for kind in pruning.granularity)
+        what = _pruned_things(pruning)
         rules = {"unanimous": "what all tasks can spare", "quorum": f"what fewer than {pruning.quorum} tasks want"}
         rule = rules.get(pruning.decision, f"the decision `{pruning.decision}` over the tasks")
-        how = (
-            f"{100 * pruning.sparsity:g} % of the {what} of its layers are pruned, by {rule}, each task judging by the "
-            f"criterion `{pruning.criterion}`."
-        )
+        judged = f"by {rule}, each task judging by the criterion `{pruning.criterion}`"
+        if pruning.method == "group_lasso":
+            judged = "those of the smallest norms after training with a penalty on them (group lasso)"
+        elif pruning.criterion == "agreement":
+            judged = "by the agreement of the tasks' gradients on them"
+        how = f"{100 * pruning.sparsity:g} % of the {what} of its layers are pruned, {judged}."
+        if stopped := results.get("guard", {}).get("stopped"):
+            undone, kept = (f"{100 * stopped[key]:.1f} %" for key in ("undone", "kept"))
+            how = (
+                f"{kept} of the prunable weights are pruned, {judged}. {100 * pruning.sparsity:g} % of the {what} were asked "
+                f"for, but at {undone} the task {stopped['task']} lost {stopped['drop']:.1f} points, more than it may."
+            )
     apart = [f"{task} ({config.peft_type.value})" for task, config in model.adapters.items()]
     if apart:
         how += f" On the encoder, which is frozen, these tasks have PEFT adapters of their own: {', '.join(apart)}."
     return (
         f"# {name}\n\nOne shared encoder ({base}) with a head for each of these tasks: {tasks}. {how.strip()}".rstrip()
     )
+
+
+def _pruned_things(pruning: PruningConfig) -> str:
+    if pruning.n_of_m:
+        n, m = pruning.n_of_m
+        return f"weights ({m - n} of every {m} along each row: the pattern {n}:{m})"
+    if pruning.block:
+        return "{} x {} blocks".format(*pruning.block)
+    if pruning.granularity == ("rank",):
+        return "numbers in the matrices (each the product of two, whose rank is cut)"
+    return " and ".join({"channel": "input channels"}.get(kind, f"{kind}s") for kind in pruning.granularity)
 
 
 def _usage(name: str, model: MultitaskModel) -> str:
@@ -186,7 +240,10 @@ def _metrics(results: Mapping[str, Any]) -> str:
         for metric, sparse in metrics.items():
             dense = before["tasks"][task][metric] if before else None
             rows.append((task, source, str(examples.get(task, "")), metric, *numbers(dense, sparse)))
-    rows.append(("average", "", "", "", *numbers(before["average"] if before else None, results["sparse"]["average"])))
+    if len(results["sparse"]["tasks"]) > 1:
+        rows.append(
+            ("average", "", "", "", *numbers(before["average"] if before else None, results["sparse"]["average"]))
+        )
     said = ' "Dense" is the same model before it was pruned; the sparse one was trained on.' if before else ""
     return f"## Metrics\n\nOn validation data, 0 to 100.{said}\n\n{_table(rows)}"
 
@@ -198,14 +255,21 @@ def _size(folder: Path, model: MultitaskModel, pruning: PruningConfig | None) ->
     for task in list(model.adapters):
         model.delete_adapter(task)
     zeros = sparsity_report(model, model.encoder, prunable_parameters(model, pruning))
-    forms = {"packed": "packed: non-zeros and a bit a weight", "structure": "compact: pruned parts are taken out"}
-    said = [text for key, text in forms.items() if form.get(key)] or ["plain: zeros are stored in full"]
+    forms = {
+        "packed": "packed: non-zeros and a bit a weight",
+        "ranks": "factorised: matrices are products of two",
+        "heads": "compact: pruned parts are taken out",
+        "neurons": "compact: pruned parts are taken out",
+    }
+    held = {"packed"} & {key for key in form if form[key]} | set(form.get("structure") or {})
+    said = list(dict.fromkeys(text for key, text in forms.items() if key in held)) or ["plain: zeros are stored in full"]
+    what = "zeros, or saved by low rank," if "ranks" in held else "zeros"
     rows = [
         ("", ""),
         ("parameters", f"{parameters:,}"),
-        ("zeros among the prunable weights", f"{100 * zeros['prunable']:.1f} %"),
-        ("zeros in the encoder", f"{100 * zeros['encoder']:.1f} %"),
-        ("zeros in the model", f"{100 * zeros['model']:.1f} %"),
+        (f"{what} among the prunable weights", f"{100 * zeros['prunable']:.1f} %"),
+        (f"{what} in the encoder", f"{100 * zeros['encoder']:.1f} %"),
+        (f"{what} in the model", f"{100 * zeros['model']:.1f} %"),
         ("bytes of the weights' file", f"{(folder / WEIGHTS_NAME).stat().st_size:,}"),
         ("form of the file", ", ".join(said)),
     ]

@@ -1,6 +1,6 @@
-"""Compaction: pruned heads, neurons and layers leave the model for good, and it gets faster. Layer 7.
+"""Compaction: pruned heads, neurons, layers and components of ranks leave the model for good. Layer 7.
 
-A part is gone when nothing reads it: a head or a neuron whose columns of the following matrix are all zero. What the
+A part is gone when nothing reads it: a head, neuron or component whose columns of the following matrix are all zero. What the
 configuration of the architecture cannot say (fewer heads, neurons that differ by layer) goes into `structure`, which
 `hf_disparse.export.loading` builds again before it loads.
 """
@@ -16,14 +16,16 @@ from transformers import PreTrainedModel
 from hf_disparse.architectures import Layout, find_sites, first_stays, layout_of
 from hf_disparse.config import UserError
 from hf_disparse.export.folder import copy_companions, describe, new_folder, open_model
-from hf_disparse.export.form import StoredForm
+from hf_disparse.export.form import set_structure, structure_of
+from hf_disparse.low_rank import low_rank_modules
 from hf_disparse.model import MultitaskModel
 from hf_disparse.parts import Site, sum_by_part
 from hf_disparse.shapes import Cuts, shrink
+from hf_disparse.unshared import PRIVATE
 
 
 def compact(model: PreTrainedModel, optimizer: Optimizer | None = None) -> dict[str, tuple[int, int]]:
-    """Takes pruned heads, neurons and skipped layers out of `model`, in place; its outputs stay the same within rounding.
+    """Takes pruned parts and skipped layers out of `model`, in place; its outputs stay the same within rounding.
 
     Args:
         optimizer: whose state goes along, so that training goes on as it would have. Masks do not: make new ones by
@@ -37,6 +39,11 @@ def compact(model: PreTrainedModel, optimizer: Optimizer | None = None) -> dict[
     """
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise UserError("compact: expected a model without adapters, got one with PEFT's; compact before adding them")
+    if hasattr(model.base_model, PRIVATE):
+        raise UserError(
+            "compact: expected an encoder that is shared, got one where tasks have layers of their own; compact before "
+            "unsharing, or export the tasks one by one (--format task)"
+        )
     encoder, before = model.base_model, count_parts(model.base_model)
     layout = layout_of(encoder)
     cuts = Cuts(optimizer)
@@ -95,9 +102,7 @@ def count_parts(encoder: nn.Module) -> dict[str, int]:
 
 def heads_that_stay(model: PreTrainedModel) -> dict[str, list[int]]:
     """attention -> places among its first heads, of a model that is compact already."""
-    form = getattr(model.config, "quantization_config", None)
-    held = form.structure if isinstance(form, StoredForm) and form.structure else {}
-    return dict(held.get("heads", {}))
+    return dict(structure_of(model).get("heads", {}))
 
 
 def drop_layers(model: MultitaskModel, cuts: Cuts, heads: dict[str, list[int]]) -> None:
@@ -138,8 +143,5 @@ def _settle(model: PreTrainedModel, layout: Layout, heads: dict[str, list[int]])
     else:
         full = getattr(encoder.config, layout.neurons_key)
         neurons = {name: site.parts for name, site in places.items() if site.parts != full}
-    structure = {kind: entries for kind, entries in (("heads", heads), ("neurons", neurons)) if entries}
-    if structure:
-        model.config.quantization_config = StoredForm(structure=structure)
-    elif hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    ranks = {name: module.rank for name, module in low_rank_modules(encoder).items()}
+    set_structure(model, {"heads": heads, "neurons": neurons, "ranks": ranks})

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from hf_disparse.adapters import ADAPTER_FOLDER
 from hf_disparse.config import UserError, one_line
 from hf_disparse.export.form import FORM_VERSION, METHOD
-from hf_disparse.model import MultitaskModel
+from hf_disparse.model import MultitaskConfig, MultitaskModel
 from hf_disparse.tasks import resolve
 
 WEIGHTS_NAME, CONFIG_NAME, INDEX_NAME = "model.safetensors", "config.json", "model.safetensors.index.json"
@@ -37,21 +37,25 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         UserError: `folder` holds something.
     """
     folder = Path(folder).resolve()
-    try:
+    with _written(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"output_dir: expected a new or empty folder, got {folder}")
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name[:40]}-")
-    except OSError as error:
-        raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}; name another one") from error
     with temporary as inside:
         target = Path(inside, "new")
         target.mkdir()
         yield target
-        try:
+        with _written(folder):  # the current folder, for one, cannot be replaced
             os.replace(target, folder)
-        except OSError as error:  # the current folder, for one, cannot be replaced
-            raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}; name another one") from error
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}; name another one") from error
 
 
 def model_folder(name: str | Path) -> Path:
@@ -138,14 +142,22 @@ def open_model(model: PreTrainedModel | str | Path) -> tuple[PreTrainedModel, Pa
 
 
 def copy_companions(source: Path, target: Path, tokenizer_only: bool = False) -> None:
-    """Copies what a model's folder holds besides weights and is published: tokenizer, configurations, card."""
-    for path in () if tokenizer_only else source.glob(f"{ADAPTER_FOLDER}*/adapter_*"):
-        (target / path.parent.name).mkdir(exist_ok=True)
-        shutil.copyfile(path, target / path.parent.name / path.name)
-    others = (*_NOT_PUBLISHED, *_OF_THE_MODEL) if tokenizer_only else _NOT_PUBLISHED
-    for path in source.iterdir():
-        if path.is_file() and path.suffix in _COMPANIONS and path.name not in others:
-            shutil.copyfile(path, target / path.name)
+    """Copies what a model's folder holds besides weights and is published: tokenizer, configurations, adapters, card.
+
+    But not the card of a MultitaskModel, which tells of bytes and times: `write_card` makes a new one.
+    """
+    skipped = set(_NOT_PUBLISHED)
+    if tokenizer_only:
+        skipped.update(_OF_THE_MODEL)
+    elif read_json(source / CONFIG_NAME).get("model_type") == MultitaskConfig.model_type:
+        skipped.add("README.md")
+    paths = [path for path in source.iterdir() if path.is_file() and path.suffix in _COMPANIONS]
+    paths += () if tokenizer_only else source.glob(f"{ADAPTER_FOLDER}*/adapter_*")
+    for path in paths:
+        if path.name not in skipped:
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def describe(folder: Path, dtype: torch.dtype | None = None, packed: bool = False) -> None:

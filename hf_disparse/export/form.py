@@ -20,7 +20,8 @@ class StoredForm(QuantizationConfigMixin):
 
     Args:
         packed: matrices are stored as their non-zeros and a bitmask.
-        structure: heads and neurons by layer, of a compact encoder; see `hf_disparse.export.compact`.
+        structure: heads and neurons by layer, of a compact encoder, and ranks of matrices in two factors; see
+            `hf_disparse.shapes`.
         sha256: file -> digest, of the checkpoint's weights and configuration, as exported.
     """
 
@@ -45,3 +46,18 @@ class StoredForm(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """What is not at its default."""
         return {key: value for key, value in super().to_dict().items() if value and key != "dequantize"}
+
+
+def structure_of(model: Any) -> dict[str, Any]:
+    """What of a model's shape the configuration of its architecture does not say."""
+    form = getattr(model.config, "quantization_config", None)
+    return dict(form.structure) if isinstance(form, StoredForm) and form.structure else {}
+
+
+def set_structure(model: Any, structure: dict[str, Any]) -> None:
+    """Makes the configuration of a model say that; empty entries are left out."""
+    structure = {key: entries for key, entries in structure.items() if entries}
+    if structure:
+        model.config.quantization_config = StoredForm(structure=structure)
+    elif hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config

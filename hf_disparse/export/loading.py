@@ -19,6 +19,7 @@ from hf_disparse.export.folder import CONFIG_NAME, WEIGHTS_NAME, digests, open_w
 from hf_disparse.export.form import METHOD, StoredForm
 from hf_disparse.export.packed import BITMASK, fill, zeros
 from hf_disparse.shapes import rebuild
+from hf_disparse.unshared import UnsharedLayers
 
 _SOURCES = ["weight$", f"weight{BITMASK}$"]
 
@@ -47,6 +48,9 @@ class StoredFormReader(HfQuantizer):
         if self.quantization_config.structure:
             with torch.device("cpu"):  # transformers makes models on the meta device, where indices have no values
                 rebuild(model.base_model, self.quantization_config.structure)
+                if isinstance(model, UnsharedLayers):
+                    model.make_private()
+            check_factors(self._folder / WEIGHTS_NAME, self.quantization_config.structure)
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         check_header(self._folder / WEIGHTS_NAME)
         form = self.quantization_config
@@ -141,6 +145,23 @@ def check_header(path: Path) -> None:
     for name in shapes:
         if name.endswith(f"weight{BITMASK}") and len(shapes.get(name.removesuffix(BITMASK), ())) != 1:
             raise UserError(f"{name.removesuffix(BITMASK)}: expected its values beside its bitmask, got none")
+
+
+def check_factors(path: Path, structure: dict) -> None:
+    """That the file has both factors of each matrix that should be in two, for transformers would make them up.
+
+    Raises:
+        UserError: with the name of the module.
+    """
+    with open_weights(path) as stored:
+        names = list(stored.keys())
+    for module in structure.get("ranks", {}):
+        for factor in ("down", "up"):
+            if not any(f".{name}".endswith(f".{module}.{factor}.weight") for name in names):
+                raise UserError(
+                    f"{CONFIG_NAME}: quantization_config.structure: expected matrices in two factors where {path.name} has "
+                    f"them, got '{module}'"
+                )
 
 
 def check_digests(folder: Path, found: dict[str, str], expected: dict | None) -> None:

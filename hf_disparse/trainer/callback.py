@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +11,14 @@ from transformers import TrainerCallback
 from hf_disparse.config import PruningConfig, UserError
 from hf_disparse.masks import MaskHooks, apply_masks, find_masks
 from hf_disparse.model import MultitaskModel, prunable_parameters
-from hf_disparse.schedule import sparsity_at, update_steps
-from hf_disparse.scores import GRADIENT_CRITERIA, Batch, LossFunction, model_loss, score
+from hf_disparse.schedule import update_steps
+from hf_disparse.scores import GRADIENT_CRITERIA, Batch, LossFunction, gradients, model_loss, score
+from hf_disparse.stored_scores import SCORES_FOLDER, keep_scores
+from hf_disparse.trainer.guard import Guard
 from hf_disparse.trainer.methods import Update, new_method
 from hf_disparse.trainer.methods.base import Stream
-from hf_disparse.trainer.rules import check_sparsity, gone_layers, prunable_sites, pruned_fractions
+from hf_disparse.trainer.reinitialise import reinitialise
+from hf_disparse.trainer.rules import check_pattern, gone_layers, prunable_sites, pruned_fractions
 
 
 class PruningCallback(TrainerCallback):
@@ -26,6 +30,7 @@ class PruningCallback(TrainerCallback):
         masks: weights already pruned, such as `find_masks` finds in a sparse checkpoint. They stay pruned.
         loss_fn: (model, batch) -> loss.
         weights: task -> weight in the joint decision.
+        guard: what undoes a pruning step that costs a task too much, as `config.max_drop` asks for it.
 
     Attributes:
         masks: the masks in force, None before the first pruning.
@@ -40,12 +45,17 @@ class PruningCallback(TrainerCallback):
         masks: Mapping[str, Tensor] | None = None,
         loss_fn: LossFunction = model_loss,
         weights: Mapping[str, float] | None = None,
+        guard: Guard | None = None,
     ):
         if config is not None and config.quorum > len(loaders):
             raise UserError(
                 f"pruning.quorum: expected at most the number of tasks, {len(loaders)}, got {config.quorum}"
             )
-        self.config, self.loaders, self.masks = config, loaders, masks
+        if config is not None and config.max_drop is not None and config.sparsity and guard is None:
+            raise UserError(
+                "pruning.max_drop: expected a DisparseTrainer, which measures the tasks, got another Trainer"
+            )
+        self.config, self.loaders, self.masks, self.guard = config, loaders, masks, guard
         self.method = new_method(config) if config and config.sparsity else None
         self.task = next(iter(loaders), "")  # whose batch the next backward pass is of
         self._loss_fn, self._weights = loss_fn, weights
@@ -53,7 +63,25 @@ class PruningCallback(TrainerCallback):
         self._hooks: MaskHooks | None = None
         self._watches: list[torch.utils.hooks.RemovableHandle] = []
         self._loaded_state: dict[str, Tensor] | None = None
+        self._scores_folder: Path | None = None  # where scores are kept, if they are
         self.backward_passes = 0
+
+    def restart(self) -> None:
+        """Forgets an earlier training, but for the masks."""
+        self.method = new_method(self.config) if self.config and self.config.sparsity else None
+        self.backward_passes = 0
+        if self.guard:
+            self.guard.forget()
+
+    def prepare(self, model: nn.Module, optimizer=None) -> None:
+        """Lets the method change modules of the model; `optimizer` is one that holds their parameters already."""
+        if self.method:
+            self.method.prepare(model, optimizer)
+
+    def on_init_end(self, args, state, control, *, model=None, optimizer=None, **kwargs):
+        """Makes the model of a foreign Trainer ready, before that makes its optimizer."""
+        if model is not None:
+            self.prepare(model, optimizer)
 
     @property
     def last_update(self) -> int:
@@ -61,21 +89,40 @@ class PruningCallback(TrainerCallback):
         steps = list(self.method.steps) or update_steps(self.config) if self.method else ()
         return steps[-1] if steps else -1
 
-    def on_train_begin(self, args, state, control, *, model, **kwargs):
+    def on_train_begin(self, args, state, control, *, model, optimizer=None, **kwargs):
         """Holds the masks there are; refuses a schedule that training would cut off."""
+        if self.guard and self.guard.stopped:  # resumed: pruning has ended, and what is left is recovery
+            self.method = self._loaded_state = None
         if self.method:
+            if optimizer is not None:  # else this is a rehearsal
+                self.prepare(model, optimizer)
             self._parameters = parameters = self._check(model, args)
             self.method.begin(parameters, self.loaders, state.max_steps)
+            if self.config.keep_scores and any(Path(task).name != task for task in self.loaders):
+                got = ", ".join(self.loaders)
+                raise UserError(f"pruning.keep_scores: expected tasks whose names can name a file, got {got}")
+            if self.config.keep_scores and state.is_world_process_zero:
+                self._scores_folder = Path(args.output_dir, SCORES_FOLDER)
             if self._loaded_state is not None:
                 self.method.load_state(self._loaded_state)
                 self._loaded_state = None
+            elif self.method.keeps_state and 0 < state.global_step <= self.last_update:
+                raise UserError(
+                    f"pruning: expected a checkpoint with the state of method {self.config.method}, got one without it; "
+                    "resume a DisparseTrainer's, or start a run of its own"
+                )
         if self.last_update >= state.max_steps:
             steps = f"the last pruning is at step {self.last_update}, training ends at step {state.max_steps}"
             raise UserError(f"pruning: {steps}; prune earlier or train longer")
         if self.method:
             done = [step for step in self.method.steps if step < state.global_step]
+            if done and self.guard and self.guard.before is None:
+                got = "a checkpoint of a run without it"
+                raise UserError(
+                    f"pruning.max_drop: expected to begin before pruning does, got {got}; start a run of its own"
+                )
             if done and self.masks is None:  # resumed from a checkpoint without masks: a foreign Trainer's, say
-                self.masks = self._masks_in_zeros(model, parameters, sparsity_at(self.config, done[-1]))
+                self.masks = self._masks_in_zeros(model, parameters, done[-1], state.max_steps)
         if self.masks is not None:
             self._hold(model, self.masks)
         if self.method and self.method.sees_gradients:
@@ -87,8 +134,11 @@ class PruningCallback(TrainerCallback):
         if "layer" in config.granularity and not isinstance(model, MultitaskModel):
             got = type(model).__name__
             raise UserError(f"pruning.granularity: layers are pruned from a MultitaskModel only, got {got}")
-        for kind, places in prunable_sites(model, config).items():
-            check_sparsity(kind, [site.parts for site in places.values()], config.sparsity)
+        if isinstance(model, MultitaskModel) and model.config.unshared:
+            got = f"one where {', '.join(model.config.unshared)} have layers of their own"
+            raise UserError(f"pruning: expected a model whose tasks share all layers, got {got}; prune before unsharing")
+        check_pattern(config, parameters, self.masks or {})
+        self.method.check(parameters, prunable_sites(model, config))
         if self.method.sees_gradients and args.fp16:
             raise UserError(
                 f"pruning.method: {config.method} reads gradients as they come, which fp16 scales; use bf16"
@@ -104,9 +154,12 @@ class PruningCallback(TrainerCallback):
 
         self._watches = [p.register_hook(partial(see, name, p)) for name, p in parameters.items()]
 
-    def on_step_begin(self, args, state, control, *, model, optimizer=None, **kwargs):
+    def on_step_begin(self, args, state, control, *, model, optimizer=None, lr_scheduler=None, **kwargs):
         """Changes the masks if it is time, on the weights as the last step left them."""
         if self.method and state.global_step in self.method.steps:
+            if self.guard and not self.guard.allows(state.global_step, model, self.masks, optimizer, lr_scheduler):
+                self._undo(model, optimizer, lr_scheduler)
+                return
             self.prune(model, state.global_step, optimizer, state.is_local_process_zero and not args.disable_tqdm)
         if self.method:
             self.method.before_step(self._parameters, state.global_step)
@@ -123,14 +176,26 @@ class PruningCallback(TrainerCallback):
         if self.masks is not None:
             apply_masks(model, self.masks)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        """Lets the gradients pass again."""
+    def on_train_end(self, args, state, control, *, model, optimizer=None, lr_scheduler=None, **kwargs):
+        """Undoes the last pruning step if it cost too much; lets the gradients pass again."""
+        if self.guard and not self.guard.allows_end(self.masks):
+            self._undo(model, optimizer, lr_scheduler)
         self.end()
 
-    def _masks_in_zeros(self, model: nn.Module, parameters: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
-        """The masks of a model that was pruned to `sparsity`, from its zeros."""
-        masks = find_masks(parameters)
-        for kind, (pruned, size) in pruned_fractions(masks, prunable_sites(model, self.config)).items():
+    def _undo(self, model: nn.Module, optimizer, scheduler) -> None:
+        """Goes back to before the last pruning step and ends pruning: the method is out, its masks are held."""
+        self.end()
+        self.method, masks = None, self.guard.undo(model, optimizer, scheduler)
+        if masks is None:
+            self.masks = None
+        else:
+            self._hold(model, masks)
+
+    def _masks_in_zeros(self, model: nn.Module, parameters: Mapping[str, Tensor], step: int, max_steps: int):
+        """The masks of a model that was last pruned at `step`, from its zeros."""
+        masks, sites = find_masks(parameters), prunable_sites(model, self.config)
+        sparsity = self.method.sparsity_at(step, max_steps, masks, sites)
+        for kind, (pruned, size) in pruned_fractions(masks, sites, self.config).items():
             if pruned < round(sparsity * size):
                 got = f"{pruned} pruned among {size} {kind}s"
                 raise UserError(
@@ -152,15 +217,19 @@ class PruningCallback(TrainerCallback):
                 tasks=tuple(self.loaders),
                 score=partial(self._score, model, parameters, progress),
                 optimizer=optimizer,
+                gradients=partial(self._gradients, model, parameters, progress),
             )
         )
         if decided is not None:
             self._hold(model, {**held, **decided})
+        if self.config.reinitialise and step == self.last_update:
+            reinitialise(model.base_model, self.config.seed, optimizer)
+            apply_masks(model, self.masks or {})
 
     def _score(self, model, parameters, progress: bool, criterion: str, joint: bool = False) -> Stream:
         if criterion in GRADIENT_CRITERIA:
             self.backward_passes += len(self.loaders) * self.config.score_batches
-        return score(
+        stream = score(
             model,
             self.loaders,
             criterion,
@@ -170,6 +239,20 @@ class PruningCallback(TrainerCallback):
             weights=self._weights,
             loss_fn=self._loss_fn,
             seed=self.config.seed,
+            progress=progress,
+        )
+        return keep_scores(stream, self._scores_folder, self.masks or {}) if self._scores_folder else stream
+
+    def _gradients(self, model, parameters, progress: bool, joint: bool = False):
+        self.backward_passes += len(self.loaders) * self.config.score_batches
+        return gradients(
+            model,
+            self.loaders,
+            parameters=parameters,
+            num_batches=self.config.score_batches,
+            joint=joint,
+            weights=self._weights,
+            loss_fn=self._loss_fn,
             progress=progress,
         )
 
@@ -198,6 +281,8 @@ class PruningCallback(TrainerCallback):
 
     def end(self) -> None:
         """Lets go of the model."""
+        if self.method:
+            self.method.end()
         self.release()
         for watch in self._watches:
             watch.remove()

@@ -28,7 +28,12 @@ def _is_whole(checkpoint: Path) -> bool:
         json.loads((checkpoint / "trainer_state.json").read_text())
         for index in checkpoint.glob("model.safetensors.index.json"):
             weights += [checkpoint / name for name in set(json.loads(index.read_text())["weight_map"].values())]
-        for path in (*weights, *checkpoint.glob("adapter-*/adapter_*.safetensors"), *checkpoint.glob(MASKS_NAME)):
+        for path in (
+            *weights,
+            *checkpoint.glob("adapter-*/adapter_*.safetensors"),
+            *checkpoint.glob(MASKS_NAME),
+            *checkpoint.glob("guard/*.safetensors"),
+        ):
             with safe_open(str(path), framework="pt"):  # checks the header against the size of the file
                 pass
     except (OSError, ValueError, KeyError, SafetensorError):

@@ -10,12 +10,15 @@ from hf_disparse import decision
 from hf_disparse.architectures import find_sites, layout_of
 from hf_disparse.config import PruningConfig, UserError
 from hf_disparse.masks import count_pruned
-from hf_disparse.parts import Site, mask_of_parts, sum_by_part
+from hf_disparse.methods.patterns import decide_n_of_m, expand_blocks, misfits, pool_blocks, pruned_in_groups
+from hf_disparse.methods.rank import numbers_saved
+from hf_disparse.model import prunable_parameters
+from hf_disparse.parts import Site, channels, mask_of_parts, sum_by_part
 
 Sites = Mapping[str, Mapping[str, Site]]
 
 
-def decide_by(config: PruningConfig, task_scores, sparsity: float, active=None) -> decision.Masks:
+def decide_by(config: PruningConfig, task_scores, sparsity: float, active=None, cut=None) -> decision.Masks:
     """The masks that `config.decision` makes of the scores; arguments as in `decision.decide`."""
     rule = {
         "unanimous": decision.decide,
@@ -25,7 +28,7 @@ def decide_by(config: PruningConfig, task_scores, sparsity: float, active=None) 
         "max": decision.decide_max,
         "mean_rank": decision.decide_mean_rank,
     }[config.decision]
-    return rule(task_scores, sparsity, active=active)
+    return rule(task_scores, sparsity, active=active, cut=cut)
 
 
 def decide_parts(
@@ -51,6 +54,17 @@ def decide_parts(
         return {kind: {name: sum_by_part(scores, site) for name, site in p.items()} for kind, p in sites.items()}
 
     by_part = [(task, of_parts(scores)) for task, scores in task_scores]
+    return decide_scored_parts(config, by_part, sparsity, active, sites)
+
+
+def decide_scored_parts(
+    config: PruningConfig,
+    by_part: list[tuple[str, Mapping[str, dict[str, Tensor]]]],
+    sparsity: float,
+    active: decision.Masks,
+    sites: Sites,
+) -> decision.Masks:
+    """As `decide_parts`, of scores of parts: (task, kind -> site -> (parts,))."""
     masks = dict(active)
     for kind in sorted(sites, key="layer".__ne__):  # layers first: their heads and neurons are gone, and count
         places = sites[kind]
@@ -78,11 +92,7 @@ def keep_parts(
     count = check_sparsity(kind, [len(alive) for alive in live.values()], sparsity)
     if count <= sum(int((~alive).sum()) for alive in live.values()):
         return {name: alive.clone() for name, alive in live.items()}
-    best = {name: alive.clone() for name, alive in live.items()}
-    for name, alive in live.items():
-        if alive.any():
-            scores = [(task, {name: by_site[name]}) for task, by_site in task_scores]
-            best |= decide_by(config, scores, 1 - 1 / len(alive), active={name: alive})
+    best = best_parts(config, task_scores, live)
     rest = sum(int((~stays).sum()) for stays in best.values())
     if count == rest:
         return best
@@ -91,6 +101,51 @@ def keep_parts(
     for name, keep in best.items():
         keep[~keep] = chosen[name]
     return best
+
+
+def best_parts(
+    config: PruningConfig, task_scores: list[tuple[str, dict[str, Tensor]]], live: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The best part of every site where one is live. Shapes as in `keep_parts`."""
+    best = {name: alive.clone() for name, alive in live.items()}
+    for name, alive in live.items():
+        if alive.any():
+            scores = [(task, {name: by_site[name]}) for task, by_site in task_scores]
+            best |= decide_by(config, scores, 1 - 1 / len(alive), active={name: alive})
+    return best
+
+
+def decide_pattern(config: PruningConfig, task_scores, sparsity: float, active: decision.Masks) -> decision.Masks:
+    """The masks in the pattern of `config`; what `active` prunes stays pruned. Arguments as in `decision.decide`.
+
+    A block's score is the sum of those of its weights; `config.decision` decides over blocks as over weights.
+    """
+    if config.n_of_m:
+        return decide_n_of_m(task_scores, *config.n_of_m, config.decision, config.quorum, active)
+    by_block = ((task, pool_blocks(scores, *config.block)) for task, scores in task_scores)
+    live = {name: kept > 0 for name, kept in pool_blocks(active, *config.block).items()}
+    keep = expand_blocks(decide_by(config, by_block, sparsity, live), *config.block)
+    return {name: mask & keep[name] for name, mask in active.items()}
+
+
+def check_pattern(config: PruningConfig, parameters: Mapping[str, Tensor], masks: decision.Masks) -> None:
+    """Refuses matrices that do not divide into the pattern, and masks that leave less than it keeps."""
+    if not (config.n_of_m or config.block):
+        return
+    rows, columns = config.block or (1, config.n_of_m[1])
+    for name in misfits(parameters, rows, columns):
+        shape = " x ".join(str(n) for n in parameters[name].shape)
+        raise UserError(
+            f"pruning.granularity: expected matrices of a multiple of {rows} x {columns} for {config.granularity[0]}, got "
+            f"{shape} for '{name}'; leave it out by exclude_modules"
+        )
+    for name in [name for name in masks if config.n_of_m and name in parameters]:
+        n, m = config.n_of_m
+        if (masks[name].reshape(-1, m).sum(dim=1) < n).any():
+            raise UserError(
+                f"pruning.granularity: expected {n} weights left of every {m} for {config.granularity[0]}, got fewer in "
+                f"'{name}', which is sparse already; start from a dense model"
+            )
 
 
 def check_sparsity(kind: str, parts: Sequence[int], sparsity: float) -> int:
@@ -109,16 +164,31 @@ def prunable_sites(model: nn.Module, config: PruningConfig) -> Sites:
     """The sites of the parts that `config` prunes, empty for weights; names are those of `model`'s modules."""
     if not config.prunes_parts:
         return {}
+    if config.granularity == ("channel",):
+        return {"channel": channels(prunable_parameters(model, config))}
     encoder = model.base_model
     prefix = next(name for name, module in model.named_modules() if module is encoder)
     sites = find_sites(encoder, f"{prefix}." if prefix else "")
-    return {kind: sites[kind] for kind in config.granularity}
+    sites = {kind: sites.get(kind, {}) for kind in config.granularity}
+    if config.granularity == ("rank",):
+        mine = prunable_parameters(model, config)
+        sites["rank"] = {name: site for name, site in sites["rank"].items() if f"{name}.up.weight" in mine}
+    return sites
 
 
-def pruned_fractions(masks: decision.Masks, sites: Sites) -> dict[str, tuple[int, int]]:
-    """kind -> how many are pruned, of how many; of weights if there are no sites."""
+def pruned_fractions(
+    masks: decision.Masks, sites: Sites, config: PruningConfig | None = None
+) -> dict[str, tuple[int, int]]:
+    """kind -> how many are pruned, of how many; of weights if there are no sites; as the pattern of `config` counts."""
+    if config and config.n_of_m:
+        return {"weight": pruned_in_groups(masks, *config.n_of_m)}
+    if config and config.block:
+        kept = torch.cat([blocks.flatten() for blocks in pool_blocks(masks, *config.block).values()])
+        return {"block": (int((kept == 0).sum()), len(kept))}
     if not sites:
         return {"weight": count_pruned(masks)}
+    if "rank" in sites:
+        return {"number": numbers_saved(masks, sites["rank"])}
     counts = {}
     for kind, places in sites.items():
         gone = torch.cat([sum_by_part(masks, site) == 0 for site in places.values()])

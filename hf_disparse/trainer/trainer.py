@@ -1,6 +1,7 @@
 """`DisparseTrainer`: transformers' Trainer on several tasks, with pruning."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from transformers import Trainer, TrainingArguments
 from hf_disparse.config import PruningConfig, UserError
 from hf_disparse.export.card import results_of_log, write_card
 from hf_disparse.losses import GradientSurgery, distillation_loss, hidden_loss, uncertainty_weight
-from hf_disparse.masks import MASKS_NAME, count_pruned, load_masks, save_masks
+from hf_disparse.masks import MASKS_NAME, load_masks, masked_share, save_masks
 from hf_disparse.model import MultitaskModel
+from hf_disparse.stored_scores import SCORES_FOLDER
 from hf_disparse.tasks import MultitaskCollator, TaskBatchSampler, TaskDataset, average, compute_metrics
 from hf_disparse.trainer.arguments import DisparseTrainingArguments, check_arguments, check_datasets, lengths_by_task
 from hf_disparse.trainer.batches import EpochOfSampler, ScoringBatches
 from hf_disparse.trainer.callback import PruningCallback
 from hf_disparse.trainer.checkpoints import last_whole_checkpoint
+from hf_disparse.trainer.guard import GUARD_NAME, new_guard
 
 STATE_NAME, PRUNING_STATE_NAME = "disparse_state.json", "pruning_state.safetensors"
 
@@ -85,6 +88,7 @@ class DisparseTrainer(Trainer):
             masks=masks,
             loss_fn=self._scoring_loss,
             weights={name: task.weight for name, task in self.tasks.items()},
+            guard=new_guard(self),
         )
         self.add_callback(self.pruner)
         self.add_callback(EpochOfSampler(self))
@@ -236,7 +240,7 @@ class DisparseTrainer(Trainer):
         self._trained += 1
         self._require_finite(loss, f"loss of task '{task}'" if task else "loss of the batch")
         if self._surgery:
-            self._surgery.take(task, self.model.encoder.parameters())
+            self._surgery.take(task, self.model.shared_parameters())
             if self.accelerator.sync_gradients:
                 self._surgery.give(torch.Generator().manual_seed(self.args.seed + self.state.global_step))
         return loss
@@ -262,8 +266,7 @@ class DisparseTrainer(Trainer):
         """As in Trainer, with the sparsity of the prunable weights beside the loss."""
         masks = self.pruner.masks
         if masks and "loss" in logs:
-            pruned, size = count_pruned(masks)
-            logs["sparsity"] = pruned / size
+            logs["sparsity"] = masked_share(self.model, masks)
         super().log(logs, *args, **kwargs)
 
     # Evaluation: every task by its own metrics, one average
@@ -280,6 +283,18 @@ class DisparseTrainer(Trainer):
             check_datasets(self.tasks, eval_dataset=datasets)
         if not (self.is_multitask and isinstance(datasets, Mapping)):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        metrics, values = self.evaluate_tasks(datasets, ignore_keys, metric_key_prefix)
+        losses = [metrics[key] for key in (f"{metric_key_prefix}_{task}_loss" for task in datasets) if key in metrics]
+        if losses:
+            metrics[f"{metric_key_prefix}_loss"] = sum(losses) / len(losses)
+        if values and all(values.values()):
+            metrics[f"{metric_key_prefix}_average"] = average(values)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def evaluate_tasks(self, datasets, ignore_keys=None, metric_key_prefix: str = "eval"):
+        """What `evaluate` finds, unlogged: all metrics under their prefix, and task -> metric -> value."""
         metrics, values = {}, {}
         for task, rows in datasets.items():
             prefix = f"{metric_key_prefix}_{task}"
@@ -292,14 +307,7 @@ class DisparseTrainer(Trainer):
             values[task] = {
                 m: output.metrics[f"{prefix}_{m}"] for m in self.tasks[task].metric if f"{prefix}_{m}" in output.metrics
             }
-        losses = [metrics[key] for key in (f"{metric_key_prefix}_{task}_loss" for task in datasets) if key in metrics]
-        if losses:
-            metrics[f"{metric_key_prefix}_loss"] = sum(losses) / len(losses)
-        if values and all(values.values()):
-            metrics[f"{metric_key_prefix}_average"] = average(values)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return metrics, values
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
         """As in Trainer, with the metrics of the task whose batches these are, unless `compute_metrics` was given."""
@@ -327,7 +335,9 @@ class DisparseTrainer(Trainer):
         if self.model_init is not None:
             self.pruner.masks = self._given_masks  # the masks of an earlier trial are of another model
             self.loss_means = {}
-        self._trained = self.pruner.backward_passes = 0
+        self._trained = 0
+        self.pruner.restart()
+        self.pruner.prepare(self.model, self.optimizer)
         if self._surgery:
             self._surgery = GradientSurgery()  # a step that died may have left gradients in the old one
         try:
@@ -335,12 +345,21 @@ class DisparseTrainer(Trainer):
         finally:
             self.pruner.end()  # also where training died
 
+    def call_model_init(self, trial=None) -> nn.Module:
+        """As in Trainer; a model of a later trial is made ready for pruning as the first one was."""
+        model = super().call_model_init(trial)
+        if hasattr(self, "pruner"):
+            self.pruner.prepare(model)
+        return model
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.pruner.masks is not None and self.args.should_save:
             save_masks(self.pruner.masks, Path(output_dir, MASKS_NAME))
         if self.args.should_save and (pruning := self.pruner.state()):
             save_file(pruning, Path(output_dir, PRUNING_STATE_NAME))
+        if self.args.should_save and self.pruner.guard:
+            self.pruner.guard.save(Path(output_dir, GUARD_NAME))
         if self.args.should_save:
             state = {"backward_passes": self.backward_passes, "loss_means": self.loss_means}
             Path(output_dir, STATE_NAME).write_text(json.dumps(state))
@@ -355,6 +374,8 @@ class DisparseTrainer(Trainer):
         path = Path(checkpoint, PRUNING_STATE_NAME)
         if path.is_file():
             self.pruner.load_state(load_file(path))
+        if self.pruner.guard:
+            self.pruner.guard.load(Path(checkpoint, GUARD_NAME))
         path = Path(checkpoint, STATE_NAME)
         if path.is_file():  # absent from a foreign Trainer's
             state = json.loads(path.read_text())
@@ -378,7 +399,17 @@ class DisparseTrainer(Trainer):
             super().create_model_card(language, license, tags, model_name, **kwargs)
         elif self.is_world_process_zero():
             results = results_of_log(self.state.log_history, self.tasks)
+            if self.pruner.guard:
+                results["guard"] = self.pruner.guard.report()
             write_card(self.args.output_dir, self.hub_model_id or model_name, license, results)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in Trainer, with the scores that `keep_scores` asks for; checkpoints go without."""
+        super().save_model(output_dir, _internal_call)
+        scores, target = Path(self.args.output_dir, SCORES_FOLDER), Path(output_dir or self.args.output_dir, SCORES_FOLDER)
+        kept = self.pruning_config is not None and self.pruning_config.keep_scores and scores.is_dir()
+        if kept and self.args.should_save and not _internal_call and scores.resolve() != target.resolve():
+            shutil.copytree(scores, target, dirs_exist_ok=True)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)

@@ -2,9 +2,25 @@
 
 from hf_disparse.config import PruningConfig
 from hf_disparse.trainer.methods.base import Method, Update
+from hf_disparse.trainer.methods.dynamic import Dynamic
+from hf_disparse.trainer.methods.flop import Flop
+from hf_disparse.trainer.methods.group_lasso import GroupLasso
+from hf_disparse.trainer.methods.l0 import L0
+from hf_disparse.trainer.methods.movement import Movement
+from hf_disparse.trainer.methods.platon import Platon
+from hf_disparse.trainer.methods.rank import Rank
 from hf_disparse.trainer.methods.saliency import Saliency
 
-METHODS: dict[str, type[Method]] = {"saliency": Saliency}
+METHODS: dict[str, type[Method]] = {
+    "saliency": Saliency,
+    "dynamic": Dynamic,
+    "group_lasso": GroupLasso,
+    "rank": Rank,
+    "flop": Flop,
+    "movement": Movement,
+    "platon": Platon,
+    "l0": L0,
+}
 
 
 def new_method(config: PruningConfig) -> Method:
@@ -12,4 +28,17 @@ def new_method(config: PruningConfig) -> Method:
     return METHODS[config.method](config)
 
 
-__all__ = ["METHODS", "Method", "Saliency", "Update", "new_method"]
+__all__ = [
+    "L0",
+    "METHODS",
+    "Dynamic",
+    "Flop",
+    "GroupLasso",
+    "Method",
+    "Movement",
+    "Platon",
+    "Rank",
+    "Saliency",
+    "Update",
+    "new_method",
+]

@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 
 from hf_disparse.config import PruningConfig
 from hf_disparse.decision import Masks
-from hf_disparse.schedule import update_steps
-from hf_disparse.trainer.rules import Sites
+from hf_disparse.schedule import sparsity_at, update_steps
+from hf_disparse.trainer.rules import Sites, check_sparsity
 
 Stream = Iterator[tuple[str, dict[str, Tensor]]]
 
@@ -28,6 +28,7 @@ class Update:
         score: (criterion) -> (task, scores) one task at a time, on batches of its own; (criterion, True) -> one pair
             "joint", of the summed losses. Every call takes backward passes.
         optimizer: None in a loop that hides it.
+        gradients: () -> (task, its gradients batch by batch) one task at a time; (True) -> one pair "joint". As `score`.
     """
 
     step: int
@@ -38,6 +39,7 @@ class Update:
     tasks: tuple[str, ...]
     score: Callable[..., Stream]
     optimizer: Optimizer | None
+    gradients: Callable[..., Iterator[tuple[str, Iterator[dict[str, Tensor]]]]] | None = None
 
 
 class Method:
@@ -49,18 +51,37 @@ class Method:
     Attributes:
         sees_gradients: whether `gradient` is to be called.
         may_revive: whether a weight that was pruned can come back.
+        keeps_state: whether a training cannot go on without what `state` returned, until the last update is done.
     """
 
     sees_gradients = False
     may_revive = False
+    keeps_state = False
 
     def __init__(self, config: PruningConfig):
         self.config = config
         self.steps: Iterable[int] = range(0)
 
+    def prepare(self, model: nn.Module, optimizer: Optimizer | None) -> None:
+        """Before there is an optimizer: the method may put new modules into the model. Called again once there is one."""
+
+    def check(self, parameters: Mapping[str, Tensor], sites: Sites) -> None:
+        """Refuses before the first step what `update` could not do."""
+        for kind, places in sites.items():
+            check_sparsity(kind, [site.parts for site in places.values()], self.config.sparsity)
+
     def begin(self, parameters: Mapping[str, nn.Parameter], tasks: Iterable[str], max_steps: int) -> None:
         """Before the first step of a training, also of one that goes on: the state of that comes by `load_state`."""
         self.steps = update_steps(self.config, max_steps)
+
+    def sparsity_at(self, step: int, max_steps: int, masks: Masks, sites: Sites) -> float:
+        """How far a model has to be pruned, as `pruned_fractions` counts it, once `step` has updated its masks."""
+        return sparsity_at(self.config, step, max_steps)
+
+    @staticmethod
+    def scorings(config: PruningConfig, max_steps: int) -> int:
+        """How often a training of so many steps scores by gradients, at most: each takes `score_batches` batches per task."""
+        return 0
 
     def update(self, now: Update) -> Masks | None:
         """The masks from this step on, of all prunable weights; None leaves them."""
@@ -77,6 +98,9 @@ class Method:
 
     def after_optimizer(self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer | None) -> None:
         """Once the optimizer has moved the weights; pruned ones are zeroed afterwards."""
+
+    def end(self) -> None:
+        """Once training has ended or died, maybe within a step; may be called again."""
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint has to hold for the next step to have the same bits."""

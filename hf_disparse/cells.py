@@ -1,0 +1,163 @@
+"""What `hf-disparse compare` can compare: methods by name, and the recipe that each of their runs is. Layer 10."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from hf_disparse.config import CRITERIA, PruningConfig, UserError, closest, require
+from hf_disparse.recipes import Recipe, parse_recipe
+from hf_disparse.trainer.methods import METHODS as IMPLEMENTED
+
+# name -> fields of PruningConfig beside the recipe's; the criterion is one of --criteria
+_DECISIONS = {
+    "joint": {"decision": "joint"},
+    "sum": {"decision": "sum"},
+    "max": {"decision": "max"},
+    "mean": {"decision": "mean_rank"},
+    "quorum2": {"decision": "quorum", "quorum": 2},
+    "unanimous": {"decision": "unanimous"},
+    "reinitialise": {"decision": "unanimous", "reinitialise": True},
+    "rank": {"method": "rank", "decision": "unanimous"},
+    "parts": {"decision": "unanimous", "granularity": ["head", "neuron"]},
+}
+# name -> all of the fields; the criterion is theirs
+_WHOLE = {
+    "random": {"criterion": "random"},
+    "magnitude": {"criterion": "magnitude"},
+    "agreement": {"criterion": "agreement", "decision": "joint", "granularity": ["head", "neuron"]},
+    "dynamic": {"method": "dynamic", "score_batches": 1},
+    "rigl": {"method": "dynamic", "decision": "joint", "score_batches": 1},
+    "movement": {"method": "movement"},
+    "movement_joint": {"method": "movement", "decision": "joint"},
+    "movement_soft": {"method": "movement", "mode": "soft"},
+    "platon": {"method": "platon"},
+    "platon_joint": {"method": "platon", "decision": "joint"},
+    "l0": {"method": "l0"},
+    "flop": {"method": "flop"},
+    "group_lasso": {"method": "group_lasso"},
+}
+METHODS = ("dense", *dict.fromkeys((*list(_WHOLE)[:2], *_DECISIONS, *_WHOLE)))  # in the order of tables
+_OF_THE_RECIPE = ("target_modules", "exclude_modules", "score_batches")  # what another method than the recipe's takes from it
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid.
+
+    Args:
+        method: one of METHODS, `quorum` with another number, or a pattern, such as `2:4` or `block16x16`.
+        criterion: of the methods that leave it open; empty for the others.
+        sparsity: 0 for the dense row.
+    """
+
+    method: str
+    criterion: str
+    sparsity: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """What its files are called."""
+        method = self.method.replace(":", "of")
+        parts = [method, self.criterion, str(self.sparsity) if self.sparsity else "", f"seed{self.seed}"]
+        return "-".join(part for part in parts if part)
+
+    @property
+    def start(self) -> str:
+        """What the dense model is called that it starts from."""
+        return f"dense-seed{self.seed}"
+
+    def pruning(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The section `pruning` of the cell, `values` being that of the recipe."""
+        own = {"sparsity": self.sparsity, "keep_scores": False}
+        if self.method == "dense":
+            return values | own
+        fields = _WHOLE.get(self.method) or _fields(self.method) | {"criterion": self.criterion}
+        if "method" in fields:
+            return {key: values[key] for key in _OF_THE_RECIPE if key in values} | fields | own
+        return values | {"decision": "unanimous", "quorum": 1} | fields | own
+
+
+def _fields(method: str) -> dict[str, Any] | None:
+    """Of a method whose criterion is open; None if there is none of that name."""
+    if re.fullmatch(r"quorum[1-9]\d*", method):
+        number = int(method.removeprefix("quorum"))
+        return {"decision": "quorum" if number > 1 else "unanimous", "quorum": number}
+    if re.fullmatch(r"\d+:\d+|block\d+x\d+", method):
+        return {"granularity": method}
+    return _DECISIONS.get(method)
+
+
+def grid(
+    methods: Sequence[str], criteria: Sequence[str], sparsities: Sequence[float], seeds: Sequence[int]
+) -> list[Cell]:
+    """The cells of a comparison, one seed after the other; methods without a criterion stand once for all criteria.
+
+    An N:M pattern has the one sparsity that it has.
+    """
+    for method in methods:
+        if method not in METHODS and _fields(method) is None:
+            raise UserError(f"--methods: unknown method {method!r}{closest(method, METHODS)}")
+    for criterion in criteria:
+        if criterion not in CRITERIA:
+            raise UserError(f"--criteria: unknown criterion {criterion!r}{closest(criterion, CRITERIA)}")
+    for sparsity in sparsities:
+        require(0 < sparsity < 1, "--sparsities", "numbers in (0, 1); the method dense is the one without", sparsity)
+    cells = [
+        Cell(
+            method,
+            "" if method == "dense" or method in _WHOLE else criterion,
+            _sparsity(method, sparsity),
+            seed,
+        )
+        for seed in seeds
+        for sparsity in sparsities
+        for method in methods
+        for criterion in criteria
+    ]
+    return list(dict.fromkeys(cells))
+
+
+def _sparsity(method: str, sparsity: float) -> float:
+    if method == "dense":
+        return 0.0
+    kept, colon, of = method.partition(":")
+    return 1 - int(kept) / max(1, int(of)) if colon else sparsity
+
+
+def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
+    """The recipe that is this cell: as many steps as make its backward passes, scoring included, those of the recipe.
+
+    Those of the recipe are its steps, and its scoring as if that took gradients. The dense row goes on at the dense phase's
+    learning rate: one that pruned weights need throws a finished model back.
+    """
+    values, arguments = recipe.values, recipe.arguments("sparse", recipe.output_dir)
+    recovery = dict(values.get("recovery") or {})
+    if cell.method == "dense":
+        recovery.pop("learning_rate", None)
+    drops = recipe.pruning.max_drop
+    require(drops is None, "pruning.max_drop", "nothing in a comparison, whose rows have the sparsity they name", drops)
+    most = arguments.max_steps
+    require(most > 0, "recovery.max_steps", "a number of steps, so that every method gets the same", most)
+    pruning = dict(values.get("pruning") or {})
+    by_gradients = {"sparsity": 0.5, "criterion": "snip", "max_drop": None}
+    own = parse_recipe({**values, "seed": cell.seed, "pruning": cell.pruning(pruning)}).pruning
+    votes, every = len(recipe.tasks) - len(recipe.helpers), arguments.gradient_accumulation_steps
+    whole = parse_recipe({**values, "pruning": pruning | by_gradients}).pruning
+    budget = most * every + votes * scoring_batches(whole, most)
+    steps = next(n for n in count(1) if n * every + votes * scoring_batches(own, n) >= budget)
+    return parse_recipe(
+        {
+            **values,
+            "seed": cell.seed,
+            "pruning": cell.pruning(pruning),
+            "recovery": {**recovery, "max_steps": steps},
+        }
+    )
+
+
+def scoring_batches(config: PruningConfig, max_steps: int) -> int:
+    """Batches per task that are scored in a training of so many steps."""
+    return config.score_batches * IMPLEMENTED[config.method].scorings(config, max_steps)

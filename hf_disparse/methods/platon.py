@@ -1,0 +1,24 @@
+"""PLATON: importance times its uncertainty, both smoothed over batches. Pure functions on tensors.
+
+w is a weight, g the gradient of one task's loss on one batch. Source: Zhang et al. 2022 (arXiv 2206.12562).
+"""
+
+import torch
+from torch import Tensor
+
+
+def smooth(
+    importance: Tensor, uncertainty: Tensor, weight: Tensor, gradient: Tensor, beta1: float, beta2: float
+) -> None:
+    """I = |w g|, Ibar <- b1 Ibar + (1 - b1) I, U = |I - Ibar|, Ubar <- b2 Ubar + (1 - b2) U, in place. Section 3.
+
+    Shapes: all alike; `importance` is Ibar, `uncertainty` Ubar, both 0 before the first batch.
+    """
+    now = torch.mul(weight, gradient).abs_()
+    importance.lerp_(now.to(importance.dtype), 1 - beta1)
+    uncertainty.lerp_(now.sub(importance).abs_(), 1 - beta2)
+
+
+def score(importance: Tensor, uncertainty: Tensor) -> Tensor:
+    """Ibar * Ubar: high for what matters and for what may matter, an upper confidence bound. Shapes alike -> the same."""
+    return importance * uncertainty
