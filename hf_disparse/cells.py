@@ -39,7 +39,11 @@ _WHOLE = {
     "group_lasso": {"method": "group_lasso"},
 }
 METHODS = ("dense", *dict.fromkeys((*list(_WHOLE)[:2], *_DECISIONS, *_WHOLE)))  # in the order of tables
-_OF_THE_RECIPE = ("target_modules", "exclude_modules", "score_batches")  # what another method than the recipe's takes from it
+_OF_THE_RECIPE = (
+    "target_modules",
+    "exclude_modules",
+    "score_batches",
+)  # what another method than the recipe's takes from it
 
 
 @dataclass(frozen=True)

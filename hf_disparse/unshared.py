@@ -116,12 +116,10 @@ def unshare(model: UnsharedLayers, layer: int, tasks: Sequence[str] | None = Non
         raise UserError(f"layer: expected one of the encoder's {len(layers)}, 0 to {len(layers) - 1}, got {layer!r}")
     skipped = model.config.skipped_layers
     model.skip_layers([])  # so that the hooks of this are not copied
-    if not unshared:
-        model.encoder.private = nn.ModuleDict()
-    for task in heads:
-        if task in names:
-            model.encoder.private[task] = _copies(model.encoder, layers[layer:])
-    model.config.unshared = {**unshared, **{task: layer for task in heads if task in names}}
+    own = dict(model.encoder.private.items()) if unshared else {}
+    own |= {task: _copies(model.encoder, layers[layer:]) for task in names}
+    model.encoder.private = nn.ModuleDict({task: own[task] for task in heads if task in own})
+    model.config.unshared = {**unshared, **dict.fromkeys(names, layer)}
     model.settle()
     model.skip_layers(skipped)
 

@@ -5,6 +5,9 @@ import os
 
 from hypothesis import settings
 
+if os.environ.get("PYTEST_XDIST_WORKER"):  # as many processes as cores: a thread each, in children, too
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # On CI the same examples every time; elsewhere new ones, to find new faults.
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):

@@ -64,6 +64,18 @@ def test_a_killed_run_ends_in_the_bits_of_the_undisturbed_one(tmp_path, undistur
     assert {key: ours[key] for key in measured} == {key: metrics[key] for key in measured}
 
 
+@pytest.mark.parametrize("changes", [{}, {"loss_weighting": "pcgrad"}])
+def test_a_run_that_dies_once_all_steps_are_done_has_none_left_to_take(tmp_path, changes):
+    changes = STEPS | {"max_steps": 6, "lr_scheduler_type": "constant"} | changes
+    config = PruningConfig(sparsity=0.5, score_batches=2)
+    whole = multitask_trainer(tmp_path, config, **changes)
+    whole.train()
+    again = multitask_trainer(tmp_path, config, **changes)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert_same(weights(whole.model), weights(again.model))
+    assert (again.state.global_step, again.backward_passes) == (6, whole.backward_passes)
+
+
 def test_a_checkpoint_holds_the_masks_at_one_bit_a_weight(tmp_path):
     trainer = multitask_trainer(tmp_path, CUBIC, **STEPS | {"max_steps": 18})
     trainer.train()

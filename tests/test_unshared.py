@@ -124,13 +124,15 @@ def test_where_all_tasks_stop_sharing_the_first_keeps_the_encoder_s_layers():
     assert_same(before, by_task(model))
 
 
-def test_tasks_may_stop_sharing_at_different_layers():
+def test_tasks_may_stop_sharing_at_different_layers(tmp_path):
     model = model_of("bert")
     before = by_task(model)
     unshare(model, 2, ["real"])
     unshare(model, 0, ["two"])
     assert model.config.unshared == {"real": 2, "two": 0}
     assert_same(before, by_task(model))
+    model.save_pretrained(tmp_path)
+    assert_same(weights(model), weights(AutoModel.from_pretrained(tmp_path)))  # in the same order
 
 
 @pytest.mark.parametrize("gone", ["two", "three", "real"])

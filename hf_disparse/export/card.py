@@ -262,7 +262,9 @@ def _size(folder: Path, model: MultitaskModel, pruning: PruningConfig | None) ->
         "neurons": "compact: pruned parts are taken out",
     }
     held = {"packed"} & {key for key in form if form[key]} | set(form.get("structure") or {})
-    said = list(dict.fromkeys(text for key, text in forms.items() if key in held)) or ["plain: zeros are stored in full"]
+    said = list(dict.fromkeys(text for key, text in forms.items() if key in held)) or [
+        "plain: zeros are stored in full"
+    ]
     what = "zeros, or saved by low rank," if "ranks" in held else "zeros"
     rows = [
         ("", ""),

@@ -20,16 +20,16 @@ def initial(drop_rate: float) -> float:
 
 
 def logistic(size: int, generator: torch.Generator) -> Tensor:
-    """log u - log(1 - u) for `size` uniform u, the noise of gates. Shape (size,) float32, on the generator's device."""
-    return torch.rand(size, generator=generator, device=generator.device).logit_(_EDGE)
+    """(log u - log(1 - u)) / beta for uniform u, the noise of gates. Shape (size,) float32, on the generator's device."""
+    return torch.rand(size, generator=generator, device=generator.device).logit_(_EDGE).mul_(1 / BETA)
 
 
 def sample(log_alpha: Tensor, noise: Tensor, out: Tensor | None = None) -> Tensor:
     """z = clamp(sigmoid((log u - log(1 - u) + a) / beta) (zeta - gamma) + gamma, 0, 1), eq. 10 and 11.
 
-    Shapes: log_alpha and noise log u - log(1 - u) alike -> the same, in `out` if that is given, as in all that follow.
+    Shapes: log_alpha and noise (log u - log(1 - u)) / beta alike -> the same, in `out` if that is given, as in all that follow.
     """
-    z = torch.add(noise, log_alpha, out=out).mul_(1 / BETA).sigmoid_()
+    z = torch.add(noise, log_alpha, alpha=1 / BETA, out=out).sigmoid_()
     return z.mul_(ZETA - GAMMA).add_(GAMMA).clamp_(0, 1)
 
 

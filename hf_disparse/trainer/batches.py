@@ -12,8 +12,12 @@ from hf_disparse.tasks import TaskBatchSampler, TaskDataset
 from hf_disparse.trainer.arguments import lengths_by_task
 
 
-class EpochOfSampler(TrainerCallback):
-    """Tells the sampler its epoch. Trainer does, too, but not through what Accelerate wraps around it on a resume."""
+class Resuming(TrainerCallback):
+    """Mends what transformers' Trainer does on a resume.
+
+    It tells a sampler its epoch, but not through what Accelerate wraps around it; and it takes a step, which
+    `training_step` leaves without a gradient, where no step is left.
+    """
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
@@ -21,6 +25,9 @@ class EpochOfSampler(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer.is_multitask:
             self.trainer.task_sampler.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        state.global_step = min(state.global_step, state.max_steps)
 
 
 class ScoringBatches:

@@ -136,7 +136,9 @@ class PruningCallback(TrainerCallback):
             raise UserError(f"pruning.granularity: layers are pruned from a MultitaskModel only, got {got}")
         if isinstance(model, MultitaskModel) and model.config.unshared:
             got = f"one where {', '.join(model.config.unshared)} have layers of their own"
-            raise UserError(f"pruning: expected a model whose tasks share all layers, got {got}; prune before unsharing")
+            raise UserError(
+                f"pruning: expected a model whose tasks share all layers, got {got}; prune before unsharing"
+            )
         check_pattern(config, parameters, self.masks or {})
         self.method.check(parameters, prunable_sites(model, config))
         if self.method.sees_gradients and args.fp16:

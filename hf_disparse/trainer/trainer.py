@@ -14,15 +14,16 @@ from transformers import Trainer, TrainingArguments
 
 from hf_disparse.config import PruningConfig, UserError
 from hf_disparse.export.card import results_of_log, write_card
-from hf_disparse.losses import GradientSurgery, distillation_loss, hidden_loss, uncertainty_weight
+from hf_disparse.losses import GradientSurgery, uncertainty_weight
 from hf_disparse.masks import MASKS_NAME, load_masks, masked_share, save_masks
 from hf_disparse.model import MultitaskModel
 from hf_disparse.stored_scores import SCORES_FOLDER
 from hf_disparse.tasks import MultitaskCollator, TaskBatchSampler, TaskDataset, average, compute_metrics
 from hf_disparse.trainer.arguments import DisparseTrainingArguments, check_arguments, check_datasets, lengths_by_task
-from hf_disparse.trainer.batches import EpochOfSampler, ScoringBatches
+from hf_disparse.trainer.batches import Resuming, ScoringBatches
 from hf_disparse.trainer.callback import PruningCallback
 from hf_disparse.trainer.checkpoints import last_whole_checkpoint
+from hf_disparse.trainer.distillation import check_teachers, distilled
 from hf_disparse.trainer.guard import GUARD_NAME, new_guard
 
 STATE_NAME, PRUNING_STATE_NAME = "disparse_state.json", "pruning_state.safetensors"
@@ -72,7 +73,7 @@ class DisparseTrainer(Trainer):
         )
         self.is_multitask = isinstance(self.model, MultitaskModel)
         self.tasks = self.model.tasks if self.is_multitask else {}
-        self._teachers = self._check_teachers(teachers)
+        self._teachers = check_teachers(teachers, self.args, self.is_multitask, train_dataset)
         self.loss_means: dict[str, float] = {}  # running, with loss_weighting="uncertainty"
         self._trained = 0  # backward passes
         self._surgery = GradientSurgery() if self._weighting == "pcgrad" else None
@@ -91,7 +92,7 @@ class DisparseTrainer(Trainer):
             guard=new_guard(self),
         )
         self.add_callback(self.pruner)
-        self.add_callback(EpochOfSampler(self))
+        self.add_callback(Resuming(self))
 
     # Data: one task per batch
 
@@ -171,37 +172,12 @@ class DisparseTrainer(Trainer):
         labels = inputs.get("labels")
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if teacher is not None:
-            loss = self._distilled(loss, outputs, teacher, {**inputs, "labels": labels})
+            loss = distilled(loss, outputs, teacher, {**inputs, "labels": labels}, self.tasks[task], self.args)
         weight = self.tasks[task].weight
         if self._weighting == "uncertainty":
             weight *= self._uncertainty_weight(task, loss)
         loss = loss if weight == 1.0 else loss * weight
         return (loss, outputs) if return_outputs else loss
-
-    def _distilled(self, loss: Tensor, outputs, teacher: nn.Module, inputs) -> Tensor:
-        """(1 - a) loss + a distillation of the logits + b distance of the hidden states."""
-        args, task = self.args, self.tasks[inputs["task"]]
-        seen = {
-            k: v for k, v in inputs.items() if k != "labels" and (k != "task" or isinstance(teacher, MultitaskModel))
-        }
-        with torch.no_grad():
-            told = teacher(**seen)
-        if told.logits.shape != outputs.logits.shape:
-            got = f"{tuple(told.logits.shape)} instead of {tuple(outputs.logits.shape)}"
-            raise UserError(f"teachers: expected a teacher with the classes of task '{task.name}', got logits of {got}")
-        if args.distillation:
-            soft = distillation_loss(
-                outputs.logits, told.logits, task.problem_type, args.distillation_temperature, inputs["labels"]
-            )
-            loss = (1 - args.distillation) * loss + args.distillation * soft
-        if args.distillation_hidden:
-            ours, theirs = (out.hidden_states for out in (outputs, told))
-            if [h.shape for h in ours] != [h.shape for h in theirs]:
-                got = f"{len(theirs)} of width {theirs[0].shape[-1]} instead of {len(ours)} of {ours[0].shape[-1]}"
-                raise UserError(f"training.distillation_hidden: expected a teacher with our hidden states, got {got}")
-            mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-            loss = loss + args.distillation_hidden * hidden_loss(ours, theirs, mask)
-        return loss
 
     def _uncertainty_weight(self, task: str, loss: Tensor) -> float:
         """1 / the running mean of the task's loss, the same on all processes."""
@@ -209,32 +185,10 @@ class DisparseTrainer(Trainer):
         self.loss_means[task] = 0.99 * self.loss_means.get(task, now) + 0.01 * now
         return uncertainty_weight(self.loss_means[task])
 
-    def _check_teachers(self, teachers) -> Mapping[str, nn.Module]:
-        """Task -> teacher, ready to be asked; empty if there is nothing to learn from them."""
-        if not getattr(self.args, "distils", False):
-            return {}
-        if not self.is_multitask:
-            raise UserError(
-                "training.distillation: expected a MultitaskModel, whose tasks are known, got another model"
-            )
-        if isinstance(teachers, MultitaskModel):
-            teachers = {task: teachers for task in teachers.tasks}
-        teachers = {} if teachers is None else teachers
-        if not isinstance(teachers, Mapping):
-            got = type(teachers).__name__
-            raise UserError(f"teachers: expected a MultitaskModel or a dict of task -> model, got {got}")
-        for task in self.train_dataset or {}:
-            if task not in teachers:
-                raise UserError(f"training.distillation: expected a teacher of task '{task}', got none; pass teachers=")
-            if isinstance(teachers[task], MultitaskModel) and task not in teachers[task].tasks:
-                has = ", ".join(teachers[task].tasks)
-                raise UserError(f"teachers: expected a teacher of task '{task}', got a model of {has}")
-        for teacher in teachers.values():
-            teacher.to(self.args.device).eval()
-        return teachers
-
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         """One forward and backward pass; a loss that is not finite ends training before it reaches the weights."""
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end: transformers takes a step all the same
+            return torch.zeros((), device=self.args.device)
         task = inputs["task"] if self.is_multitask else None
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._trained += 1
@@ -406,7 +360,10 @@ class DisparseTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in Trainer, with the scores that `keep_scores` asks for; checkpoints go without."""
         super().save_model(output_dir, _internal_call)
-        scores, target = Path(self.args.output_dir, SCORES_FOLDER), Path(output_dir or self.args.output_dir, SCORES_FOLDER)
+        scores, target = (
+            Path(self.args.output_dir, SCORES_FOLDER),
+            Path(output_dir or self.args.output_dir, SCORES_FOLDER),
+        )
         kept = self.pruning_config is not None and self.pruning_config.keep_scores and scores.is_dir()
         if kept and self.args.should_save and not _internal_call and scores.resolve() != target.resolve():
             shutil.copytree(scores, target, dirs_exist_ok=True)

@@ -57,7 +57,7 @@ class Flop(L0, Rank):
             full += size * len(log_alpha)
             log_alpha.grad = chance.addcmul_(chance, chance, value=-1).mul_(size / mean)
         config, sparsity, first = self.config, 1 - float(kept) / self._dense, 1 - full / self._dense
-        share = linear_sparsity(self._step + 1, config.start_step, self.last, 1.0)
+        share = linear_sparsity(self._step + 1, config.start_step, self.risen, 1.0)
         target = first + (config.sparsity - first) * share
         force, unit = pull(sparsity, target, self.multipliers), max(float(square) / gates, 1e-60) ** 0.5
         self._move(force, unit)

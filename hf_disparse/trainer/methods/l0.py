@@ -88,7 +88,7 @@ class L0(Method):
             slope(z, out=z).mul_(p)
             self._lend(name, p)
             chance = open_probability(log_alpha, out=log_alpha.grad)
-            square, size = square + torch.linalg.vector_norm(z) ** 2, size + p.numel()
+            square, size = square + torch.dot(z.reshape(-1), z.reshape(-1)), size + p.numel()
             kept = kept + chance.sum()
             chance.addcmul_(chance, chance, value=-1)  # P' = P - P^2
         config, sparsity = self.config, 1 - float(kept) / size

@@ -1,0 +1,68 @@
+"""What a teacher has to be, and its share in the loss."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from hf_disparse.config import TaskConfig, UserError
+from hf_disparse.losses import distillation_loss, hidden_loss
+from hf_disparse.model import MultitaskModel
+from hf_disparse.trainer.arguments import DisparseTrainingArguments
+
+
+def check_teachers(
+    teachers, args: TrainingArguments, is_multitask: bool, tasks: Iterable[str] | None
+) -> Mapping[str, nn.Module]:
+    """Task -> teacher, ready to be asked; empty if there is nothing to learn from them."""
+    if not getattr(args, "distils", False):
+        return {}
+    if not is_multitask:
+        raise UserError("training.distillation: expected a MultitaskModel, whose tasks are known, got another model")
+    if isinstance(teachers, MultitaskModel):
+        teachers = {task: teachers for task in teachers.tasks}
+    teachers = {} if teachers is None else teachers
+    if not isinstance(teachers, Mapping):
+        got = type(teachers).__name__
+        raise UserError(f"teachers: expected a MultitaskModel or a dict of task -> model, got {got}")
+    for task in tasks or ():
+        if task not in teachers:
+            raise UserError(f"training.distillation: expected a teacher of task '{task}', got none; pass teachers=")
+        if isinstance(teachers[task], MultitaskModel) and task not in teachers[task].tasks:
+            has = ", ".join(teachers[task].tasks)
+            raise UserError(f"teachers: expected a teacher of task '{task}', got a model of {has}")
+    for teacher in teachers.values():
+        teacher.to(args.device).eval()
+    return teachers
+
+
+def distilled(
+    loss: Tensor,
+    outputs,
+    teacher: nn.Module,
+    inputs: Mapping[str, Any],
+    task: TaskConfig,
+    args: DisparseTrainingArguments,
+) -> Tensor:
+    """(1 - a) loss + a distillation of the logits + b distance of the hidden states."""
+    seen = {k: v for k, v in inputs.items() if k != "labels" and (k != "task" or isinstance(teacher, MultitaskModel))}
+    with torch.no_grad():
+        told = teacher(**seen)
+    if told.logits.shape != outputs.logits.shape:
+        got = f"{tuple(told.logits.shape)} instead of {tuple(outputs.logits.shape)}"
+        raise UserError(f"teachers: expected a teacher with the classes of task '{task.name}', got logits of {got}")
+    if args.distillation:
+        soft = distillation_loss(
+            outputs.logits, told.logits, task.problem_type, args.distillation_temperature, inputs["labels"]
+        )
+        loss = (1 - args.distillation) * loss + args.distillation * soft
+    if args.distillation_hidden:
+        ours, theirs = (out.hidden_states for out in (outputs, told))
+        if [h.shape for h in ours] != [h.shape for h in theirs]:
+            got = f"{len(theirs)} of width {theirs[0].shape[-1]} instead of {len(ours)} of {ours[0].shape[-1]}"
+            raise UserError(f"training.distillation_hidden: expected a teacher with our hidden states, got {got}")
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+        loss = loss + args.distillation_hidden * hidden_loss(ours, theirs, mask)
+    return loss
