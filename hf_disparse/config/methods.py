@@ -7,6 +7,12 @@ from hf_disparse.config.base import is_number, require
 from hf_disparse.config.pruning import PruningConfig
 
 
+def _above_zero(config: PruningConfig, *keys: str) -> None:
+    for key in keys:
+        value = getattr(config, key)
+        require(is_number(value) and value > 0, key, "a number above 0", value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DynamicConfig(PruningConfig):
     """Dynamic sparse training: at the target sparsity from the first step, weights are dropped and others grow instead.
@@ -150,9 +156,7 @@ class MovementConfig(PruningConfig):
         require(fits, "decision", "one of unanimous, quorum, joint with mode soft", self.decision)
         good = is_number(self.threshold) and 0 < self.threshold < 0.73
         require(good, "threshold", "a number in (0, 0.73), for scores start at sigmoid(1)", self.threshold)
-        for key in ("penalty", "score_learning_rate"):
-            value = getattr(self, key)
-            require(is_number(value) and value > 0, key, "a number above 0", value)
+        _above_zero(self, "penalty", "score_learning_rate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,9 +232,7 @@ class L0Config(PruningConfig):
         super().__post_init__()
         good = is_number(self.drop_rate) and 0 < self.drop_rate < 1
         require(good, "drop_rate", "a number in (0, 1)", self.drop_rate)
-        for key in ("gate_learning_rate", "multiplier_learning_rate"):
-            value = getattr(self, key)
-            require(is_number(value) and value > 0, key, "a number above 0", value)
+        _above_zero(self, "gate_learning_rate", "multiplier_learning_rate")
 
 
 @dataclass(frozen=True, kw_only=True)

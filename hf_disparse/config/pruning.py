@@ -94,16 +94,26 @@ class PruningConfig(Config):
             require(good, key, f"a whole number of at least {least} and below 2^32", value)
         fits = self.quorum == 1 or self.decision == "quorum"
         require(fits, "quorum", f"1 with decision '{self.decision}' (set decision: quorum)", self.quorum)
-        if self.schedule != "one_shot":
-            good_end = is_count(self.end_step, self.start_step + 1) or (self.end_step is None and self.end_share)
-            require(
-                bool(good_end),
-                "end_step",
-                f"a step after start_step {self.start_step} for schedule {self.schedule}",
-                self.end_step,
-            )
-        else:
+        self._check_schedule()
+        self._check_granularity()
+        self._check_pattern()
+        self._check_modules()
+        self._check_max_drop()
+        self._check_keep_scores()
+        require(isinstance(self.reinitialise, bool), "reinitialise", "true or false", self.reinitialise)
+        if self.reinitialise:
+            require(self.method in REINITIALISING, "reinitialise", f"false with method {self.method}", True)
+            require(self.max_drop is None, "reinitialise", "false with max_drop, which measures trained weights", True)
+
+    def _check_schedule(self) -> None:
+        if self.schedule == "one_shot":
             require(self.end_step is None, "end_step", "nothing with schedule one_shot", self.end_step)
+            return
+        good = is_count(self.end_step, self.start_step + 1) or (self.end_step is None and self.end_share)
+        expected = f"a step after start_step {self.start_step} for schedule {self.schedule}"
+        require(bool(good), "end_step", expected, self.end_step)
+
+    def _check_granularity(self) -> None:
         strings(self, "granularity", allow_empty=False)
         for kind in self.granularity:
             if kind not in self.granularities and not _PATTERN.fullmatch(kind):
@@ -112,12 +122,13 @@ class PruningConfig(Config):
                 raise UserError(f"granularity: unknown value {kind!r}{with_method}{closest(kind, known)}")
         alone = len(self.granularity) == 1 or all(kind in ("head", "neuron", "layer") for kind in self.granularity)
         require(alone, "granularity", "weight alone, or parts, or one pattern", list(self.granularity))
-        self._check_pattern()
         if self.criterion in PART_CRITERIA:
             require(self.prunes_parts, "granularity", f"parts with criterion {self.criterion}", self.granularity[0])
         if self.criterion == "agreement":
             fits = self.decision == "joint"
             require(fits, "decision", "joint with criterion agreement, which is of all tasks together", self.decision)
+
+    def _check_modules(self) -> None:
         for key in ("target_modules", "exclude_modules"):
             value = getattr(self, key)
             fits = value is None or not self.prunes_parts or self.granularity in (("rank",), ("channel",))
@@ -129,12 +140,6 @@ class PruningConfig(Config):
                     raise UserError(f"{key}: not a regular expression: {error}") from None
             elif value is not None:
                 strings(self, key, allow_empty=False)
-        self._check_max_drop()
-        self._check_keep_scores()
-        require(isinstance(self.reinitialise, bool), "reinitialise", "true or false", self.reinitialise)
-        if self.reinitialise:
-            require(self.method in REINITIALISING, "reinitialise", f"false with method {self.method}", True)
-            require(self.max_drop is None, "reinitialise", "false with max_drop, which measures trained weights", True)
 
     def _check_keep_scores(self) -> None:
         require(isinstance(self.keep_scores, bool), "keep_scores", "true or false", self.keep_scores)
