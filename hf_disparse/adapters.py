@@ -284,8 +284,15 @@ def save_adapters(model: TaskAdapters, folder: str | Path) -> None:
         config.save_pretrained(str(target))
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT has put anything into the model; PEFT need not be installed."""
+    return any(type(module).__module__.startswith("peft.") for module in model.modules())
+
+
 def without_adapters(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of `model` under the names that they have without adapters; those that have them already stay."""
+    if not has_adapters(model):
+        return dict(state_dict)
     layers, own, plain = [f"{name}." for name, _ in _tuner_layers(model)], set(model.state_dict()), {}
     for name, tensor in state_dict.items():
         layer = next((layer for layer in layers if name.startswith(layer)), "")

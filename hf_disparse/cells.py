@@ -146,10 +146,9 @@ def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
     most = arguments.max_steps
     require(most > 0, "recovery.max_steps", "a number of steps, so that every method gets the same", most)
     pruning = dict(values.get("pruning") or {})
-    by_gradients = {"sparsity": 0.5, "criterion": "snip", "max_drop": None}
-    own = parse_recipe({**values, "seed": cell.seed, "pruning": cell.pruning(pruning)}).pruning
+    own = PruningConfig.from_dict(cell.pruning(pruning), "pruning")
     votes, every = len(recipe.tasks) - len(recipe.helpers), arguments.gradient_accumulation_steps
-    whole = parse_recipe({**values, "pruning": pruning | by_gradients}).pruning
+    whole = PruningConfig.from_dict(pruning | {"sparsity": 0.5, "criterion": "snip"}, "pruning")
     budget = most * every + votes * scoring_batches(whole, most)
     steps = next(n for n in count(1) if n * every + votes * scoring_batches(own, n) >= budget)
     return parse_recipe(

@@ -89,6 +89,7 @@ def prune_again(
     """
     if not set(model.heads) - set(without):
         raise UserError(f"without: expected a task to be left of {', '.join(model.heads)}, got {list(without)}")
+    config = config or PruningConfig.from_pretrained(folder)
     masks = decide_again(model, folder, without, config=config)
     parameters = dict(model.named_parameters())
     masks = {name: keep.to(parameters[name].device) for name, keep in masks.items()}
@@ -96,7 +97,7 @@ def prune_again(
         if task in model.heads:
             model.remove_task(task)
     apply_masks(model, masks)
-    if "layer" in (config or PruningConfig.from_pretrained(folder)).granularity:
+    if "layer" in config.granularity:
         model.skip_layers(sorted({*model.config.skipped_layers, *gone_layers(model, masks)}))
     return masks
 

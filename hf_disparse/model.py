@@ -24,7 +24,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from hf_disparse.adapters import TaskAdapters, without_adapters
+from hf_disparse.adapters import TaskAdapters, has_adapters, without_adapters
 from hf_disparse.architectures import layout_of
 from hf_disparse.config import PruningConfig, TaskConfig, UserError
 from hf_disparse.low_rank import low_rank_modules
@@ -239,7 +239,7 @@ class MultitaskModel(TaskAdapters, UnsharedLayers, PreTrainedModel):
             model = cls(config)
             model._shape_as(source)
             encoder = {n: t for n, t in source.encoder.state_dict().items() if not n.startswith(f"{PRIVATE}.")}
-            model.encoder.load_state_dict(without_adapters(source.encoder, encoder) if source.adapters else encoder)
+            model.encoder.load_state_dict(without_adapters(source.encoder, encoder))
             return model.to(source.dtype)
         stored = encoder_config.__dict__.pop("quantization_config", None)  # how the file is read, not the model
         encoder_config.name_or_path = ""  # a local path is nobody's business once the model is published
@@ -338,7 +338,7 @@ def prunable_parameters(model: nn.Module, config: PruningConfig | None = None) -
     Raises:
         UserError: nothing matches.
     """
-    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+    if has_adapters(model):
         raise UserError("pruning: expected a model without adapters, got one with PEFT's; prune before adding them")
     encoder = model.base_model
     prefix = next(name for name, module in model.named_modules() if module is encoder)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from hf_disparse.adapters import has_adapters
 from hf_disparse.architectures import Layout, find_sites, first_stays, layout_of
 from hf_disparse.config import UserError
 from hf_disparse.export.folder import copy_companions, describe, new_folder, open_model
@@ -37,7 +38,7 @@ def compact(model: PreTrainedModel, optimizer: Optimizer | None = None) -> dict[
     Raises:
         UserError: an encoder whose layers are not known.
     """
-    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+    if has_adapters(model):
         raise UserError("compact: expected a model without adapters, got one with PEFT's; compact before adding them")
     if hasattr(model.base_model, PRIVATE):
         raise UserError(

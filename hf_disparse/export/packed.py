@@ -94,10 +94,7 @@ def save_packed(
     sizes = {"bytes": 0, "dense_bytes": 0, "packed_bytes": 0, "packed_dense_bytes": 0, "matrices": 0}
     with new_folder(folder) as target:
         if isinstance(model, PreTrainedModel):
-            state = model.state_dict()
-            if getattr(model, "adapters", None):
-                state = without_adapters(model, state)
-            tensors = _packed(state.items(), dtype, sizes)
+            tensors = _packed(without_adapters(model, model.state_dict()).items(), dtype, sizes)
             # Under the names that the model has, for a conversion to others could not read what is packed.
             model.save_pretrained(target, state_dict=tensors, save_original_format=False, max_shard_size="1TB")
         else:

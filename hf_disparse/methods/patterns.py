@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from hf_disparse.decision import Masks, Scores, TaskScores
+from hf_disparse.decision import Masks, Scores, TaskScores, smallest
 
 
 def decide_n_of_m(
@@ -42,7 +42,7 @@ def decide_n_of_m(
     Memory beyond one task's scores: `quorum` + 1 int32 buffers of the weights' size, or one float64.
     """
     ranked = decision not in ("sum", "max")
-    smallest: dict[str, list[Tensor]] = {}  # per weight the `quorum` smallest ranks, sorted
+    best: dict[str, list[Tensor]] = {}  # per weight the `quorum` smallest ranks, sorted
     total: dict[str, Tensor] = {}
     tasks = 0
     for task, scores in task_scores.items() if isinstance(task_scores, Mapping) else task_scores:
@@ -55,11 +55,7 @@ def decide_n_of_m(
                 continue
             rank = ranks_in_groups(one, m, None if active is None else active[name])
             total[name] = total[name] + rank if name in total else rank
-            held = smallest.setdefault(name, [])
-            for i, best in enumerate(held):
-                held[i], rank = torch.minimum(best, rank), torch.maximum(best, rank)
-            if len(held) < quorum:
-                held.append(rank)
+            best[name] = smallest(best.get(name, []), rank, quorum)
     if not tasks:
         raise ValueError("task_scores: expected at least one task, got none")
     if not 0 < quorum <= tasks:
@@ -68,7 +64,7 @@ def decide_n_of_m(
     for name in list(total):
         value = -total.pop(name) if ranked else total.pop(name)
         if decision in ("unanimous", "quorum"):
-            value = value.long() - smallest.pop(name)[-1].long() * (tasks * m + 1)  # a sum of ranks is below T M
+            value = value.long() - best.pop(name)[-1].long() * (tasks * m + 1)  # a sum of ranks is below T M
         masks[name] = ranks_in_groups(value, m, None if active is None else active[name]) < n
         if active is not None and (masks[name] & ~active[name].bool()).any():
             raise ValueError(f"active: expected at least {n} of every {m} weights, got fewer in a group of '{name}'")

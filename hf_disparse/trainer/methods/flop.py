@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_disparse.decision import Masks
-from hf_disparse.methods.l0 import ascend, expected_gate, open_probability, pull, slope
+from hf_disparse.methods.l0 import ascend, open_probability, pull, slope
 from hf_disparse.methods.rank import numbers_saved
 from hf_disparse.schedule import linear_sparsity
 from hf_disparse.trainer.methods.base import Update
@@ -15,7 +15,6 @@ from hf_disparse.trainer.methods.l0 import L0
 from hf_disparse.trainer.methods.rank import Rank
 
 _UP, _DOWN = ".up.weight", ".down.weight"
-_LEAST = 0.01  # of a gate that is folded into a component that stays, which must not be zero
 
 
 class Flop(L0, Rank):
@@ -73,9 +72,7 @@ class Flop(L0, Rank):
         saved, dense = numbers_saved(now.masks, sites)
         if dense - saved > self.allowed(now.step, now.masks, now.sites):
             masks = self.decide([("joint", {name: self.log_alpha[name + _UP] for name in sites})], now)
-        for name, p in self._parameters.items():
-            p.copy_(self.latent[name]).mul_(expected_gate(self.log_alpha[name]).clamp(min=_LEAST))
-        self.latent, self.log_alpha, self._adam = {}, {}, {}
+        self._fold()
         return masks
 
 

@@ -129,11 +129,15 @@ class L0(Method):
         masks, (pruned, size) = dict(now.masks), count_pruned(now.masks)
         if pruned < round(self.config.sparsity * size):
             masks = decide_by(self.config, {"joint": self.log_alpha}, self.config.sparsity, active=now.masks)
-        for name, p in now.parameters.items():
+        self._fold()
+        return masks
+
+    def _fold(self) -> None:
+        """Makes the gates part of the weights and lets go of all that was for them."""
+        for name, p in self._parameters.items():
             p.copy_(self.latent[name]).mul_(expected_gate(self.log_alpha[name]).clamp_(min=_LEAST))
         self._pool, self._room = None, {}
         self.latent, self.log_alpha, self._adam = {}, {}, {}
-        return masks
 
     def state(self) -> dict[str, Tensor]:
         if self.over:
