@@ -1,7 +1,12 @@
-"""The commands. Layer 10; what they say when something is wrong is at most three lines, and the exit status is 2."""
+"""The commands. Layer 10; what they say when something is wrong is at most three lines, and the exit status is 2.
+
+Under torchrun or `accelerate launch` all processes work and the first one speaks.
+"""
 
 import json
+import os
 import sys
+import time
 from importlib import metadata
 from typing import Annotated, Literal, NoReturn
 
@@ -10,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 from typer.exceptions import TyperException
+
+_GRACE = 5.0  # seconds
 
 app = typer.Typer(
     add_completion=False,
@@ -31,8 +38,12 @@ def main() -> None:
     """Entry point of `hf-disparse`."""
     from hf_disparse.config import UserError
 
+    if _rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        _leave()
+        sys.exit(status)
     except TyperException as error:
         fail(f"{error.format_message()}\nTry: hf-disparse --help")
     except typer.Abort:
@@ -45,8 +56,25 @@ def fail(message: str) -> NoReturn:
     """Prints at most three lines and ends with status 2."""
     close_bars()
     lines = [line for line in message.splitlines() if line.strip()][:3]
-    print("error: " + "\n".join(lines), file=sys.stderr)
+    where = ""
+    if _rank() > 0:
+        time.sleep(_GRACE)  # most often all processes have one error: the launcher ends us when the first has said it
+        where = f"rank {_rank()}: "
+    print("error: " + where + "\n".join(lines), file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def _rank() -> int:
+    """Which process of a launcher's this is; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _leave() -> None:
+    """Parts with the other processes, if there are any."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from hf_disparse import distributed
+
+        distributed.end()
 
 
 def close_bars() -> None:
@@ -92,7 +120,8 @@ def train(
             results = run.train(parsed)
         except KeyboardInterrupt:
             close_bars()
-            print(f"stopped; the same command goes on from {run.progress(parsed)}", file=sys.stderr)
+            if not _rank():
+                print(f"stopped; the same command goes on from {run.progress(parsed)}", file=sys.stderr)
             raise typer.Exit(130) from None
         print_results(results, parsed.output_dir)
 
@@ -188,8 +217,8 @@ def compare(
         report = start()
     except KeyboardInterrupt:
         close_bars()
-        done = comparing.progress(folder, cells)
-        print(f"stopped; {done}, the same command goes on", file=sys.stderr)
+        if not _rank():
+            print(f"stopped; {comparing.progress(folder, cells)}, the same command goes on", file=sys.stderr)
         raise typer.Exit(130) from None
     print_comparison(report, parsed.output_dir, module)
 
@@ -390,5 +419,5 @@ def _quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # of loading and saving weights; training has its own
     datasets.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
+    if _rank() or not sys.stderr.isatty():
         datasets.disable_progress_bars()

@@ -15,7 +15,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from hf_disparse.cells import METHODS, Cell, recipe_of
-from hf_disparse.config import one_line
+from hf_disparse.config import UserError, one_line
+from hf_disparse.distributed import from_main, is_main, processes
 from hf_disparse.recipes import Recipe
 from hf_disparse.run import PHASE_NAME, environment, prepare, rehearse, say, sizes, train_phase
 from hf_disparse.run_folder import claim, read_json, refuse_others, write_whole
@@ -27,7 +28,7 @@ JSON_NAME, MARKDOWN_NAME = "compare.json", "compare.md"
 def compare(recipe: Recipe, cells: Sequence[Cell]) -> dict[str, Any]:
     """Runs the cells that are not there yet and tabulates all of them; writes `compare.json` and `compare.md`.
 
-    A cell that fails is reported and leaves the others alone; the next call tries it again.
+    A cell that fails is reported and leaves the others alone; the next call tries it again. With several processes it ends all.
 
     Returns:
         What `compare.json` holds: `rows` (one per method, criterion and sparsity, over the seeds) and `cells`, of all that
@@ -64,19 +65,21 @@ def run_cells(recipe: Recipe, recipes: Mapping[Any, Recipe], folder: Path, most:
     Returns:
         Name -> reason, of the cells that failed.
     """
-    todo = [cell for cell in recipes if not cell_file(folder, cell).is_file()]
+    todo = from_main(lambda: [cell for cell in recipes if not cell_file(folder, cell).is_file()])
     failed, hopeless = {}, {}
     if todo:
         data_of = _DataBySeed(recipe)
         for cell in most:
             rehearse(recipes[cell], *data_of(recipes[cell]))
         claim(Path(recipe.output_dir), recipe)
-    for cell in tqdm(todo, desc="cells", disable=None):
+    for cell in tqdm(todo, desc="cells", disable=None if is_main() else True):
         say(f"cell {cell.name}, {len(todo)} to run, {len(recipes) - len(todo)} were there")
         try:
             if cell.start not in hopeless:
                 _run(recipes[cell], cell, folder, data_of)
         except Exception as error:  # whatever it is, the other cells are not to blame
+            if processes() > 1:  # the others may be anywhere in the cell: the next command goes on together
+                raise UserError(f"cell {cell.name} failed: {one_line(error)}") from error
             failed[cell.name] = one_line(error)
             say(f"cell {cell.name} failed: {failed[cell.name]}")
             if not Path(folder, cell.start, PHASE_NAME).is_file():
@@ -112,14 +115,13 @@ def _run(recipe: Recipe, cell: Any, root: Path, data_of: "_DataBySeed") -> None:
     tokenizer, data = data_of(recipe)
     dense = root / cell.start
     before = train_phase(recipe, "dense", dense, tokenizer, data)
-    for path in dense.glob("checkpoint-*"):
-        shutil.rmtree(path)
+    from_main(lambda: [shutil.rmtree(path) for path in dense.glob("checkpoint-*")])
     work = root / "cells" / cell.name
     result = train_phase(recipe, "sparse", work, tokenizer, data, start=dense)
     result["pruned"] = result.pop("sparsity")  # as measured; the cell has the sparsity that was asked for
     result |= {"dense_backward_passes": before["backward_passes"], "examples": sizes(data)}
     write_whole(cell_file(root, cell), json.dumps({"cell": asdict(cell), **result}, indent=2) + "\n")
-    shutil.rmtree(work)  # a grid of models fills a disk; `train` makes any one of them again
+    from_main(lambda: shutil.rmtree(work))  # a grid of models fills a disk; `train` makes any one of them again
 
 
 class _DataBySeed:

@@ -1,7 +1,8 @@
 """A recipe's run: dense training, pruning, sparse training, evaluation of both, one file of results. Layer 10.
 
 A run folder holds `recipe.yaml`, one folder per phase with its checkpoints and its finished model, and, once it is done,
-the sparse model with its tokenizer and `results.json` on top. Starting the same run again goes on where it stopped.
+the sparse model with its tokenizer and `results.json` on top. Starting the same run again goes on where it stopped. Of several
+processes all train and evaluate, and the main one writes and prints.
 """
 
 import json
@@ -23,12 +24,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 
 import hf_disparse
 from hf_disparse.config import DataConfig, UserError, one_line, require
+from hf_disparse.distributed import from_main, is_main
 from hf_disparse.export.card import RESULTS_NAME, losses_of_log, write_card
 from hf_disparse.low_rank import dense_size
 from hf_disparse.masks import sparsity_report
 from hf_disparse.model import MultitaskModel, prunable_parameters
 from hf_disparse.recipes import Recipe, read_recipe
-from hf_disparse.run_folder import RECIPE_NAME, claim, read_json, refuse_others, write_whole
+from hf_disparse.run_folder import RECIPE_NAME, claim, find_json, refuse_others, write_whole
 from hf_disparse.stored_scores import SCORES_FOLDER
 from hf_disparse.tasks import average, load_task, resolve, tokenize
 from hf_disparse.trainer import DisparseTrainer, last_whole_checkpoint
@@ -45,8 +47,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     """
     folder = Path(recipe.output_dir)
     refuse_others(folder, recipe)
-    if (folder / RESULTS_NAME).is_file():
-        results = read_json(folder / RESULTS_NAME)
+    if results := find_json(folder / RESULTS_NAME):
         say(f"{folder} is finished: nothing is left to train")
         return results
     start = time.perf_counter()
@@ -75,6 +76,13 @@ def train(recipe: Recipe) -> dict[str, Any]:
     }
     if "guard" in sparse:
         results["guard"] = sparse["guard"]
+    from_main(lambda: _put_on_top(folder, recipe, tokenizer, results))
+    write_whole(folder / RESULTS_NAME, json.dumps(results, indent=2) + "\n")  # last: it says that the run is finished
+    return results
+
+
+def _put_on_top(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, results: dict[str, Any]) -> None:
+    """The sparse model and all that is published with it, out of the folder of the sparse phase."""
     model = _load_model(folder / "sparse")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -83,8 +91,6 @@ def train(recipe: Recipe) -> dict[str, Any]:
         shutil.rmtree(folder / SCORES_FOLDER, ignore_errors=True)
         (folder / "sparse" / SCORES_FOLDER).rename(folder / SCORES_FOLDER)
     write_card(folder, results=results)
-    write_whole(folder / RESULTS_NAME, json.dumps(results, indent=2) + "\n")  # last: it says that the run is finished
-    return results
 
 
 def public(recipe: Recipe) -> dict[str, Any]:
@@ -220,11 +226,11 @@ def train_phase(
     Args:
         start: the folder of the finished dense phase, for the sparse one.
     """
-    if (folder / PHASE_NAME).is_file():
-        return read_json(folder / PHASE_NAME)
+    if done := find_json(folder / PHASE_NAME):
+        return done
     model = _load_model(start) if start else _new_model(recipe)
     trainer = _trainer(recipe, phase, folder, model, tokenizer, data, _teachers(recipe, phase, start))
-    checkpoint = last_whole_checkpoint(folder)
+    checkpoint = from_main(lambda: last_whole_checkpoint(folder))
     say(f"{phase} training, {_steps(trainer)} steps" + (f", resumed from {checkpoint}" if checkpoint else ""))
     begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -239,7 +245,7 @@ def train_phase(
         "metrics": metrics,
         "seconds": seconds,
         "backward_passes": trainer.backward_passes,
-        "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        "bytes": from_main(lambda: sum(file.stat().st_size for file in folder.glob("*.safetensors"))),
         "sparsity": sparsity_report(model, model.encoder, prunable_parameters(model, recipe.pruning)),
         "prunable": dense_size(model, prunable_parameters(model, recipe.pruning).values()),
         "log": losses_of_log(trainer.state.log_history),
@@ -262,7 +268,8 @@ def _teachers(recipe: Recipe, phase: str, dense: Path | None) -> dict[str, Multi
 
 def say(line: str) -> None:
     """A line beside the progress bars: what is going on now."""
-    tqdm.write(line, file=sys.stderr)
+    if is_main():
+        tqdm.write(line, file=sys.stderr)
 
 
 def progress(recipe: Recipe) -> str:

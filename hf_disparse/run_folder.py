@@ -1,4 +1,7 @@
-"""Whose an output folder is, and files that are written whole or not at all. Layer 10."""
+"""Whose an output folder is, and files that are written whole or not at all. Layer 10.
+
+Of several processes the main one reads and writes here, and tells the others what it found.
+"""
 
 import json
 import os
@@ -8,6 +11,7 @@ from typing import Any
 import yaml
 
 from hf_disparse.config import UserError, one_line
+from hf_disparse.distributed import from_main
 from hf_disparse.recipes import Recipe
 
 RECIPE_NAME = "recipe.yaml"
@@ -15,6 +19,10 @@ RECIPE_NAME = "recipe.yaml"
 
 def refuse_others(folder: Path, recipe: Recipe) -> None:
     """Refuses a folder that holds another run or something else, and changes nothing."""
+    from_main(lambda: _refuse_others(folder, recipe))
+
+
+def _refuse_others(folder: Path, recipe: Recipe) -> None:
     path = folder / RECIPE_NAME
     try:
         theirs = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -38,12 +46,23 @@ def refuse_others(folder: Path, recipe: Recipe) -> None:
 
 def claim(folder: Path, recipe: Recipe) -> None:
     """Marks the folder as this recipe's."""
+    from_main(lambda: _claim(folder, recipe))
+    if not (folder / RECIPE_NAME).is_file():
+        raise UserError(f"output_dir: expected a folder that all machines share, got {folder}, which this one lacks")
+
+
+def _claim(folder: Path, recipe: Recipe) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / RECIPE_NAME).is_file():
-            write_whole(folder / RECIPE_NAME, yaml.safe_dump(recipe.values, sort_keys=False))
+            _write_whole(folder / RECIPE_NAME, yaml.safe_dump(recipe.values, sort_keys=False))
     except OSError as error:
         raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}; name another one") from error
+
+
+def find_json(path: Path) -> dict[str, Any] | None:
+    """What `write_whole` wrote there, None if it did not yet; the same answer for all processes."""
+    return from_main(lambda: read_json(path) if path.is_file() else None)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -58,7 +77,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all; no process goes on before it is there."""
+    from_main(lambda: _write_whole(path, text))
+
+
+def _write_whole(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)

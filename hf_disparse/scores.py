@@ -5,7 +5,7 @@ criterion needs no more than one accumulated statistic of the gradients, so a ta
 Layer 3; knows torch only.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 Batch = Mapping[str, object]
 LossFunction = Callable[[nn.Module, Batch], Tensor]
+Average = Callable[[Sequence[Tensor]], Sequence[Tensor]]  # tensors -> their means over processes, in place
 
 
 def magnitude(weight: Tensor, statistic: None = None) -> Tensor:
@@ -85,6 +86,7 @@ def score(
     joint: bool = False,
     weights: Mapping[str, float] | None = None,
     loss_fn: LossFunction = model_loss,
+    average: Average | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -98,6 +100,8 @@ def score(
         joint: sum the tasks' losses, each times its weight, before scoring, and yield one pair named "joint".
         weights: task -> weight in that sum; 1 by default.
         loss_fn: (model, batch) -> scalar loss.
+        average: of several processes, each with its part of every batch: a batch's gradients become their means over the
+            processes before they are scored, so that all have the scores of the whole batch.
         seed: of the random criterion.
         progress: show a bar over the batches.
 
@@ -119,7 +123,9 @@ def score(
         elif criterion in GRADIENT_CRITERIA:
             function, reduce = GRADIENT_CRITERIA[criterion]
             scale = weights if joint else {group: 1.0}
-            streams = [_gradients(model, t, loaders[t], parameters, num_batches, loss_fn, scale[t]) for t in members]
+            streams = [
+                _gradients(model, t, loaders[t], parameters, num_batches, loss_fn, scale[t], average) for t in members
+            ]
             total = accumulate(_in_step(streams, group, num_batches, progress), reduce, parameters)
             yield group, {name: function(p.detach().to(_wide(p)), total.pop(name)) for name, p in parameters.items()}
         else:
@@ -137,6 +143,7 @@ def gradients(
     joint: bool = False,
     weights: Mapping[str, float] | None = None,
     loss_fn: LossFunction = model_loss,
+    average: Average | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[str, Iterator[dict[str, Tensor]]]]:
     """Yields (task, its gradients batch by batch), to be consumed before the next task; arguments and errors as of `score`.
@@ -146,7 +153,9 @@ def gradients(
     tasks = list(loaders)
     scale = {task: 1.0 for task in tasks} | dict(weights or {} if joint else {})
     for group, members in ({"joint": tasks} if joint else {task: [task] for task in tasks}).items():
-        streams = [_gradients(model, t, loaders[t], parameters, num_batches, loss_fn, scale[t]) for t in members]
+        streams = [
+            _gradients(model, t, loaders[t], parameters, num_batches, loss_fn, scale[t], average) for t in members
+        ]
         steps = _in_step(streams, group, num_batches, progress)
         yield group, (accumulate([step], torch.positive, parameters) for step in steps)
 
@@ -173,7 +182,7 @@ def accumulate(
     return total
 
 
-def _gradients(model, task, loader, parameters, num_batches, loss_fn, scale) -> Iterator[list[Tensor | None]]:
+def _gradients(model, task, loader, parameters, num_batches, loss_fn, scale, average) -> Iterator[list[Tensor | None]]:
     """Yields, batch by batch, the gradients of `scale` times the task's loss with respect to `parameters`."""
     seen = 0
     for batch in islice(_again_and_again(loader) if num_batches else loader, num_batches):
@@ -181,6 +190,13 @@ def _gradients(model, task, loader, parameters, num_batches, loss_fn, scale) -> 
         with _scoring(model, parameters), torch.enable_grad():
             loss = loss_fn(model, batch) * scale
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        loss = loss.detach()
+        if average is not None:  # the loss, too, for a process that stopped alone would leave the others waiting
+            gradients = [
+                torch.zeros_like(p, dtype=_wide(p)) if g is None else g.to(_wide(g), copy=True)
+                for g, p in zip(gradients, parameters.values(), strict=True)
+            ]
+            average([loss, *gradients])
         if not torch.isfinite(loss):
             raise ValueError(f"task '{task}': expected a finite loss while scoring, got {loss.item()} in batch {seen}")
         yield list(gradients)

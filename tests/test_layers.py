@@ -20,6 +20,7 @@ LAYER = {
     "losses": 3,
     "decision": 4,
     "methods": 4,
+    "distributed": 4,
     "masks": 5,
     "stored_scores": 5,
     "schedule": 6,
@@ -34,6 +35,7 @@ LAYER = {
     "compare": 10,
     "race": 10,
     "cli": 10,
+    "__main__": 10,
 }
 # Algorithms never import transformers; scores and decision know nothing of ours.
 FORBIDDEN = {
@@ -42,6 +44,7 @@ FORBIDDEN = {
     "losses": {"transformers", "datasets", "hf_disparse"},
     "decision": {"transformers", "datasets", "hf_disparse"},
     "methods": {"transformers", "datasets"},
+    "distributed": {"transformers", "datasets"},
     "masks": {"transformers", "datasets"},
     "stored_scores": {"transformers", "datasets"},
     "parts": {"transformers", "datasets", "hf_disparse"},

@@ -1,5 +1,6 @@
 """Training arguments for several tasks, and what they cannot ask for."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 
 from hf_disparse.config import TaskConfig, UserError, closest, is_number, require
+from hf_disparse.distributed import differing
 from hf_disparse.tasks import TaskBatchSampler
 
+_TRUE = ("1", "true", "yes", "on")
 LOSS_WEIGHTINGS = ("fixed", "uncertainty", "pcgrad")
 
 
@@ -37,6 +40,7 @@ class DisparseTrainingArguments(TrainingArguments):
     distillation_hidden: float = 0.0
 
     def __post_init__(self):
+        refuse_deepspeed(bool(self.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in _TRUE)
         super().__post_init__()
         TaskBatchSampler({"task": 1}, 1, **self.sampling())  # refuses what it cannot do now rather than at train()
         if self.loss_weighting not in LOSS_WEIGHTINGS:
@@ -60,6 +64,15 @@ class DisparseTrainingArguments(TrainingArguments):
         return self.distillation > 0 or self.distillation_hidden > 0
 
 
+def refuse_deepspeed(asked: bool) -> None:
+    """DeepSpeed's engine steps within the backward pass, out of reach of whatever holds pruned weights at zero."""
+    if asked:
+        raise UserError(
+            "deepspeed: expected no DeepSpeed, whose engine moves pruned weights; start with torchrun or accelerate launch "
+            "without it (DDP)"
+        )
+
+
 def check_arguments(trainer: Trainer) -> None:
     """Refuses what would be ignored, or go wrong, without a word."""
     args = trainer.args
@@ -68,8 +81,9 @@ def check_arguments(trainer: Trainer) -> None:
             f"training: expected one process per GPU, got one process for {args.n_gpu} (nn.DataParallel); "
             "start with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES"
         )
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise UserError("training: expected whole weights on every process, got DeepSpeed or FSDP; use DDP (torchrun)")
+    refuse_deepspeed(trainer.is_deepspeed_enabled)
+    if trainer.is_fsdp_enabled:
+        raise UserError("fsdp: expected whole weights on every process, got FSDP; use DDP (torchrun)")
     surgery = getattr(args, "loss_weighting", "fixed") == "pcgrad"
     if surgery and (not trainer.is_multitask or args.gradient_accumulation_steps < 2 or args.world_size > 1):
         raise UserError(
@@ -107,6 +121,16 @@ def check_datasets(tasks: Mapping[str, TaskConfig], **datasets) -> None:
         for task in value:
             if task not in tasks:
                 raise UserError(f"{key}: the model has no task '{task}'{closest(task, tasks)}")
+
+
+def check_same_rows(datasets: Mapping[str, Any]) -> None:
+    """Refuses other tasks or numbers of rows on another process, which would be at another task in the same step."""
+    sizes = {task: len(rows) for task, rows in datasets.items()}
+    if others := differing(repr(sizes).encode()):
+        raise UserError(
+            f"train_dataset: expected the same rows on all processes, which share them out by themselves, but rank "
+            f"{', '.join(map(str, others))} has other numbers of them than rank 0"
+        )
 
 
 def lengths_by_task(datasets: Mapping[str, Any], args: TrainingArguments) -> dict[str, list[int]] | None:

@@ -31,7 +31,10 @@ class Resuming(TrainerCallback):
 
 
 class ScoringBatches:
-    """The batches that one task is scored on: seeded by the config and the step, without touching the global generators."""
+    """The batches that one task is scored on: seeded by the config and the step, without touching the global generators.
+
+    Of several processes each takes its part of a batch, which is as many times as large.
+    """
 
     def __init__(self, trainer: Trainer, task: str):
         self.trainer, self.task = trainer, task
@@ -46,8 +49,10 @@ class ScoringBatches:
             raise UserError("train_dataset: scoring draws examples at random, got a stream; load it as a Dataset")
         collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="scoring")
         seed = trainer.pruning_config.seed + trainer.state.global_step
-        sampler = TaskBatchSampler({self.task: len(rows)}, trainer._train_batch_size, lengths=lengths, seed=seed)
+        rank, world_size = trainer.args.process_index, trainer.args.world_size
+        size = trainer._train_batch_size * world_size
+        sampler = TaskBatchSampler({self.task: len(rows)}, size, lengths=lengths, seed=seed)
         for epoch in itertools.count():
             sampler.set_epoch(epoch)
             for indices in sampler:
-                yield trainer._prepare_inputs(collate([rows[i] for i in indices]))
+                yield trainer._prepare_inputs(collate([rows[i] for i in indices[rank::world_size]]))

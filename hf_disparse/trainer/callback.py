@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_disparse.config import PruningConfig, UserError
+from hf_disparse.distributed import average, processes, require_same
 from hf_disparse.masks import MaskHooks, apply_masks, find_masks
 from hf_disparse.model import MultitaskModel, prunable_parameters
 from hf_disparse.schedule import update_steps
@@ -26,7 +27,8 @@ class PruningCallback(TrainerCallback):
 
     Args:
         config: what to prune, or None to hold `masks` and prune nothing.
-        loaders: task -> batches to score on, iterated from the start at every update.
+        loaders: task -> batches to score on, iterated from the start at every update; of several processes each has its
+            part of every batch.
         masks: weights already pruned, such as `find_masks` finds in a sparse checkpoint. They stay pruned.
         loss_fn: (model, batch) -> loss.
         weights: task -> weight in the joint decision.
@@ -162,7 +164,7 @@ class PruningCallback(TrainerCallback):
             if self.guard and not self.guard.allows(state.global_step, model, self.masks, optimizer, lr_scheduler):
                 self._undo(model, optimizer, lr_scheduler)
                 return
-            self.prune(model, state.global_step, optimizer, state.is_local_process_zero and not args.disable_tqdm)
+            self.prune(model, state.global_step, optimizer, state.is_world_process_zero and not args.disable_tqdm)
         if self.method:
             self.method.before_step(self._parameters, state.global_step)
 
@@ -222,6 +224,7 @@ class PruningCallback(TrainerCallback):
                 gradients=partial(self._gradients, model, parameters, progress),
             )
         )
+        require_same(masks if decided is None else decided, step)
         if decided is not None:
             self._hold(model, {**held, **decided})
         if self.config.reinitialise and step == self.last_update:
@@ -240,6 +243,7 @@ class PruningCallback(TrainerCallback):
             joint=joint,
             weights=self._weights,
             loss_fn=self._loss_fn,
+            average=average if processes() > 1 else None,
             seed=self.config.seed,
             progress=progress,
         )
@@ -255,6 +259,7 @@ class PruningCallback(TrainerCallback):
             joint=joint,
             weights=self._weights,
             loss_fn=self._loss_fn,
+            average=average if processes() > 1 else None,
             progress=progress,
         )
 

@@ -13,13 +13,15 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from hf_disparse.config import PruningConfig, UserError
+from hf_disparse.distributed import average as average_over_processes
+from hf_disparse.distributed import from_main, processes
 from hf_disparse.export.card import results_of_log, write_card
 from hf_disparse.losses import GradientSurgery, uncertainty_weight
 from hf_disparse.masks import MASKS_NAME, load_masks, masked_share, save_masks
 from hf_disparse.model import MultitaskModel
 from hf_disparse.stored_scores import SCORES_FOLDER
 from hf_disparse.tasks import MultitaskCollator, TaskBatchSampler, TaskDataset, average, compute_metrics
-from hf_disparse.trainer.arguments import DisparseTrainingArguments, check_arguments, check_datasets, lengths_by_task
+from hf_disparse.trainer.arguments import DisparseTrainingArguments, check_arguments, check_datasets, check_same_rows, lengths_by_task
 from hf_disparse.trainer.batches import Resuming, ScoringBatches
 from hf_disparse.trainer.callback import PruningCallback
 from hf_disparse.trainer.checkpoints import last_whole_checkpoint
@@ -62,6 +64,8 @@ class DisparseTrainer(Trainer):
         processing_class=None,
         **kwargs: Any,
     ):
+        if args is not None and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = True  # a step leaves the heads of all other tasks without a gradient
         super().__init__(
             model,
             args,
@@ -213,8 +217,14 @@ class DisparseTrainer(Trainer):
             )
 
     def _scoring_loss(self, model: nn.Module, batch) -> Tensor:
+        """That of a batch, or of this process's part of it: the mean over the processes is that of the whole batch."""
         with self.compute_loss_context_manager():
-            return self.compute_loss(model, batch)
+            loss = self.compute_loss(model, batch)
+        labels = batch.get("labels")
+        if processes() == 1 or not isinstance(labels, Tensor) or labels.ndim < 2 or labels.is_floating_point():
+            return loss  # a mean over as many examples as others have
+        mine = (labels != -100).sum().float()  # tokens with a label
+        return loss * (mine / average_over_processes([mine.clone()])[0])
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """As in Trainer, with the sparsity of the prunable weights beside the loss."""
@@ -283,9 +293,11 @@ class DisparseTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As in Trainer; `resume_from_checkpoint=True` takes the last checkpoint that was written to its end."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = from_main(lambda: last_whole_checkpoint(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise UserError(f"resume_from_checkpoint: there is no whole checkpoint in {self.args.output_dir}")
+        if self.is_multitask:
+            check_same_rows(self.train_dataset)
         if self.model_init is not None:
             self.pruner.masks = self._given_masks  # the masks of an earlier trial are of another model
             self.loss_means = {}

@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from hf_disparse.config import UserError
 from hf_disparse.decision import Masks
+from hf_disparse.distributed import average, processes
 from hf_disparse.trainer.methods.base import Method
 from hf_disparse.trainer.rules import decide_by
 
@@ -16,7 +16,8 @@ class ByTask(Method):
     """Keeps one float32 buffer of each of its `kinds` per task and prunable weight, until the last update.
 
     A backward pass of a task's batch goes to the buffers of that task; with `decision: joint` there is one task of that
-    name, which sees all of them. A task that has had no batch yet has no say, and a quorum is of those that have.
+    name, which sees all of them. A task that has had no batch yet has no say, and a quorum is of those that have. Of several
+    processes, which work on one task at a time, the buffers see the mean gradient of every backward pass.
     """
 
     sees_gradients = True
@@ -26,12 +27,6 @@ class ByTask(Method):
 
     def begin(self, parameters: Mapping[str, nn.Parameter], tasks: Iterable[str], max_steps: int) -> None:
         super().begin(parameters, tasks, max_steps)
-        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        if processes > 1:
-            name = self.config.method
-            raise UserError(
-                f"pruning.method: {name} reads the gradients of one process, got {processes} processes; train on one"
-            )
         self.max_steps, self._parameters = max_steps, parameters
         self._tasks = ("joint",) if self.config.decision == "joint" else tuple(tasks)
         self.buffers: dict[str, dict[str, dict[str, Tensor]]] = {}  # task -> kind -> parameter name -> tensor
@@ -50,6 +45,8 @@ class ByTask(Method):
     def gradient(self, name: str, weight: Tensor, gradient: Tensor, task: str) -> None:
         if self.over:
             return
+        if processes() > 1:  # before torch makes it the mean, once the whole pass is done
+            gradient = average([gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)])[0]
         task = "joint" if self.config.decision == "joint" else task
         if task not in self.buffers:
             self.buffers[task] = {kind: self._new() for kind in self.kinds}
