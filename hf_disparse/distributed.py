@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor, distributed
 
 from hf_disparse.config import UserError

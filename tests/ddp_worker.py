@@ -1,6 +1,7 @@
 """What tests/test_ddp.py does in one process and in two: trainings on the same examples, and what they leave behind."""
 
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -31,7 +32,9 @@ METHODS = {
     "saliency": PruningConfig(sparsity=0.8, **CUBIC),
     "fisher quorum": PruningConfig(sparsity=0.8, criterion="fisher", decision="quorum", quorum=2, score_batches=3),
     "joint heads": PruningConfig(sparsity=0.5, granularity="head", decision="joint", score_batches=2),
-    "agreement": PruningConfig(sparsity=0.5, granularity="neuron", criterion="agreement", decision="joint", score_batches=2),
+    "agreement": PruningConfig(
+        sparsity=0.5, granularity="neuron", criterion="agreement", decision="joint", score_batches=2
+    ),
     "movement": MovementConfig(**RISING),
     "movement soft": MovementConfig(mode="soft", score_learning_rate=0.5, penalty=4.0, **RISING),
     "movement joint": MovementConfig(decision="joint", **RISING),
@@ -41,6 +44,12 @@ METHODS = {
     "group_lasso": GroupLassoConfig(sparsity=0.5, end_step=8),
     "rank": RankConfig(sparsity=0.5, score_batches=2),
     "flop": FlopConfig(sparsity=0.5, end_step=8),
+}
+VARIANTS = {
+    "accumulated": dict(gradient_accumulation_steps=2),
+    "checkpointed": dict(gradient_checkpointing=True),
+    "bf16": dict(bf16=True),
+    "compiled": dict(torch_compile=True, torch_compile_backend="aot_eager"),
 }
 ODD = {"two": 9, "three": 1, "real": 6}  # rows that no number of processes divides
 
@@ -54,15 +63,18 @@ def model_without_dropout(tasks: list[TaskConfig] | None = None) -> MultitaskMod
 
 
 class Log(TrainerCallback):
-    """The task of every batch, and the masks after every step."""
+    """The task of every step, the masks after each change, and how often a pruned weight was not zero."""
 
     def __init__(self):
-        self.trainer, self.tasks, self.masks = None, [], []
+        self.trainer, self.tasks, self.masks, self.alive = None, [], [], 0
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, *, model, **kwargs):
         self.tasks.append(self.trainer.pruner.task)
         masks = self.trainer.pruner.masks
-        if masks is not None and (not self.masks or any(not torch.equal(m, self.masks[-1][n]) for n, m in masks.items())):
+        self.alive += sum(int(p[~masks[n]].count_nonzero()) for n, p in model.named_parameters() if n in (masks or {}))
+        if masks is not None and (
+            not self.masks or any(not torch.equal(m, self.masks[-1][n]) for n, m in masks.items())
+        ):
             self.masks.append({name: mask.clone() for name, mask in masks.items()})
 
 
@@ -88,7 +100,13 @@ def trained(folder: Path, pruning: PruningConfig, **changes) -> dict:
     trainer.train()
     log = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Log))
     weights = {name: p.detach().clone() for name, p in trainer.model.state_dict().items()}
-    return {"masks": log.masks, "tasks": log.tasks, "weights": weights, "passes": trainer.backward_passes}
+    return {
+        "alive": log.alive,
+        "masks": log.masks,
+        "tasks": log.tasks,
+        "weights": weights,
+        "passes": trainer.backward_passes,
+    }
 
 
 def evaluated(folder: Path) -> dict:
@@ -136,8 +154,11 @@ def main(folder: Path, names: list[str]) -> None:
     trainer_of(folder)  # begins torch.distributed
     rank = torch.distributed.get_rank()
     for name in names:
+        print(name, time.perf_counter(), file=sys.stderr)
         if name in METHODS:
             result = trained(folder / name, METHODS[name])
+        elif name in VARIANTS:
+            result = trained(folder / name, METHODS["saliency"], **VARIANTS[name])
         else:
             result = {"evaluated": evaluated, "disturbed": disturbed, "other_data": other_data}[name](folder / name)
         torch.save(result, folder / f"{name}-{rank}.pt")

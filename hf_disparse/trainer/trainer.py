@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_pt_utils import find_batch_size
 
 from hf_disparse.config import PruningConfig, UserError
 from hf_disparse.distributed import average as average_over_processes
@@ -21,7 +22,13 @@ from hf_disparse.masks import MASKS_NAME, load_masks, masked_share, save_masks
 from hf_disparse.model import MultitaskModel
 from hf_disparse.stored_scores import SCORES_FOLDER
 from hf_disparse.tasks import MultitaskCollator, TaskBatchSampler, TaskDataset, average, compute_metrics
-from hf_disparse.trainer.arguments import DisparseTrainingArguments, check_arguments, check_datasets, check_same_rows, lengths_by_task
+from hf_disparse.trainer.arguments import (
+    DisparseTrainingArguments,
+    check_arguments,
+    check_datasets,
+    check_same_rows,
+    lengths_by_task,
+)
 from hf_disparse.trainer.batches import Resuming, ScoringBatches
 from hf_disparse.trainer.callback import PruningCallback
 from hf_disparse.trainer.checkpoints import last_whole_checkpoint
@@ -283,6 +290,20 @@ class DisparseTrainer(Trainer):
             return super().evaluation_loop(dataloader, *args, **kwargs)
         finally:
             self.compute_metrics = own
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """As in Trainer; the loss leaves out the rows that only fill the last batches of several processes.
+
+        Of predictions and labels Accelerate leaves them out when it gathers them.
+        """
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        state = self.accelerator.gradient_state
+        if processes() > 1 and loss is not None and state.end_of_dataloader and state.remainder > 0:
+            rows = find_batch_size(inputs)
+            mine = min(max(state.remainder - self.args.process_index * rows, 1), rows)  # where none is, none is counted
+            kept = {key: value[:mine] if isinstance(value, Tensor) else value for key, value in inputs.items()}
+            loss = super().prediction_step(model, kept, True, ignore_keys)[0]
+        return loss, logits, labels
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         """A model that is not yet as sparse as it will be is never the best one."""
