@@ -8,6 +8,8 @@ from safetensors import SafetensorError, safe_open
 
 from hf_disparse.masks import MASKS_NAME
 
+STATE_NAME = "disparse_state.json"
+
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:
     """The newest `checkpoint-N` of `folder` that was written to its end, or None.
@@ -26,6 +28,8 @@ def _is_whole(checkpoint: Path) -> bool:
     weights = [*checkpoint.glob("model*.safetensors"), *checkpoint.glob("adapter_model.safetensors")]
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())
+        ours = checkpoint / STATE_NAME  # absent from a foreign Trainer's
+        processes = json.loads(ours.read_text()).get("processes", 1) if ours.is_file() else 1
         for index in checkpoint.glob("model.safetensors.index.json"):
             weights += [checkpoint / name for name in set(json.loads(index.read_text())["weight_map"].values())]
         for path in (
@@ -38,5 +42,6 @@ def _is_whole(checkpoint: Path) -> bool:
                 pass
     except (OSError, ValueError, KeyError, SafetensorError):
         return False
-    archives = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
-    return bool(weights) and len(archives) > 2 and all(zipfile.is_zipfile(path) for path in archives)
+    random = list(checkpoint.glob("rng_state*.pth"))  # each process writes its own, when it comes to it
+    archives = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *random]
+    return bool(weights) and len(random) >= processes and all(zipfile.is_zipfile(path) for path in archives)

@@ -31,11 +31,11 @@ from hf_disparse.trainer.arguments import (
 )
 from hf_disparse.trainer.batches import Resuming, ScoringBatches
 from hf_disparse.trainer.callback import PruningCallback
-from hf_disparse.trainer.checkpoints import last_whole_checkpoint
+from hf_disparse.trainer.checkpoints import STATE_NAME, last_whole_checkpoint
 from hf_disparse.trainer.distillation import check_teachers, distilled
 from hf_disparse.trainer.guard import GUARD_NAME, new_guard
 
-STATE_NAME, PRUNING_STATE_NAME = "disparse_state.json", "pruning_state.safetensors"
+PRUNING_STATE_NAME = "pruning_state.safetensors"
 
 
 class DisparseTrainer(Trainer):
@@ -348,7 +348,7 @@ class DisparseTrainer(Trainer):
         if self.args.should_save and self.pruner.guard:
             self.pruner.guard.save(Path(output_dir, GUARD_NAME))
         if self.args.should_save:
-            state = {"backward_passes": self.backward_passes, "loss_means": self.loss_means}
+            state = {"backward_passes": self.backward_passes, "loss_means": self.loss_means, "processes": processes()}
             Path(output_dir, STATE_NAME).write_text(json.dumps(state))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
