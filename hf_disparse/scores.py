@@ -189,17 +189,16 @@ def _gradients(model, task, loader, parameters, num_batches, loss_fn, scale, ave
         seen += 1
         with _scoring(model, parameters), torch.enable_grad():
             loss = loss_fn(model, batch) * scale
-            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            gradients = list(torch.autograd.grad(loss, list(parameters.values()), allow_unused=True))
         loss = loss.detach()
         if average is not None:  # the loss, too, for a process that stopped alone would leave the others waiting
-            gradients = [
-                torch.zeros_like(p, dtype=_wide(p)) if g is None else g.to(_wide(g), copy=True)
-                for g, p in zip(gradients, parameters.values(), strict=True)
-            ]
+            for i, p in enumerate(parameters.values()):  # one by one, so that there is one copy of them at a time
+                g = gradients[i]
+                gradients[i] = torch.zeros_like(p, dtype=_wide(p)) if g is None else g.to(_wide(g), copy=True)
             average([loss, *gradients])
         if not torch.isfinite(loss):
             raise ValueError(f"task '{task}': expected a finite loss while scoring, got {loss.item()} in batch {seen}")
-        yield list(gradients)
+        yield gradients
         del gradients, loss
     if not seen:
         raise ValueError(f"task '{task}': expected at least one batch to score on, got none")

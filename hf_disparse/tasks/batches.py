@@ -1,12 +1,12 @@
-"""One task per batch: the joined data set, the seeded sampler over tasks, and the collator."""
+"""One task per batch: the joined data set, the seeded sampler over tasks, streams in turn, and the collator."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import count, islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import (
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
@@ -133,6 +133,51 @@ class TaskBatchSampler:
             return [tasks[i] for i in torch.multinomial(chances, count, replacement=True, generator=generator)]
         blocks = [task for task in tasks for _ in range(self._blocks[task])]
         return [blocks[i] for i in torch.randperm(count, generator=generator)]
+
+
+class TaskStream(IterableDataset):
+    """Batches of rows of one task each, the tasks in turn, from streams that need not fit into memory; it never ends.
+
+    A stream that ends begins anew, in its next epoch if it counts them (`set_epoch`, as those of the datasets library do). It
+    must give the same rows every time for a resume to be exact. Of several processes each reads all rows and takes its part.
+
+    Args:
+        streams: task -> rows (dictionaries), to be iterated as often as needed.
+        batch_size: rows of a batch on one process.
+    """
+
+    def __init__(
+        self, streams: Mapping[str, Iterable[Mapping[str, Any]]], batch_size: int, rank: int = 0, world_size: int = 1
+    ):
+        self.streams, self._rows, self._rank, self._world_size = dict(streams), batch_size, rank, world_size
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        blocks = {
+            task: blocks_of(stream, self._rows * self._world_size, f"tasks.{task}")
+            for task, stream in self.streams.items()
+        }
+        while True:
+            for task, rows in blocks.items():
+                yield [{**row, "task": task} for row in next(rows)[self._rank :: self._world_size]]
+
+
+def blocks_of(stream: Iterable[Mapping[str, Any]], size: int, where: str, epoch: int = 0) -> Iterator[list]:
+    """Lists of `size` rows of a stream that begins anew, in the next epoch, when it ends."""
+
+    def rows() -> Iterator[Mapping[str, Any]]:
+        for now in count(epoch):
+            if hasattr(stream, "set_epoch"):
+                stream.set_epoch(now)
+            empty = True
+            for row in stream:
+                empty = False
+                yield row
+            if empty:
+                raise UserError(f"{where}: expected at least one example, got none")
+
+    endless = rows()
+    while True:
+        yield list(islice(endless, size))
 
 
 class MultitaskCollator:

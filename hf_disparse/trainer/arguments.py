@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
 from hf_disparse.config import TaskConfig, UserError, closest, is_number, require
@@ -82,7 +83,7 @@ def check_arguments(trainer: Trainer) -> None:
             "start with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES"
         )
     refuse_deepspeed(trainer.is_deepspeed_enabled)
-    if trainer.is_fsdp_enabled:
+    if trainer.is_fsdp_enabled and not os.environ.get("TRYFSDP"):
         raise UserError("fsdp: expected whole weights on every process, got FSDP; use DDP (torchrun)")
     surgery = getattr(args, "loss_weighting", "fixed") == "pcgrad"
     if surgery and (not trainer.is_multitask or args.gradient_accumulation_steps < 2 or args.world_size > 1):
@@ -125,12 +126,39 @@ def check_datasets(tasks: Mapping[str, TaskConfig], **datasets) -> None:
 
 def check_same_rows(datasets: Mapping[str, Any]) -> None:
     """Refuses other tasks or numbers of rows on another process, which would be at another task in the same step."""
-    sizes = {task: len(rows) for task, rows in datasets.items()}
+    sizes = {task: None if isinstance(rows, IterableDataset) else len(rows) for task, rows in datasets.items()}
     if others := differing(repr(sizes).encode()):
         raise UserError(
             f"train_dataset: expected the same rows on all processes, which share them out by themselves, but rank "
             f"{', '.join(map(str, others))} has other numbers of them than rank 0"
         )
+
+
+def is_streamed(datasets: Mapping[str, Any], args: TrainingArguments) -> bool:
+    """Whether the tasks' rows are streams; refuses what has to know how many they are."""
+    streams = [isinstance(rows, IterableDataset) for rows in datasets.values()]
+    if not any(streams):
+        return False
+    if not all(streams):
+        raise UserError(
+            "train_dataset: expected streams for all tasks or for none, got both; use to_iterable_dataset()"
+        )
+    for key, expected, default in (
+        ("task_sampling", "round_robin", "round_robin"),
+        ("train_sampling_strategy", "random", None),
+    ):
+        got = getattr(args, key, default)
+        require(got == expected, f"training.{key}", f"{expected} with streams, whose rows are not counted", got)
+    require(
+        args.max_steps > 0, "training.max_steps", "a number of steps with streams, which do not end", args.max_steps
+    )
+    require(
+        args.dataloader_num_workers == 0,
+        "training.dataloader_num_workers",
+        "0 with streams",
+        args.dataloader_num_workers,
+    )
+    return True
 
 
 def lengths_by_task(datasets: Mapping[str, Any], args: TrainingArguments) -> dict[str, list[int]] | None:

@@ -1,15 +1,18 @@
-"""What `DisparseTrainer` gives to samplers and to scoring."""
+"""The batches of training and of scoring, of this process."""
 
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback
 
 from hf_disparse.config import UserError
 from hf_disparse.tasks import TaskBatchSampler, TaskDataset
-from hf_disparse.trainer.arguments import lengths_by_task
+from hf_disparse.tasks.batches import TaskStream, blocks_of
+from hf_disparse.trainer.arguments import DisparseTrainingArguments, is_streamed, lengths_by_task
+
+_FAR = 1_000_000_000  # an epoch of a stream that training never comes to
 
 
 class Resuming(TrainerCallback):
@@ -23,17 +26,49 @@ class Resuming(TrainerCallback):
         self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        if self.trainer.is_multitask:
+        if self.trainer.is_multitask and self.trainer.task_sampler is not None:
             self.trainer.task_sampler.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args, state, control, **kwargs):
         state.global_step = min(state.global_step, state.max_steps)
 
 
+def training_batches(trainer: Trainer) -> DataLoader:
+    """Batches of one task each for this process, drawn as the arguments say; of streams in turn."""
+    args, rows = trainer.args, trainer.train_dataset
+    if not rows:
+        raise UserError("train_dataset: training expects a dict of task -> Dataset, got none")
+    collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")
+    trainer.task_sampler = None
+    if is_streamed(rows, args):  # a process takes its part by itself: Accelerate has nothing to share out
+        stream = TaskStream(rows, trainer._train_batch_size, args.process_index, args.world_size)
+        return DataLoader(stream, batch_size=None, collate_fn=collate, pin_memory=args.dataloader_pin_memory)
+    dataset = TaskDataset(rows)
+    trainer.task_sampler = TaskBatchSampler(
+        dataset.sizes,
+        trainer._train_batch_size,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        world_size=args.world_size,
+        lengths=lengths_by_task(rows, args),
+        **(args.sampling() if isinstance(args, DisparseTrainingArguments) else {}),
+    )
+    loader = DataLoader(
+        dataset,
+        batch_sampler=trainer.task_sampler,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+    )
+    return trainer.accelerator.prepare(loader)
+
+
 class ScoringBatches:
     """The batches that one task is scored on: seeded by the config and the step, without touching the global generators.
 
-    Of several processes each takes its part of a batch, which is as many times as large.
+    Of several processes each takes its part of a batch, which is as many times as large. A stream is read from its start, if
+    it is shuffled in another order every time.
     """
 
     def __init__(self, trainer: Trainer, task: str):
@@ -41,18 +76,24 @@ class ScoringBatches:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         trainer = self.trainer
-        rows, lengths = trainer.train_dataset, None
+        rows, added = trainer.train_dataset, {}
         if trainer.is_multitask:
-            mine = {self.task: rows[self.task]}
-            rows, lengths = TaskDataset(mine), lengths_by_task(mine, trainer.args)
-        elif isinstance(rows, IterableDataset):
-            raise UserError("train_dataset: scoring draws examples at random, got a stream; load it as a Dataset")
+            rows, added = rows[self.task], {"task": self.task}
         collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="scoring")
-        seed = trainer.pruning_config.seed + trainer.state.global_step
         rank, world_size = trainer.args.process_index, trainer.args.world_size
-        size = trainer._train_batch_size * world_size
+        for block in self._blocks(rows, trainer._train_batch_size * world_size):
+            yield trainer._prepare_inputs(
+                collate([{**row, **added} if added else row for row in block[rank::world_size]])
+            )
+
+    def _blocks(self, rows, size: int) -> Iterator[list]:
+        """The rows of one batch of all processes after another."""
+        seed = self.trainer.pruning_config.seed + self.trainer.state.global_step
+        if isinstance(rows, IterableDataset):  # another epoch than those that training is in
+            yield from blocks_of(rows, size, f"tasks.{self.task}", _FAR + seed)
+        lengths = lengths_by_task({self.task: rows}, self.trainer.args) if self.trainer.is_multitask else None
         sampler = TaskBatchSampler({self.task: len(rows)}, size, lengths=lengths, seed=seed)
         for epoch in itertools.count():
             sampler.set_epoch(epoch)
             for indices in sampler:
-                yield trainer._prepare_inputs(collate([rows[i] for i in indices[rank::world_size]]))
+                yield [rows[i] for i in indices]

@@ -21,15 +21,13 @@ from hf_disparse.losses import GradientSurgery, uncertainty_weight
 from hf_disparse.masks import MASKS_NAME, load_masks, masked_share, save_masks
 from hf_disparse.model import MultitaskModel
 from hf_disparse.stored_scores import SCORES_FOLDER
-from hf_disparse.tasks import MultitaskCollator, TaskBatchSampler, TaskDataset, average, compute_metrics
+from hf_disparse.tasks import MultitaskCollator, TaskDataset, average, compute_metrics
 from hf_disparse.trainer.arguments import (
-    DisparseTrainingArguments,
     check_arguments,
     check_datasets,
     check_same_rows,
-    lengths_by_task,
 )
-from hf_disparse.trainer.batches import Resuming, ScoringBatches
+from hf_disparse.trainer.batches import Resuming, ScoringBatches, training_batches
 from hf_disparse.trainer.callback import PruningCallback
 from hf_disparse.trainer.checkpoints import STATE_NAME, last_whole_checkpoint
 from hf_disparse.trainer.distillation import check_teachers, distilled
@@ -41,7 +39,8 @@ PRUNING_STATE_NAME = "pruning_state.safetensors"
 class DisparseTrainer(Trainer):
     """A Trainer for several tasks on one encoder that prunes it on the way.
 
-    With a `MultitaskModel`, `train_dataset` and `eval_dataset` map a task's name to its tokenized rows; losses go to the
+    With a `MultitaskModel`, `train_dataset` and `eval_dataset` map a task's name to its tokenized rows, `train_dataset` maybe to
+    streams of them (IterableDataset); losses go to the
     task of the batch times the task's weight, and evaluation gives `eval_<task>_<metric>` and one `eval_average`. Any
     other model, such as one of `AutoModelForSequenceClassification`, is one task with the data sets of a plain Trainer.
 
@@ -109,30 +108,7 @@ class DisparseTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of one task each, drawn as the arguments say."""
-        if not self.is_multitask:
-            return super().get_train_dataloader()
-        if not self.train_dataset:
-            raise UserError("train_dataset: training expects a dict of task -> Dataset, got none")
-        args = self.args
-        dataset = TaskDataset(self.train_dataset)
-        self.task_sampler = TaskBatchSampler(
-            dataset.sizes,
-            self._train_batch_size,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            world_size=args.world_size,
-            lengths=lengths_by_task(self.train_dataset, args),
-            **(args.sampling() if isinstance(args, DisparseTrainingArguments) else {}),
-        )
-        loader = DataLoader(
-            dataset,
-            batch_sampler=self.task_sampler,
-            collate_fn=self._get_collator_with_removed_columns(self.data_collator, description="training"),
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-        )
-        return self.accelerator.prepare(loader)
+        return training_batches(self) if self.is_multitask else super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """As in Trainer; the name of a task gives the batches of that task."""
