@@ -42,6 +42,14 @@ def average(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return tensors
 
 
+def add_up(count: int) -> int:
+    """The sum of the processes' counts."""
+    counts: list[Any] = [count] * processes()
+    if processes() > 1:
+        distributed.all_gather_object(counts, count)
+    return sum(counts)
+
+
 def differing(digest: bytes) -> list[int]:
     """The ranks whose digest is not that of rank 0, the same list on all processes."""
     if processes() == 1:

@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hf_disparse.config import FORMAT_VERSION, UserError
+from hf_disparse.distributed import add_up
 from hf_disparse.low_rank import dense_size
+from hf_disparse.sharded import is_sharded, local
 
 MASKS_NAME = "pruning_masks.safetensors"
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -45,7 +47,8 @@ def zero_pruned(tensor: Tensor, keep: Tensor) -> None:
 
     Bits times 0 or 1: a product of floats would leave -0.0 and keep NaN, and is slower by half.
     """
-    tensor.view(BITS[tensor.element_size()]).mul_(keep)
+    tensor = local(tensor)
+    tensor.view(BITS[tensor.element_size()]).mul_(local(keep))
 
 
 class MaskHooks:
@@ -75,9 +78,14 @@ def find_masks(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def count_pruned(masks: Mapping[str, Tensor]) -> tuple[int, int]:
-    """How many weights the masks prune, and of how many."""
+    """How many weights the masks prune, and of how many; of masks in parts asked by all processes."""
     size = sum(keep.numel() for keep in masks.values())
-    return size - sum(int(keep.sum()) for keep in masks.values()), size
+    return size - _nonzeros(masks), size
+
+
+def _nonzeros(tensors: Mapping[str, Tensor]) -> int:
+    mine = sum(int(torch.count_nonzero(local(tensor.detach()))) for tensor in tensors.values())
+    return add_up(mine) if is_sharded(tensors) else mine
 
 
 def masked_share(model: nn.Module, masks: Mapping[str, Tensor]) -> float:
@@ -96,7 +104,7 @@ def sparsity_report(model: nn.Module, encoder: nn.Module, prunable: Mapping[str,
     def fraction(tensors) -> float:
         tensors = list(tensors)
         total = dense_size(model, tensors)
-        return (total - sum(int(torch.count_nonzero(t.detach())) for t in tensors)) / total if total else 0.0
+        return (total - _nonzeros(dict(enumerate(tensors)))) / total if total else 0.0
 
     groups = {"prunable": prunable.values(), "encoder": encoder.parameters(), "model": model.parameters()}
     return {name: fraction(tensors) for name, tensors in groups.items()}

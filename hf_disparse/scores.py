@@ -11,6 +11,7 @@ from itertools import islice
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 Batch = Mapping[str, object]
@@ -184,14 +185,19 @@ def accumulate(
 
 def _gradients(model, task, loader, parameters, num_batches, loss_fn, scale, average) -> Iterator[list[Tensor | None]]:
     """Yields, batch by batch, the gradients of `scale` times the task's loss with respect to `parameters`."""
-    seen = 0
+    seen, sharded = 0, any(isinstance(p, DTensor) for p in parameters.values())
     for batch in islice(_again_and_again(loader) if num_batches else loader, num_batches):
         seen += 1
         with _scoring(model, parameters), torch.enable_grad():
             loss = loss_fn(model, batch) * scale
-            gradients = list(torch.autograd.grad(loss, list(parameters.values()), allow_unused=True))
+            if sharded:
+                gradients = _by_backward(model, loss, parameters)
+            else:
+                gradients = list(torch.autograd.grad(loss, list(parameters.values()), allow_unused=True))
         loss = loss.detach()
-        if average is not None:  # the loss, too, for a process that stopped alone would leave the others waiting
+        if sharded and average is not None:
+            average([loss])
+        elif average is not None:  # the loss, too, for a process that stopped alone would leave the others waiting
             for i, p in enumerate(parameters.values()):  # one by one, so that there is one copy of them at a time
                 g = gradients[i]
                 gradients[i] = torch.zeros_like(p, dtype=_wide(p)) if g is None else g.to(_wide(g), copy=True)
@@ -206,6 +212,18 @@ def _gradients(model, task, loader, parameters, num_batches, loss_fn, scale, ave
         raise ValueError(
             f"task '{task}': expected {num_batches} batches to score on, got {seen}; give it a loader that can be iterated again"
         )
+
+
+def _by_backward(model: nn.Module, loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> list[Tensor | None]:
+    """The gradients of weights that FSDP2 has in parts, in parts and averaged over the processes by its backward pass."""
+    held = [(p, p.grad) for p in model.parameters()]
+    for p, _ in held:
+        p.grad = None
+    loss.backward()
+    gradients = [p.grad for p in parameters.values()]
+    for p, gradient in held:
+        p.grad = gradient
+    return gradients
 
 
 def _again_and_again(loader: Iterable[Batch]) -> Iterator[Batch]:

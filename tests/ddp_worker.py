@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from hf_disparse import (
@@ -23,6 +24,7 @@ from hf_disparse import (
     UserError,
 )
 from hf_disparse.distributed import processes
+from hf_disparse.sharded import local
 from tests.test_trainer import arguments
 from tests.tiny import three_datasets, three_tasks, tiny_bert_config, tiny_tokenizer, tokenized_rows
 
@@ -71,11 +73,13 @@ class Log(TrainerCallback):
     def on_step_end(self, args, state, control, *, model, **kwargs):
         self.tasks.append(self.trainer.pruner.task)
         masks = self.trainer.pruner.masks
-        self.alive += sum(int(p[~masks[n]].count_nonzero()) for n, p in model.named_parameters() if n in (masks or {}))
-        if masks is not None and (
-            not self.masks or any(not torch.equal(m, self.masks[-1][n]) for n, m in masks.items())
-        ):
-            self.masks.append({name: mask.clone() for name, mask in masks.items()})
+        if masks is None:
+            return
+        parameters = dict(model.named_parameters())
+        self.alive += sum(int(local(parameters[n])[~local(mask)].count_nonzero()) for n, mask in masks.items())
+        whole = {n: mask.full_tensor() if isinstance(mask, DTensor) else mask.clone() for n, mask in masks.items()}
+        if not self.masks or any(not torch.equal(mask, self.masks[-1][n]) for n, mask in whole.items()):
+            self.masks.append(whole)
 
 
 def trainer_of(folder, pruning=None, callbacks=(), **changes) -> DisparseTrainer:

@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
-from hf_disparse.config import TaskConfig, UserError, closest, is_number, require
+from hf_disparse.config import PART_CRITERIA, TaskConfig, UserError, closest, is_number, require
 from hf_disparse.distributed import differing
 from hf_disparse.tasks import TaskBatchSampler
 
@@ -74,6 +74,34 @@ def refuse_deepspeed(asked: bool) -> None:
         )
 
 
+def check_fsdp(trainer: Trainer) -> None:
+    """Refuses of FSDP what is not there, and of pruning what needs whole weights."""
+    args, config = trainer.args, trainer.pruning_config
+    asked = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in _TRUE
+    if asked and not trainer.is_fsdp_enabled:
+        raise UserError(
+            "fsdp: expected GPUs, got processes on CPUs, where Accelerate leaves FSDP out; start without it (DDP)"
+        )
+    if not trainer.is_fsdp_enabled:
+        return
+    version = trainer.accelerator.state.fsdp_plugin.fsdp_version
+    require(version == 2, "fsdp", "version 2", version)
+    if config is None or not config.sparsity:
+        return
+    require(
+        config.method == "saliency",
+        "pruning.method",
+        "saliency with FSDP; the others run on DDP (torchrun)",
+        config.method,
+    )
+    require(config.criterion not in PART_CRITERIA, "pruning.criterion", "one of weights with FSDP", config.criterion)
+    whole = not {"layer", "channel"} & set(config.granularity)
+    require(whole, "pruning.granularity", "weights, patterns, heads or neurons with FSDP", config.granularity)
+    for key in ("max_drop", "reinitialise"):
+        value = getattr(config, key)
+        require(value is None or value is False, f"pruning.{key}", "nothing with FSDP; use DDP (torchrun)", value)
+
+
 def check_arguments(trainer: Trainer) -> None:
     """Refuses what would be ignored, or go wrong, without a word."""
     args = trainer.args
@@ -83,8 +111,7 @@ def check_arguments(trainer: Trainer) -> None:
             "start with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES"
         )
     refuse_deepspeed(trainer.is_deepspeed_enabled)
-    if trainer.is_fsdp_enabled and not os.environ.get("TRYFSDP"):
-        raise UserError("fsdp: expected whole weights on every process, got FSDP; use DDP (torchrun)")
+    check_fsdp(trainer)
     surgery = getattr(args, "loss_weighting", "fixed") == "pcgrad"
     if surgery and (not trainer.is_multitask or args.gradient_accumulation_steps < 2 or args.world_size > 1):
         raise UserError(

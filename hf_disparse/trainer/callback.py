@@ -1,6 +1,7 @@
 """Pruning inside any transformers Trainer: asks the method for masks on its schedule, and holds the zeros."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hf_disparse.masks import MaskHooks, apply_masks, find_masks
 from hf_disparse.model import MultitaskModel, prunable_parameters
 from hf_disparse.schedule import update_steps
 from hf_disparse.scores import GRADIENT_CRITERIA, Batch, LossFunction, gradients, model_loss, score
+from hf_disparse.sharded import decide_on_main, is_sharded, place
 from hf_disparse.stored_scores import SCORES_FOLDER, keep_scores
 from hf_disparse.trainer.guard import Guard
 from hf_disparse.trainer.methods import Update, new_method
@@ -211,27 +213,43 @@ class PruningCallback(TrainerCallback):
         """Asks the method for masks, applies and holds them."""
         parameters, held = prunable_parameters(model, self.config), self.masks or {}
         masks = {name: held.get(name, torch.ones_like(p, dtype=torch.bool)) for name, p in parameters.items()}
-        decided = self.method.update(
-            Update(
-                step=step,
-                model=model,
-                parameters=parameters,
-                masks=masks,
-                sites=prunable_sites(model, self.config),
-                tasks=tuple(self.loaders),
-                score=partial(self._score, model, parameters, progress),
-                optimizer=optimizer,
-                gradients=partial(self._gradients, model, parameters, progress),
-            )
+        now = Update(
+            step=step,
+            model=model,
+            parameters=parameters,
+            masks=masks,
+            sites=prunable_sites(model, self.config),
+            tasks=tuple(self.loaders),
+            score=partial(self._score, model, parameters, progress),
+            optimizer=optimizer,
+            gradients=partial(self._gradients, model, parameters, progress),
         )
-        require_same(masks if decided is None else decided, step)
+        if is_sharded(parameters):
+            decided = self._decide_sharded(model, now)
+        else:
+            decided = self.method.update(now)
+            require_same(masks if decided is None else decided, step)
         if decided is not None:
             self._hold(model, {**held, **decided})
         if self.config.reinitialise and step == self.last_update:
             reinitialise(model.base_model, self.config.seed, optimizer)
             apply_masks(model, self.masks or {})
 
-    def _score(self, model, parameters, progress: bool, criterion: str, joint: bool = False) -> Stream:
+    def _decide_sharded(self, model: nn.Module, now: Update) -> Mapping[str, Tensor] | None:
+        """As the method's `update`, on the main process, which alone sees whole scores."""
+
+        def update(masks, score):
+            kept = partial(keep_scores, folder=self._scores_folder, masks=(self.masks and masks) or {})
+            stream = score if self._scores_folder is None else lambda *a: kept(score(*a))
+            return self.method.update(replace(now, masks=masks, score=stream))
+
+        self.release()  # scoring is a backward pass like any other here, and wants the gradients of pruned weights, too
+        decided = decide_on_main(update, partial(now.score, keep=False), now.masks, now.parameters)
+        if decided is None and self.masks is not None:
+            self._hold(model, self.masks)
+        return decided
+
+    def _score(self, model, parameters, progress: bool, criterion: str, joint: bool = False, keep=True) -> Stream:
         if criterion in GRADIENT_CRITERIA:
             self.backward_passes += len(self.loaders) * self.config.score_batches
         stream = score(
@@ -247,7 +265,7 @@ class PruningCallback(TrainerCallback):
             seed=self.config.seed,
             progress=progress,
         )
-        return keep_scores(stream, self._scores_folder, self.masks or {}) if self._scores_folder else stream
+        return keep_scores(stream, self._scores_folder, self.masks or {}) if keep and self._scores_folder else stream
 
     def _gradients(self, model, parameters, progress: bool, joint: bool = False):
         self.backward_passes += len(self.loaders) * self.config.score_batches
@@ -274,7 +292,7 @@ class PruningCallback(TrainerCallback):
     def _hold(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         self.release()
         parameters = dict(model.named_parameters())
-        self.masks = {n: keep.to(parameters[n].device) if n in parameters else keep for n, keep in masks.items()}
+        self.masks = {n: place(keep, parameters[n]) if n in parameters else keep for n, keep in masks.items()}
         apply_masks(model, self.masks)  # refuses the masks of another model
         if self.config and "layer" in self.config.granularity:
             model.skip_layers(sorted({*model.config.skipped_layers, *gone_layers(model, self.masks)}))

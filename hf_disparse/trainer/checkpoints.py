@@ -43,5 +43,10 @@ def _is_whole(checkpoint: Path) -> bool:
     except (OSError, ValueError, KeyError, SafetensorError):
         return False
     random = list(checkpoint.glob("rng_state*.pth"))  # each process writes its own, when it comes to it
-    archives = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *random]
+    parts = [checkpoint / "pytorch_model_fsdp_0" / ".metadata", checkpoint / "optimizer_0" / ".metadata"]
+    if all(path.is_file() for path in parts):  # of FSDP, in parts: written once all processes have written theirs
+        weights, optimizer = parts, []
+    else:
+        optimizer = [next(checkpoint.glob("optimizer.bin"), checkpoint / "optimizer.pt")]  # .bin: of FSDP, whole
+    archives = [*optimizer, checkpoint / "scheduler.pt", *random]
     return bool(weights) and len(random) >= processes and all(zipfile.is_zipfile(path) for path in archives)

@@ -20,6 +20,7 @@ from hf_disparse.export.card import results_of_log, write_card
 from hf_disparse.losses import GradientSurgery, uncertainty_weight
 from hf_disparse.masks import MASKS_NAME, load_masks, masked_share, save_masks
 from hf_disparse.model import MultitaskModel
+from hf_disparse.sharded import gather, is_sharded
 from hf_disparse.stored_scores import SCORES_FOLDER
 from hf_disparse.tasks import MultitaskCollator, TaskDataset, average, compute_metrics
 from hf_disparse.trainer.arguments import (
@@ -87,11 +88,11 @@ class DisparseTrainer(Trainer):
         self.loss_means: dict[str, float] = {}  # running, with loss_weighting="uncertainty"
         self._trained = 0  # backward passes
         self._surgery = GradientSurgery() if self._weighting == "pcgrad" else None
+        self.pruning_config, self._given_masks = pruning_config, masks
         check_arguments(self)
         if self.is_multitask:
             check_datasets(self.tasks, train_dataset=train_dataset, eval_dataset=eval_dataset)
             self.data_collator = MultitaskCollator(processing_class, self.tasks, pad=data_collator)
-        self.pruning_config, self._given_masks = pruning_config, masks
         judges = (train_dataset or self.tasks) if self.is_multitask else ["train"]  # a head without data has no say
         self.pruner = PruningCallback(
             pruning_config,
@@ -317,8 +318,11 @@ class DisparseTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.pruner.masks is not None and self.args.should_save:
-            save_masks(self.pruner.masks, Path(output_dir, MASKS_NAME))
+        masks = self.pruner.masks
+        if masks is not None and is_sharded(masks):
+            masks = gather(masks)
+        if masks is not None and self.args.should_save:
+            save_masks(masks, Path(output_dir, MASKS_NAME))
         if self.args.should_save and (pruning := self.pruner.state()):
             save_file(pruning, Path(output_dir, PRUNING_STATE_NAME))
         if self.args.should_save and self.pruner.guard:

@@ -8,6 +8,7 @@ nothing else should run. Processes share this machine's cores: give each as many
 """
 
 import argparse
+import ctypes
 import json
 import os
 import subprocess
@@ -61,6 +62,7 @@ def seconds(function: Callable[[], object]) -> float:
 
 def peak(function: Callable[[], object]) -> int:
     """By how many bytes the process grew at most meanwhile."""
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed is given back, or else it would be taken again unseen
     Path("/proc/self/clear_refs").write_text("5")  # forgets the earlier peak
     before = _status("VmRSS")
     function()
