@@ -16,7 +16,7 @@ from rich.table import Table
 from tqdm import tqdm
 from typer.exceptions import TyperException
 
-_GRACE = 5.0  # seconds
+_GRACE = 10.0  # seconds
 
 app = typer.Typer(
     add_completion=False,

@@ -1,10 +1,13 @@
-"""Which checkpoint of a run was written to its end."""
+"""Which checkpoint of a run was written to its end, and in which form."""
 
 import json
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from transformers import Trainer
 
 from hf_disparse.masks import MASKS_NAME
 
@@ -22,6 +25,20 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
         if _is_whole(path):
             return str(path)
     return None
+
+
+@contextmanager
+def whole_weights(trainer: Trainer) -> Iterator[None]:
+    """What is saved meanwhile is whole, also where FSDP's checkpoints are in parts."""
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    before = None if plugin is None else plugin.state_dict_type
+    if plugin is not None:
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+    try:
+        yield
+    finally:
+        if plugin is not None:
+            plugin.set_state_dict_type(before)
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -1,5 +1,6 @@
 """`DisparseTrainer`: transformers' Trainer on several tasks, with pruning."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ from hf_disparse.trainer.arguments import (
 )
 from hf_disparse.trainer.batches import Resuming, ScoringBatches, training_batches
 from hf_disparse.trainer.callback import PruningCallback
-from hf_disparse.trainer.checkpoints import STATE_NAME, last_whole_checkpoint
+from hf_disparse.trainer.checkpoints import STATE_NAME, last_whole_checkpoint, whole_weights
 from hf_disparse.trainer.distillation import check_teachers, distilled
 from hf_disparse.trainer.guard import GUARD_NAME, new_guard
 
@@ -371,8 +372,9 @@ class DisparseTrainer(Trainer):
             write_card(self.args.output_dir, self.hub_model_id or model_name, license, results)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in Trainer, with the scores that `keep_scores` asks for; checkpoints go without."""
-        super().save_model(output_dir, _internal_call)
+        """As in Trainer, with the scores that `keep_scores` asks for; checkpoints go without. Of FSDP a whole model."""
+        with contextlib.nullcontext() if _internal_call else whole_weights(self):
+            super().save_model(output_dir, _internal_call)
         scores, target = (
             Path(self.args.output_dir, SCORES_FOLDER),
             Path(output_dir or self.args.output_dir, SCORES_FOLDER),
