@@ -215,14 +215,14 @@ def _gradients(model, task, loader, parameters, num_batches, loss_fn, scale, ave
 
 
 def _by_backward(model: nn.Module, loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> list[Tensor | None]:
-    """The gradients of weights that FSDP2 has in parts, in parts and averaged over the processes by its backward pass."""
-    held = [(p, p.grad) for p in model.parameters()]
-    for p, _ in held:
-        p.grad = None
+    """The gradients of weights that FSDP2 has in parts, in parts and averaged over the processes by its backward pass.
+
+    Between two steps of training, where no gradients are that would be lost.
+    """
     loss.backward()
     gradients = [p.grad for p in parameters.values()]
-    for p, gradient in held:
-        p.grad = gradient
+    for p in model.parameters():  # only now are they all in parts again, and other objects than while they were whole
+        p.grad = None
     return gradients
 
 

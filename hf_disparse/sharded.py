@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_disparse.distributed import is_main
@@ -23,6 +24,13 @@ def is_sharded(tensors: Mapping[str, Tensor]) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """The part that this process has, which shares memory with `tensor`; all of a whole one."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def reshard(model: nn.Module) -> None:
+    """Has the weights in parts: an evaluation leaves some of them whole, which are other objects."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from hf_disparse.sharded import gather, is_sharded, local, place
 from hf_disparse.trainer.arguments import check_fsdp
 from hf_disparse.trainer.checkpoints import last_whole_checkpoint
 from tests.ddp_worker import trained
-from tests.fsdp_worker import CONFIGS
+from tests.fsdp_worker import CONFIGS, ROUND
 from tests.processes import in_processes
 from tests.test_trainer import assert_same, multitask_trainer
 
@@ -52,7 +52,7 @@ def assert_as_one(several: list[dict], one: dict) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_two_processes_with_parts_prune_as_one_with_the_whole(of_two, tmp_path, name):
-    one = trained(tmp_path, CONFIGS[name])
+    one = trained(tmp_path, CONFIGS[name], **ROUND)
     assert_as_one(of_two[1][name], one)
     assert [theirs["passes"] for theirs in of_two[1][name]] == [one["passes"]] * 2
 
@@ -60,13 +60,13 @@ def test_two_processes_with_parts_prune_as_one_with_the_whole(of_two, tmp_path, 
 def test_whole_and_sharded_checkpoints_are_found_and_a_torn_one_is_not(of_two):
     folder, several = of_two
     for name in RESUMED:
-        assert last_whole_checkpoint(folder / name).endswith("checkpoint-8")
-        masks = load_masks(folder / name / "checkpoint-8" / "pruning_masks.safetensors")
+        assert last_whole_checkpoint(folder / name).endswith("checkpoint-10")
+        masks = load_masks(folder / name / "checkpoint-10" / "pruning_masks.safetensors")
         assert_same(dict(sorted(masks.items())), dict(sorted(several[name][0]["masks"][-1].items())))
     for name, part in (("sharded", "optimizer_0/.metadata"), ("saliency", "optimizer.bin")):
-        path = folder / name / "checkpoint-8" / part
+        path = folder / name / "checkpoint-10" / part
         away = path.rename(folder / "away")
-        assert last_whole_checkpoint(folder / name).endswith("checkpoint-4")
+        assert last_whole_checkpoint(folder / name).endswith("checkpoint-8")
         away.rename(path)
 
 
@@ -76,7 +76,7 @@ def test_four_processes_go_on_where_two_were_and_prune_as_one(of_two, tmp_path_f
     in_processes(4, "tests.fsdp_worker", four, "random", *(f"{name}@{of_two[0]}" for name in RESUMED))
     several = loaded(four, 4, ["random", *RESUMED])
     for name, theirs in several.items():
-        assert_as_one(theirs, trained(tmp_path / name, CONFIGS[name]))
+        assert_as_one(theirs, trained(tmp_path / name, CONFIGS[name], **ROUND))
     assert all(len(several[name][0]["tasks"]) == 6 for name in RESUMED)  # steps 5 to 10
 
 

@@ -15,7 +15,7 @@ from hf_disparse.masks import MaskHooks, apply_masks, find_masks
 from hf_disparse.model import MultitaskModel, prunable_parameters
 from hf_disparse.schedule import update_steps
 from hf_disparse.scores import GRADIENT_CRITERIA, Batch, LossFunction, gradients, model_loss, score
-from hf_disparse.sharded import decide_on_main, is_sharded, place
+from hf_disparse.sharded import decide_on_main, is_sharded, place, reshard
 from hf_disparse.stored_scores import SCORES_FOLDER, keep_scores
 from hf_disparse.trainer.guard import Guard
 from hf_disparse.trainer.methods import Update, new_method
@@ -211,6 +211,7 @@ class PruningCallback(TrainerCallback):
 
     def prune(self, model: nn.Module, step: int, optimizer=None, progress: bool = False) -> None:
         """Asks the method for masks, applies and holds them."""
+        reshard(model)
         parameters, held = prunable_parameters(model, self.config), self.masks or {}
         masks = {name: held.get(name, torch.ones_like(p, dtype=torch.bool)) for name, p in parameters.items()}
         now = Update(

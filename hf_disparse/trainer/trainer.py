@@ -54,7 +54,7 @@ class DisparseTrainer(Trainer):
         The others are those of `transformers.Trainer`.
 
     Raises:
-        UserError: `nn.DataParallel`, DeepSpeed or FSDP, data sets that do not fit the model's tasks; in training also
+        UserError: `nn.DataParallel`, DeepSpeed, what FSDP cannot do, data sets that do not fit the model's tasks; in training also
             a loss or gradient that is not finite.
     """
 
