@@ -46,18 +46,18 @@ def _refuse_others(folder: Path, recipe: Recipe) -> None:
 
 def claim(folder: Path, recipe: Recipe) -> None:
     """Marks the folder as this recipe's."""
-    from_main(lambda: _claim(folder, recipe))
+    try:
+        if from_main(lambda: _is_unclaimed(folder)):
+            write_whole(folder / RECIPE_NAME, yaml.safe_dump(recipe.values, sort_keys=False))
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}; name another one") from error
     if not (folder / RECIPE_NAME).is_file():
         raise UserError(f"output_dir: expected a folder that all machines share, got {folder}, which this one lacks")
 
 
-def _claim(folder: Path, recipe: Recipe) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / RECIPE_NAME).is_file():
-            _write_whole(folder / RECIPE_NAME, yaml.safe_dump(recipe.values, sort_keys=False))
-    except OSError as error:
-        raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}; name another one") from error
+def _is_unclaimed(folder: Path) -> bool:
+    folder.mkdir(parents=True, exist_ok=True)
+    return not (folder / RECIPE_NAME).is_file()
 
 
 def find_json(path: Path) -> dict[str, Any] | None:

@@ -35,6 +35,7 @@ LAYER = {
     "cells": 10,
     "compare": 10,
     "race": 10,
+    "tables": 10,
     "cli": 10,
     "__main__": 10,
 }
