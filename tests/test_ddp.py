@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from hf_disparse import scores
 from hf_disparse.distributed import average, differing, fingerprint, from_main, is_main, processes, require_same
 from tests.ddp_worker import METHODS, ODD, VARIANTS, evaluated, trained, trainer_of
-from tests.processes import in_processes
+from tests.launching import in_processes
 from tests.test_trainer import assert_same
 from tests.tiny import tiny_model
 

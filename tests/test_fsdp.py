@@ -9,7 +9,7 @@ from hf_disparse.trainer.arguments import check_fsdp
 from hf_disparse.trainer.checkpoints import last_whole_checkpoint
 from tests.ddp_worker import trained
 from tests.fsdp_worker import CONFIGS, ROUND
-from tests.processes import in_processes
+from tests.launching import in_processes
 from tests.test_trainer import assert_same, multitask_trainer
 
 RESUMED = ["saliency", "sharded"]

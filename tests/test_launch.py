@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from hf_disparse.trainer.checkpoints import last_whole_checkpoint
 from tests.cli_helpers import changed, write_inputs, write_recipe
-from tests.processes import ROOT, in_processes, torchrun
+from tests.launching import ROOT, in_processes, torchrun
 
 TRAIN, EVALUATE, COMPARE, AGAIN, WRONG = range(5)
 ACCELERATE = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
