@@ -152,8 +152,6 @@ def tabulate(results: dict[Cell, dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for (method, criterion, sparsity), cells in groups.items():
         metrics = [results[cell]["metrics"] for cell in cells]
-        values = {"average": [m["average"] for m in metrics]}
-        values |= {task: [average({task: m["tasks"][task]}) for m in metrics] for task in metrics[0]["tasks"]}
         paired = [m["average"] - dense[cell.seed] for cell, m in zip(cells, metrics, strict=True) if cell.seed in dense]
         seconds = [sum(results[cell]["seconds"].values()) for cell in cells]
         rows.append(
@@ -162,8 +160,7 @@ def tabulate(results: dict[Cell, dict[str, Any]]) -> list[dict[str, Any]]:
                 "criterion": criterion,
                 "sparsity": sparsity,
                 "seeds": [cell.seed for cell in cells],
-                "mean": {name: mean(v) for name, v in values.items()},
-                "spread": {name: stdev(v) if len(v) > 1 else None for name, v in values.items()},
+                **over_seeds(metrics),
                 "against_dense": mean(paired) if paired else None,
                 "backward_passes": max(results[cell]["backward_passes"] for cell in cells),
                 "seconds": mean(seconds),
@@ -172,15 +169,34 @@ def tabulate(results: dict[Cell, dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def over_seeds(metrics: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """`mean` and `spread`, the sample standard deviation, of each task and of `average`; one seed has no spread."""
+    values = {"average": [m["average"] for m in metrics]}
+    values |= {task: [average({task: m["tasks"][task]}) for m in metrics] for task in metrics[0]["tasks"]}
+    return {
+        "mean": {name: mean(v) for name, v in values.items()},
+        "spread": {name: stdev(v) if len(v) > 1 else None for name, v in values.items()},
+    }
+
+
+def shown(row: dict[str, Any], name: str) -> str:
+    """`a ± b` of a task or the average in a row of `over_seeds`."""
+    spread = row["spread"][name]
+    return f"{row['mean'][name]:.1f}" + ("" if spread is None else f" ± {spread:.1f}")
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table whose first column is text."""
+    aligned = ["---", *["---:"] * (len(header) - 1)]
+    return ["| " + " | ".join(row) + " |" for row in (header, aligned, *rows)]
+
+
 def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows as text, for the terminal and for Markdown; `a ± b` is mean and standard deviation over seeds."""
     tasks = [name for name in report["rows"][0]["mean"] if name != "average"]
     lines = []
     for row in report["rows"]:
-        values = [
-            f"{row['mean'][name]:.1f}" + (f" ± {row['spread'][name]:.1f}" if row["spread"][name] is not None else "")
-            for name in (*tasks, "average")
-        ]
+        values = [shown(row, name) for name in (*tasks, "average")]
         sparsity = f"{100 * row['sparsity']:g} %" if row["sparsity"] else "0"
         difference = f"{row['against_dense']:+.1f}" if row["sparsity"] and row["against_dense"] is not None else ""
         name = f"{row['method']} {row['criterion']}".rstrip()
@@ -201,11 +217,8 @@ def caption(report: dict[str, Any]) -> str:
 
 def markdown(report: dict[str, Any]) -> str:
     """The table, its caption and what failed, as Markdown."""
-    header, rows = table(report)
-    aligned = ["---", *["---:"] * (len(header) - 1)]
-    lines = ["| " + " | ".join(row) + " |" for row in (header, aligned, *rows)]
     failed = [f"Failed: {name}: {reason}\n" for name, reason in report["failed"].items()]
-    return "\n".join([*lines, "", caption(report), "", *failed]).rstrip() + "\n"
+    return "\n".join([*markdown_table(*table(report)), "", caption(report), "", *failed]).rstrip() + "\n"
 
 
 def progress(folder: str | Path, cells: Sequence[Any]) -> str:
