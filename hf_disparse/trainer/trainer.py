@@ -87,7 +87,7 @@ class DisparseTrainer(Trainer):
             pruning_config,
             {task: ScoringBatches(self, task) for task in judges},
             masks=masks,
-            loss_fn=self._scoring_loss,
+            loss_fn=self.scoring_loss,
             weights={name: task.weight for name, task in self.tasks.items()},
             guard=new_guard(self),
         )
@@ -212,7 +212,8 @@ class DisparseTrainer(Trainer):
                 "are those of the step before and the last checkpoint stays.\nTry a lower learning_rate, or max_grad_norm: 1.0."
             )
 
-    def _scoring_loss(self, model: nn.Module, batch) -> Tensor:
+    def scoring_loss(self, model: nn.Module, batch) -> Tensor:
+        """The loss of a scoring batch, in the precision of training."""
         with self.compute_loss_context_manager():
             return self.compute_loss(model, batch)
 
