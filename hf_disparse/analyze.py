@@ -281,7 +281,8 @@ def _measure_curve(source: _Source, load: Callable, costs: Mapping[str, Tensor],
 
 def _recovered(source: _Source, model: MultitaskModel, masks, steps: int, folder: str) -> DisparseTrainer:
     """The trainer of a model that was pruned and then trained for so many steps, as the recipe recovers."""
-    recovery = {"max_steps": steps, "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False}
+    recovery = {"max_steps": steps, "load_best_model_at_end": False}
+    recovery |= {f"{what}_strategy": "no" for what in ("save", "eval", "logging")}
     recipe = replace(source.recipe, recovery={**source.recipe.recovery, **recovery})
     judge_as(recipe, model)
     voters = [task for task in recipe.tasks if task not in recipe.helpers]

@@ -10,13 +10,14 @@ from hf_disparse.analysis.cost_curve import cost_curve, knee, masks_at
 from hf_disparse.analysis.footprint import footprint
 from hf_disparse.analysis.keepers import keepers, part_scores, parts
 from hf_disparse.analysis.own_masks import own_mask
-from hf_disparse.analysis.stage import Examination
+from hf_disparse.analysis.stage import Examination, Watch
 from hf_disparse.analysis.watershed import watershed, watershed_interval
 
 __all__ = [
     "Examination",
     "Sampled",
     "Tally",
+    "Watch",
     "agreement",
     "beyond_chance",
     "bootstrap",

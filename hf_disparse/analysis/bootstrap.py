@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_disparse.analysis.agreement import Tally, add, agreement, by_layer, count, overlaps, summed_by_layer
+from hf_disparse.analysis.agreement import WHOLE, Tally, add, agreement, by_layer, count, overlaps, summed_by_layer
 from hf_disparse.analysis.names import places
 from hf_disparse.analysis.watershed import watershed, watershed_interval
 from hf_disparse.decision import keep_smallest
@@ -116,7 +116,7 @@ def with_intervals(counts: Tally, drawn: Tensor, level: float = 0.95) -> tuple[l
     for row, (low, high) in zip(rows, ends.flatten(1).T.tolist(), strict=True):
         row["low"], row["high"] = row["beyond_chance"] + low, min(1.0, row["beyond_chance"] + high)
     layers, curve = by_layer(counts)
-    whole = [g for g, (_, kind) in enumerate(counts.groups) if kind == "all"]
+    whole = [g for g, (_, kind) in enumerate(counts.groups) if kind == WHOLE]
     curves = (torch.tensor(curve) + spread[:, whole, -1]).tolist() if curve else []
     return rows, placed(layers, curve, curves, level)
 

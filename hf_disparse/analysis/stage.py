@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_disparse.analysis.affinity import gradient_cosine, shared_importance, sketch
-from hf_disparse.analysis.agreement import Tally, by_layer, overlaps, tally
+from hf_disparse.analysis.agreement import WHOLE, Tally, by_layer, overlaps, tally
 from hf_disparse.analysis.bootstrap import DRAWS, SAMPLE, Sampled, bootstrap, draw_sample, take, with_intervals
 from hf_disparse.analysis.keepers import Sites, keepers, part_scores, parts
 from hf_disparse.analysis.own_masks import own_mask
@@ -130,27 +130,37 @@ class Examination:
         }
 
 
-def scalars(samples: Mapping[str, Tensors], sparsity: float) -> dict[str, float]:
-    """A few numbers for a log: what the tasks agree on beyond chance, over all layers, in the first, in the last; the watershed.
+class Watch:
+    """What the tasks agree on while their scores stream by in training, from a sample: a few numbers for a log.
 
     Args:
-        samples: task -> parameter name -> (n,) scores of the same live weights, the same share of each matrix.
-        sparsity: the budget of a task's own mask.
+        weights: the prunable weights by name; zeros are out.
+        sparsity: the budget of a task's own mask, of the live weights.
     """
-    counts = tally({task: own_mask(scores, sparsity) for task, scores in samples.items()})
-    layers, curve = by_layer(counts)
-    if not curve:
-        return {}
-    place = watershed(curve)
-    found = {
-        "agreement": _everywhere(counts),
-        "agreement_first_layer": curve[0],
-        "agreement_last_layer": curve[-1],
-    }
-    return found if place is None else {**found, "watershed": layers[place]}
+
+    def __init__(self, weights: Tensors, sparsity: float, seed: int = 0):
+        self.sparsity = sparsity
+        self.sample = draw_sample({name: weight.detach().cpu() != 0 for name, weight in weights.items()}, seed=seed)
+        self.samples: dict[str, Tensors] = {}
+
+    def watch(self, task_scores: Iterable[tuple[str, dict[str, Tensor]]]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Hands (task, scores) on."""
+        for task, scores in task_scores:
+            self.samples[task] = take(scores, self.sample)
+            yield task, scores
+
+    def scalars(self) -> dict[str, float]:
+        """`agreement` of all tasks at once beyond chance, over all layers, in the first and in the last, and the `watershed` if any."""
+        counts = tally({task: own_mask(scores, self.sparsity) for task, scores in self.samples.items()})
+        layers, curve = by_layer(counts)
+        if not curve:
+            return {}
+        found = {"agreement": _everywhere(counts), "agreement_first_layer": curve[0], "agreement_last_layer": curve[-1]}
+        place = watershed(curve)
+        return found if place is None else {**found, "watershed": layers[place]}
 
 
 def _everywhere(counts: Tally) -> float:
     """Beyond chance, of all tasks at once over the weights of all layers."""
-    whole = [g for g, (_, kind) in enumerate(counts.groups) if kind == "all"]
+    whole = [g for g, (_, kind) in enumerate(counts.groups) if kind == WHOLE]
     return float(overlaps(counts.pairs[whole].sum(0), counts.votes[whole].sum(0))[2][-1])

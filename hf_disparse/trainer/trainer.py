@@ -218,8 +218,11 @@ class DisparseTrainer(Trainer):
             return self.compute_loss(model, batch)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """As in Trainer, with the sparsity of the prunable weights beside the loss."""
+        """As in Trainer, with the sparsity of the prunable weights beside the loss, and after an update how tasks agreed."""
         masks = self.pruner.masks
+        if "loss" in logs:
+            logs |= self.pruner.measures
+            self.pruner.measures = {}
         if masks and "loss" in logs:
             logs["sparsity"] = masked_share(self.model, masks)
         super().log(logs, *args, **kwargs)
@@ -316,7 +319,11 @@ class DisparseTrainer(Trainer):
         if self.args.should_save and self.pruner.guard:
             self.pruner.guard.save(Path(output_dir, GUARD_NAME))
         if self.args.should_save:
-            state = {"backward_passes": self.backward_passes, "loss_means": self.loss_means}
+            state = {
+                "backward_passes": self.backward_passes,
+                "loss_means": self.loss_means,
+                "measures": self.pruner.measures,
+            }
             Path(output_dir, STATE_NAME).write_text(json.dumps(state))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -335,6 +342,7 @@ class DisparseTrainer(Trainer):
         if path.is_file():  # absent from a foreign Trainer's
             state = json.loads(path.read_text())
             self._trained, self.loss_means = state["backward_passes"], state["loss_means"]
+            self.pruner.measures = state.get("measures", {})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_multitask and self.model.adapters:
