@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_disparse import decide
@@ -87,6 +87,7 @@ def test_a_kind_is_the_shortest_ending_that_tells_matrices_of_a_layer_apart():
     assert places(["backbone.blocks.2.0.conv1"]) == {"backbone.blocks.2.0.conv1": (2, "conv1")}
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32), st.floats(0, 0.99), st.sampled_from(["normal", "ties", "tiny"]), st.booleans())
 def test_an_own_mask_is_the_decision_of_one_task(seed, sparsity, kind, partly):
     generator = torch.Generator().manual_seed(seed)
@@ -195,6 +196,7 @@ def test_the_watershed_is_the_largest_fall_that_is_never_recovered(curve, place)
     assert watershed(curve) == place
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-0.2, 1), max_size=12))
 def test_the_watershed_is_that_of_a_brute_force(curve):
     falls = [min(curve[i - 1] - later for later in curve[i:]) for i in range(1, len(curve))]
@@ -315,6 +317,21 @@ def test_a_bootstrap_of_one_batch_on_all_weights_centres_on_the_agreement():
     assert drawn.shape == (300, 6, 1)
     for row, centre in zip(rows, drawn.mean(0).flatten().tolist(), strict=True):
         assert row["beyond_chance"] == pytest.approx(centre, abs=0.01)
+
+
+def test_a_matrix_with_one_weight_left_is_in_every_draw():
+    def stream():
+        draw = np.random.default_rng(0)
+        for t in "st":
+            yield (
+                t,
+                [{name: torch.tensor(draw.exponential(size=n)).float() for name, n in sizes.items()} for _ in range(3)],
+            )
+
+    sizes = {"layer.0.a.weight": 1, "layer.0.b.weight": 300, "layer.1.a.weight": 300}
+    measures = examined(stream()).measures(draws=30)
+    assert len(measures["agreement"]) == 5
+    assert {row["kind"] for row in measures["agreement"]} == {"a", "b", "all"}
 
 
 # Affinity

@@ -42,7 +42,7 @@ class Tally:
 
 
 def tally(masks: TaskMasks, live: Mapping[str, Tensor] | None = None) -> Tally:
-    """Counts, matrix by matrix and layer by layer, first to last.
+    """Counts, matrix by matrix and layer by layer, first to last; what has no live weight is left out.
 
     Args:
         masks: those of all tasks, of the same parameters; names are read by `places`.
@@ -54,7 +54,7 @@ def tally(masks: TaskMasks, live: Mapping[str, Tensor] | None = None) -> Tally:
         alive = None if live is None else live[name].reshape(-1)
         rows = [mask[name].reshape(-1) for mask in masks.values()]
         add(counted, place, *count(rows, alive))
-    return summed_by_layer(tasks, counted)
+    return summed_by_layer(tasks, {place: held for place, held in counted.items() if held[1].sum() > 0})
 
 
 def add(counted: dict, place: tuple[int, str], pairs: Tensor, votes: Tensor) -> None:
@@ -64,11 +64,10 @@ def add(counted: dict, place: tuple[int, str], pairs: Tensor, votes: Tensor) -> 
 
 
 def summed_by_layer(tasks: tuple[str, ...], counted: Mapping[tuple[int, str], tuple[Tensor, Tensor]]) -> Tally:
-    """The matrices in the order of their layers, behind those of each layer their sum. Without weights, without a group."""
+    """The matrices in the order of their layers, behind those of each layer their sum."""
     groups, pairs, votes = [], [], []
-    filled = {place: held for place, held in counted.items() if held[1].sum() > 0}
-    for layer in sorted({layer for layer, _ in filled}):
-        mine = {place: held for place, held in filled.items() if place[0] == layer}
+    for layer in sorted({layer for layer, _ in counted}):
+        mine = {place: held for place, held in counted.items() if place[0] == layer}
         groups += [*mine, (layer, WHOLE)]
         for part, lists in ((0, pairs), (1, votes)):
             own = [held[part] for held in mine.values()]

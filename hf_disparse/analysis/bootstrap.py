@@ -1,9 +1,9 @@
 """How sure an agreement is: it is measured again on scoring batches and weights that are drawn anew.
 
-A draw takes, for every task by itself, as many scoring batches as there are, with replacement, and counts every weight of the
-sample as often as a Poisson(1) number says, which is the bootstrap of large sets. Masks are cut anew at the budget. Source: Efron
-1979 (Annals of Statistics 7); the rest is ours. As a draw sees fewer different batches than there are, its scores are noisier and
-agreement is lower; the intervals have its spread, around what was measured on everything.
+A draw takes, with replacement, as many scoring batches as there are, for every task by itself, and as many weights as the sample
+has, the same for all tasks. Masks are cut anew at the budget. Source: Efron 1979 (Annals of Statistics 7). As a draw sees fewer
+different batches than there are, its scores are noisier and agreement is lower: the intervals have its spread, but around what was
+measured on everything.
 """
 
 import math
@@ -89,7 +89,8 @@ def bootstrap(samples: Mapping[str, Sampled], sparsity: float, draws: int = DRAW
             drawn = torch.randint(len(batches), (len(batches),), generator=generator)
             often = torch.bincount(drawn, minlength=len(batches)).float()
             masks.append(keep_smallest(-score(weights, often @ batches), kept).split(sizes))
-        times = torch.poisson(torch.ones(sum(sizes)), generator=generator).split(sizes)
+        often = torch.randint(sum(sizes), (sum(sizes),), generator=generator)
+        times = torch.bincount(often, minlength=sum(sizes)).float().split(sizes)
         counted: dict = {}
         for i, name in enumerate(names):
             if name in where:
