@@ -7,9 +7,17 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
 from typer.exceptions import TyperException
+
+from hf_disparse.printing import (
+    close_bars,
+    new_table,
+    print_analysis,
+    print_comparison,
+    print_plan,
+    print_results,
+    print_sparsity,
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -49,12 +57,6 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def close_bars() -> None:
-    """What is said after a bar belongs on a line of its own."""
-    for bar in list(tqdm._instances):
-        bar.close()
-
-
 def _version(show: bool) -> None:
     if show:
         print(f"hf_disparse {metadata.version('hf_disparse')}")
@@ -78,23 +80,27 @@ def train(
         str | None, typer.Option("--output_dir", "--output-dir", help="Instead of the recipe's.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check recipe, data and encoder; train nothing.")] = False,
+    analysis: Annotated[bool, typer.Option(help="End with a short form of analyze.")] = True,
 ) -> None:
-    """Train dense, prune, train sparse, evaluate both; the same command again goes on where it stopped."""
+    """Train dense, prune, train sparse, evaluate and analyze both; the same command again goes on where it stopped."""
     _quiet()
-    from hf_disparse import run
+    from hf_disparse import analyze, run
     from hf_disparse.recipes import read_recipe
 
     parsed = read_recipe(recipe, set_, output_dir)
     if dry_run:
         print_plan(run.plan(parsed))
-    else:
-        try:
-            results = run.train(parsed)
-        except KeyboardInterrupt:
-            close_bars()
-            print(f"stopped; the same command goes on from {run.progress(parsed)}", file=sys.stderr)
-            raise typer.Exit(130) from None
+        return
+    try:
+        results = run.train(parsed)
         print_results(results, parsed.output_dir)
+        found = analyze.after_training(parsed) if analysis else None
+    except KeyboardInterrupt:
+        close_bars()
+        print(f"stopped; the same command goes on from {run.progress(parsed)}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if found:
+        print_analysis(found, parsed.output_dir)
 
 
 @app.command(epilog="Example: hf-disparse evaluate runs/quickstart --set 'tasks.*.max_validation_rows=500'")
@@ -112,7 +118,7 @@ def evaluate(
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    table = _table("task", "metric", "value")
+    table = new_table("task", "metric", "value")
     for task, metrics in result["tasks"].items():
         for metric, value in metrics.items():
             table.add_row(task, metric, f"{value:.1f}")
@@ -160,6 +166,7 @@ def compare(
     The same command again goes on where it stopped; other methods, sparsities and seeds add rows to the folder.
     """
     _quiet()
+    from hf_disparse import analyze
     from hf_disparse import cells as known
     from hf_disparse import compare as comparing
     from hf_disparse import race as racing
@@ -186,12 +193,41 @@ def compare(
         module, folder, start = comparing, parsed.output_dir, lambda: comparing.compare(parsed, cells)
     try:
         report = start()
+        if module is comparing:
+            analyze.after_comparison(report, folder)
     except KeyboardInterrupt:
         close_bars()
         done = comparing.progress(folder, cells)
         print(f"stopped; {done}, the same command goes on", file=sys.stderr)
         raise typer.Exit(130) from None
     print_comparison(report, parsed.output_dir, module)
+
+
+@app.command(name="analyze", epilog="Example: hf-disparse analyze runs/quickstart --within 2")
+def analyze_(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A folder that `train` wrote, or a model's.")],
+    recipe: Annotated[str | None, typer.Option(help="Whose tasks and data; the folder's own by default.")] = None,
+    set_: _Set = [],  # noqa: B006
+    sparsities: Annotated[
+        str, typer.Option(help="Of the cost curve, which needs a dense model; 0 alone leaves it out.")
+    ] = "0.3,0.5,0.6,0.7,0.8,0.9,0.95",
+    within: Annotated[
+        float | None, typer.Option(help="End the curve where a task loses more than so many points.")
+    ] = None,
+    recover: Annotated[int, typer.Option(help="Train each point of the curve for so many steps, too.")] = 0,
+    output_dir: Annotated[
+        str | None, typer.Option("--output_dir", "--output-dir", help="Default: the model's folder.")
+    ] = None,
+) -> None:
+    """Show what each task needs, where the tasks part, and what sparsity costs; write analysis.json and report.html.
+
+    Of a run: before training, dense and sparse. More scoring batches (--set pruning.score_batches=64) narrow the intervals.
+    """
+    _quiet()
+    from hf_disparse import analyze
+
+    curve = analyze.Curve(tuple(_list(sparsities, "--sparsities", float)), within, recover)
+    print_analysis(*analyze.analyze(model, recipe, set_, curve=curve, output_dir=output_dir))
 
 
 @app.command(
@@ -296,88 +332,6 @@ def _list(text: str, where: str, kind) -> list:
     if not values:
         raise UserError(f"{where}: expected values with commas between them, got {text!r}")
     return values
-
-
-def print_comparison(report: dict, folder: str, comparing) -> None:
-    """The table of a comparison, as the module `comparing` makes it; ends with status 1 if a cell failed."""
-    close_bars()
-    if report["rows"]:
-        header, rows = comparing.table(report)
-        shown = _table(*header)
-        for row in rows:
-            shown.add_row(*row)
-        console = Console()
-        (console if console.is_terminal else Console(width=160)).print(shown)  # a file need not be folded to 80
-        print(comparing.caption(report))
-        print(f"written: {folder}/{comparing.MARKDOWN_NAME} and {comparing.JSON_NAME}")
-    for name, reason in report["failed"].items():
-        print(f"failed: {name}: {reason}", file=sys.stderr)
-    if report["failed"]:
-        print("the same command tries them again", file=sys.stderr)
-        raise typer.Exit(1)
-
-
-def print_results(results: dict, folder: str) -> None:
-    """One table of what a run cost each task, and what it saved."""
-    print(f"dense against sparse: {folder}")  # not as the table's title, which would be folded to its width
-    table = _table("task", "metric", "majority", "dense", "sparse", "difference")
-    for task, metrics in results["dense"]["tasks"].items():
-        for metric, dense in metrics.items():
-            sparse = results["sparse"]["tasks"][task][metric]
-            majority = results["majority"][task] if metric == "accuracy" else None
-            shown = "" if majority is None else f"{majority:.1f}"
-            table.add_row(task, metric, shown, f"{dense:.1f}", f"{sparse:.1f}", f"{sparse - dense:+.1f}")
-    dense, sparse = results["dense"]["average"], results["sparse"]["average"]
-    table.add_section()
-    table.add_row("average", "", "", f"{dense:.1f}", f"{sparse:.1f}", f"{sparse - dense:+.1f}")
-    Console().print(table)
-    print_sparsity(results["sparsity"])
-    if "guard" in results:
-        print_guard(results["guard"])
-    size = results["bytes"]
-    print(f"bytes:    dense {size['dense']:,}, sparse {size['sparse']:,} (zeros are stored as they are)")
-    print(
-        "seconds:  " + ", ".join(f"{name.replace('_', ' ')} {value:.0f}" for name, value in results["seconds"].items())
-    )
-
-
-def print_sparsity(sparsity: dict[str, float]) -> None:
-    """Sparsity by denominator, on one line."""
-    names = {
-        "target": "target",
-        "prunable": "of the prunable weights",
-        "encoder": "of the encoder",
-        "model": "of the model",
-    }
-    print("sparsity: " + ", ".join(f"{100 * sparsity[k]:.1f} % {text}" for k, text in names.items() if k in sparsity))
-
-
-def print_guard(guard: dict) -> None:
-    """Which task ended pruning, on one line."""
-    stopped = guard["stopped"]
-    if stopped is None:
-        print("guard:    no task lost more than it may")
-        return
-    lost = f"{stopped['task']} lost {stopped['drop']:.1f} points of at most {guard['max_drop'][stopped['task']]:g}"
-    undone, kept = (f"{100 * stopped[key]:.1f} %" for key in ("undone", "kept"))
-    print(f"guard:    {lost} at {undone}, which was undone to {kept}, where pruning ended")
-
-
-def print_plan(plan: dict) -> None:
-    """What a dry run found."""
-    table = _table("task", "training examples", "validation examples", "left out, unlabelled")
-    for task, rows in plan["examples"]["train"].items():
-        table.add_row(task, f"{rows:,}", f"{plan['examples']['validation'][task]:,}", f"{plan['unlabelled'][task]:,}")
-    Console().print(table)
-    print(f"prunable weights: {plan['prunable']:,} of {plan['parameters']:,} parameters. Nothing was trained.")
-
-
-def _table(*columns: str) -> Table:
-    table = Table()
-    for column in columns:
-        left = column in ("task", "metric", "method")
-        table.add_column(column, justify="left" if left else "right", no_wrap=left)
-    return table
 
 
 def _quiet() -> None:

@@ -75,7 +75,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     }
     if "guard" in sparse:
         results["guard"] = sparse["guard"]
-    model = _load_model(folder / "sparse")
+    model = load_model(folder / "sparse")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     recipe.pruning.save_pretrained(folder)
@@ -131,24 +131,29 @@ def evaluate(model_name: str, recipe_path: str | None = None, overrides=()) -> d
     Returns:
         {"tasks": {name: {metric: value}}, "average": x, "sparsity": {denominator: fraction}}, metrics in 0 to 100.
     """
-    source = resolve(model_name)
-    path = recipe_path or Path(source, RECIPE_NAME)
-    if not recipe_path and not path.is_file():
-        got = "a folder without it; name one by --recipe" if Path(source).is_dir() else "no folder"
-        raise UserError(f"{model_name}: expected the folder of a run, which holds {RECIPE_NAME}, got {got}")
-    recipe = read_recipe(path, overrides)
+    source, recipe = open_run(model_name, recipe_path, overrides)
     model = _load_pretrained(model_name, MultitaskModel, source)
-    _judge_as(recipe, model)
+    judge_as(recipe, model)
     tokenizer, data, _ = prepare(recipe, source, splits=("validation",))
     with TemporaryDirectory() as folder:  # a Trainer makes its output folder, and evaluation leaves nothing behind
-        trainer = _trainer(recipe, "sparse", folder, model, tokenizer, data)
+        trainer = new_trainer(recipe, "sparse", folder, model, tokenizer, data)
         trainer.remove_callback(PrinterCallback)  # the caller prints the metrics
         metrics = _values(trainer, data)
     prunable = prunable_parameters(model, recipe.pruning)
     return {**metrics, "sparsity": sparsity_report(model, model.encoder, prunable)}
 
 
-def _judge_as(recipe: Recipe, model: MultitaskModel) -> None:
+def open_run(model_name: str, recipe_path: str | None, overrides=()) -> tuple[str, Recipe]:
+    """A model's folder or Hub id, resolved, and the recipe it comes with, or another one."""
+    source = resolve(model_name)
+    path = recipe_path or Path(source, RECIPE_NAME)
+    if not recipe_path and not path.is_file():
+        got = "a folder without it; name one by --recipe" if Path(source).is_dir() else "no folder"
+        raise UserError(f"{model_name}: expected the folder of a run, which holds {RECIPE_NAME}, got {got}")
+    return source, read_recipe(path, overrides)
+
+
+def judge_as(recipe: Recipe, model: MultitaskModel) -> None:
     """Gives the model's tasks the recipe's columns and metrics; refuses tasks that its heads were not made for."""
     tasks = model.tasks
     for name, (task, _) in recipe.tasks.items():
@@ -222,8 +227,8 @@ def train_phase(
     """
     if (folder / PHASE_NAME).is_file():
         return read_json(folder / PHASE_NAME)
-    model = _load_model(start) if start else _new_model(recipe)
-    trainer = _trainer(recipe, phase, folder, model, tokenizer, data, _teachers(recipe, phase, start))
+    model = load_model(start) if start else new_model(recipe)
+    trainer = new_trainer(recipe, phase, folder, model, tokenizer, data, _teachers(recipe, phase, start))
     checkpoint = last_whole_checkpoint(folder)
     say(f"{phase} training, {_steps(trainer)} steps" + (f", resumed from {checkpoint}" if checkpoint else ""))
     begin = time.perf_counter()
@@ -257,7 +262,7 @@ def _teachers(recipe: Recipe, phase: str, dense: Path | None) -> dict[str, Multi
     if recipe.teachers:
         names = recipe.teachers.items()
         return {task: _load_pretrained(f"teachers.{task}", MultitaskModel, resolve(name)) for task, name in names}
-    return _load_model(dense) if dense else None
+    return load_model(dense) if dense else None
 
 
 def say(line: str) -> None:
@@ -271,7 +276,8 @@ def progress(recipe: Recipe) -> str:
     return last_whole_checkpoint(Path(recipe.output_dir, phase)) or f"the start of the {phase} phase"
 
 
-def _trainer(recipe: Recipe, phase: str, folder, model, tokenizer, data: Splits, teachers=None) -> DisparseTrainer:
+def new_trainer(recipe: Recipe, phase: str, folder, model, tokenizer, data: Splits, teachers=None) -> DisparseTrainer:
+    """The trainer of a phase, its checkpoints in `folder`."""
     arguments = recipe.arguments(phase, folder)
     train = data.get("train")
     if train and phase == "sparse":
@@ -294,12 +300,12 @@ def _trainer(recipe: Recipe, phase: str, folder, model, tokenizer, data: Splits,
 
 def rehearse(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Splits) -> MultitaskModel:
     """Refuses before the first step what would end training hours later; returns the model that would be trained."""
-    model = _new_model(recipe)
+    model = new_model(recipe)
     _check_length(recipe, model, data)
     for phase in ("dense", "sparse"):
         teachers = _teachers(recipe, phase, None) or (model if phase == "sparse" else None)
         with TemporaryDirectory() as folder:
-            trainer = _trainer(recipe, phase, folder, model, tokenizer, data, teachers)
+            trainer = new_trainer(recipe, phase, folder, model, tokenizer, data, teachers)
             state = TrainerState(max_steps=_steps(trainer))
             trainer.pruner.on_train_begin(trainer.args, state, trainer.control, model=model)
     return model
@@ -347,13 +353,15 @@ def _majority(task, rows: Dataset) -> float | None:
     return 100 * counts.max().item() / len(rows)
 
 
-def _new_model(recipe: Recipe) -> MultitaskModel:
+def new_model(recipe: Recipe) -> MultitaskModel:
+    """The recipe's pretrained encoder with fresh heads, the same for the same seed."""
     set_seed(recipe.seed)
     tasks = [task for task, _ in recipe.tasks.values()]
     return _load_pretrained("model.encoder", MultitaskModel, resolve(recipe.model.encoder), "from_encoder", tasks)
 
 
-def _load_model(folder: str | Path) -> MultitaskModel:
+def load_model(folder: str | Path) -> MultitaskModel:
+    """The model that a phase has finished."""
     return _load_pretrained("output_dir", MultitaskModel, str(folder))
 
 

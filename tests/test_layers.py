@@ -23,6 +23,7 @@ LAYER = {
     "masks": 5,
     "stored_scores": 5,
     "schedule": 6,
+    "analysis": 7,
     "export": 7,
     "inference": 7,
     "trainer": 8,
@@ -33,6 +34,8 @@ LAYER = {
     "cells": 10,
     "compare": 10,
     "race": 10,
+    "analyze": 10,
+    "printing": 10,
     "cli": 10,
 }
 # Algorithms never import transformers; scores and decision know nothing of ours.
@@ -46,6 +49,7 @@ FORBIDDEN = {
     "stored_scores": {"transformers", "datasets"},
     "parts": {"transformers", "datasets", "hf_disparse"},
     "low_rank": {"transformers", "datasets"},
+    "analysis": {"transformers", "datasets"},
     "schedule": {"transformers", "datasets", "torch"},
 }
 

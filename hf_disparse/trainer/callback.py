@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from hf_disparse.analysis import Watch
 from hf_disparse.config import PruningConfig, UserError
 from hf_disparse.masks import MaskHooks, apply_masks, find_masks
 from hf_disparse.model import MultitaskModel, prunable_parameters
@@ -35,6 +36,7 @@ class PruningCallback(TrainerCallback):
     Attributes:
         masks: the masks in force, None before the first pruning.
         backward_passes: how many scoring has taken.
+        measures: how much the tasks agreed at the last update, for the next line of the log.
     """
 
     def __init__(
@@ -65,11 +67,12 @@ class PruningCallback(TrainerCallback):
         self._loaded_state: dict[str, Tensor] | None = None
         self._scores_folder: Path | None = None  # where scores are kept, if they are
         self.backward_passes = 0
+        self.measures: dict[str, float] = {}
 
     def restart(self) -> None:
         """Forgets an earlier training, but for the masks."""
         self.method = new_method(self.config) if self.config and self.config.sparsity else None
-        self.backward_passes = 0
+        self.backward_passes, self.measures = 0, {}
         if self.guard:
             self.guard.forget()
 
@@ -243,7 +246,16 @@ class PruningCallback(TrainerCallback):
             seed=self.config.seed,
             progress=progress,
         )
-        return keep_scores(stream, self._scores_folder, self.masks or {}) if self._scores_folder else stream
+        if self._scores_folder:
+            stream = keep_scores(stream, self._scores_folder, self.masks or {})
+        if joint or criterion not in ("snip", "disparse", "fisher") or len(self.loaders) < 2:
+            return stream  # nothing that tells tasks apart, or what to grow, which is zero now
+        return self._watched(Watch(parameters, self.config.sparsity, self.config.seed), stream)
+
+    def _watched(self, watch: Watch, stream: Stream) -> Stream:
+        """Hands the tasks' scores on, then has something to log."""
+        yield from watch.watch(stream)
+        self.measures = watch.scalars()
 
     def _gradients(self, model, parameters, progress: bool, joint: bool = False):
         self.backward_passes += len(self.loaders) * self.config.score_batches

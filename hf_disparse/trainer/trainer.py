@@ -87,7 +87,7 @@ class DisparseTrainer(Trainer):
             pruning_config,
             {task: ScoringBatches(self, task) for task in judges},
             masks=masks,
-            loss_fn=self._scoring_loss,
+            loss_fn=self.scoring_loss,
             weights={name: task.weight for name, task in self.tasks.items()},
             guard=new_guard(self),
         )
@@ -212,13 +212,17 @@ class DisparseTrainer(Trainer):
                 "are those of the step before and the last checkpoint stays.\nTry a lower learning_rate, or max_grad_norm: 1.0."
             )
 
-    def _scoring_loss(self, model: nn.Module, batch) -> Tensor:
+    def scoring_loss(self, model: nn.Module, batch) -> Tensor:
+        """The loss of a scoring batch, in the precision of training."""
         with self.compute_loss_context_manager():
             return self.compute_loss(model, batch)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """As in Trainer, with the sparsity of the prunable weights beside the loss."""
+        """As in Trainer, with the sparsity of the prunable weights beside the loss, and after an update how tasks agreed."""
         masks = self.pruner.masks
+        if "loss" in logs:
+            logs |= self.pruner.measures
+            self.pruner.measures = {}
         if masks and "loss" in logs:
             logs["sparsity"] = masked_share(self.model, masks)
         super().log(logs, *args, **kwargs)
@@ -315,7 +319,11 @@ class DisparseTrainer(Trainer):
         if self.args.should_save and self.pruner.guard:
             self.pruner.guard.save(Path(output_dir, GUARD_NAME))
         if self.args.should_save:
-            state = {"backward_passes": self.backward_passes, "loss_means": self.loss_means}
+            state = {
+                "backward_passes": self.backward_passes,
+                "loss_means": self.loss_means,
+                "measures": self.pruner.measures,
+            }
             Path(output_dir, STATE_NAME).write_text(json.dumps(state))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -334,6 +342,7 @@ class DisparseTrainer(Trainer):
         if path.is_file():  # absent from a foreign Trainer's
             state = json.loads(path.read_text())
             self._trained, self.loss_means = state["backward_passes"], state["loss_means"]
+            self.pruner.measures = state.get("measures", {})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_multitask and self.model.adapters:
