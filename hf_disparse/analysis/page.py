@@ -12,7 +12,7 @@ from matplotlib.figure import Figure as Drawing
 
 from hf_disparse.analysis.figures import Figure
 from hf_disparse.analysis.report import FIGURES_NAME
-from hf_disparse.analysis.theme import UNIT, css_variables, inline_svg, save, styled
+from hf_disparse.analysis.theme import UNIT, css_variables, inline_svg, save, styled, svg
 
 WIDE, NARROW = 880, 356  # CSS pixels that a figure has on a page of 960 and of 390
 _LEGEND_LINE = 19
@@ -50,6 +50,7 @@ def draw(figure: Figure, width: int) -> Drawing:
     across = 1 if width < WIDE else min(len(figure.panels), figure.across)
     down = math.ceil(len(figure.panels) / across)
     drawing = Drawing(figsize=(width / UNIT, figure.height * down / UNIT), dpi=UNIT, layout="constrained")
+    drawing.get_layout_engine().set(h_pad=0.09, w_pad=0.06)
     axes = list(drawing.subplots(down, across, squeeze=False).flat)
     for ax in axes[len(figure.panels) :]:
         ax.remove()
@@ -81,9 +82,10 @@ def _drawings(figure: Figure, folder: Path) -> dict[str, Markup]:
     for kind, width in (("wide", WIDE), ("narrow", NARROW)):
         drawing = styled(lambda width=width: draw(figure, width))
         drawing.set_layout_engine("none")  # laid out; each file would do it again
-        drawn[kind] = Markup(inline_svg(drawing, f"{figure.name}-{kind}-", label))
+        file = svg(drawing)
+        drawn[kind] = Markup(inline_svg(file, f"{figure.name}-{kind}-", label))
         if kind == "wide":
-            save(drawing, folder / f"{figure.name}.svg", metadata={"Date": None})
+            (folder / f"{figure.name}.svg").write_bytes(file)
             save(drawing, folder / f"{figure.name}.png", dpi=2 * UNIT, metadata={"Software": None})
     return drawn
 

@@ -72,8 +72,8 @@ def agreement(
     if watershed and watershed["layer"] is not None:
         low, high = watershed["low"], watershed["high"]
         if low is not None and high is not None and low < high:
-            ax.axvspan(low, high, color=COLOURS[1], alpha=0.12, linewidth=0)
-        ax.axvline(watershed["layer"], color=COLOURS[1], linestyle="-.", linewidth=1.4, label="watershed")
+            ax.axvspan(low, high, color=BAND, alpha=0.4, linewidth=0)
+        ax.axvline(watershed["layer"], color=INK, linestyle="-.", linewidth=1.4, label="watershed")
     ax.set(xlabel="layer (0 is the first)", ylabel="agreement beyond chance")
     ax.set_ylim(top=max(1.0, ax.get_ylim()[1]))
     return _legend(_layers(ax, [row["layer"] for row in lines[everyone]]))
@@ -107,6 +107,7 @@ def affinity(
         return _nothing(ax, "one task: no other to compare with")
     values = np.array([[number(v) for v in row] for row in matrix], dtype=float)
     np.fill_diagonal(values, math.nan)
+    ax.set_facecolor(GRID)
     names = [short(task, 16) for task in tasks] if len(tasks) <= NAMES_UP_TO else None
     _heat(ax, values, names, names, label, limit, diverging)
     if names is None:
@@ -126,7 +127,7 @@ def keepers(layers: Sequence[int], kept_by: Sequence[Sequence[float]], ax: Axes,
     bottom = np.zeros(len(layers))
     for i, (label, low, high) in enumerate(groups):
         height = shares[:, low : high + 1].sum(axis=1)
-        colour = GRID if low == 0 else colormaps["cividis"](0.95 - 0.9 * (i - 1) / max(1, len(groups) - 2))
+        colour = GRID if low == 0 else colormaps["viridis"](0.95 - 0.6 * (i - 1) / max(1, len(groups) - 2))
         ax.bar(layers, height, 0.82, bottom=bottom, color=colour, label=label, edgecolor=PAPER, linewidth=0.5)
         bottom += height
     ax.set(xlabel="layer (0 is the first)", ylabel=f"share of the {what}", ylim=(0, 1))
@@ -258,7 +259,7 @@ def comparison(rows: Sequence[Mapping], ax: Axes) -> Axes:
     if levels:
         ax.set_xticks(levels)
         ax.set_xlim(levels[0] - 0.4 * gap, levels[-1] + 0.4 * gap)
-    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=None if gap >= 0.01 else 1))
+    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0 if all(100 * v % 1 < 1e-6 for v in levels) else 1))
     return _legend(ax)
 
 

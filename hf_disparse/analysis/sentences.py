@@ -51,15 +51,16 @@ def watersheds(stages: Sequence[Mapping]) -> str:
     found = [stage for stage in stages if stage["watershed"]["layer"] is not None]
     if not found:
         return "No stage has a watershed: agreement never falls for good." if len(stages) > 1 else "There is no watershed."
-    told = []
+    where: dict[str, list[str]] = {}
     for stage in found:
         mark = stage["watershed"]
-        where = f"layer {mark['layer']}"
+        told = f"layer {mark['layer']}"
         if mark["low"] is not None and mark["high"] is not None and mark["low"] < mark["high"]:
-            where += f" ({mark['low']} to {mark['high']})"
-        weak = mark["share"] < _ENOUGH
-        held = f"in {_percent(mark['share'])} of the bootstrap samples" + (", too few to rely on" if weak else "")
-        told.append(f"{STAGES.get(stage['name'], stage['name'])} it is {where}, {held}")
+            told += f" ({mark['low']} to {mark['high']})"
+        told += f", in {_percent(mark['share'])} of the bootstrap samples"
+        told += ", too few to rely on" if mark["share"] < _ENOUGH else ""
+        where.setdefault(told, []).append(STAGES.get(stage["name"], stage["name"]))
+    told = [f"{' and '.join(names)} it is {place}" for place, names in where.items()]
     rest = [STAGES.get(stage["name"], stage["name"]) for stage in stages if stage not in found]
     told += [f"{' and '.join(rest)} there is none"] if rest else []
     return f"The watershed, where agreement falls for good: {'; '.join(told)}."

@@ -72,16 +72,21 @@ def save(figure: Figure, path, **kwargs) -> None:
         figure.savefig(path, **kwargs)
 
 
-def inline_svg(figure: Figure, prefix: str, label: str) -> str:
-    """The figure as an `<svg>` for the middle of an HTML page: no namespaces, ids of its own, colours as variables.
+def svg(figure: Figure) -> bytes:
+    """The figure as an SVG file."""
+    file = io.BytesIO()
+    save(figure, file, format="svg", metadata=_METADATA)
+    return file.getvalue()
+
+
+def inline_svg(file: bytes, prefix: str, label: str) -> str:
+    """That of `svg` for the middle of an HTML page: no namespaces, ids of its own, colours as variables.
 
     Args:
         prefix: what its ids begin with, which differs from figure to figure.
         label: what a screen reader says in its place.
     """
-    file = io.BytesIO()
-    save(figure, file, format="svg", metadata=_METADATA, facecolor="none")
-    root = ElementTree.fromstring(file.getvalue())  # drops comments, which repeat the texts
+    root = ElementTree.fromstring(file)  # drops comments, which repeat the texts
     for parent in list(root.iter()):
         for child in list(parent):
             if _NAMESPACE.sub("", child.tag) in ("metadata", "style"):

@@ -42,9 +42,9 @@ def short(name: Any, length: int = 22) -> str:
 def by_layer(rows: Sequence[Mapping], kind: str) -> dict[Pair, list[Mapping]]:
     """Tasks -> their rows of this matrix kind, first layer to last; without those of a single task."""
     lines: dict[Pair, list[Mapping]] = {}
-    for row in sorted(rows, key=lambda row: row["layer"]):
-        if row["kind"] == kind and several(row["tasks"]):
-            lines.setdefault(tuple(row["tasks"]), []).append(row)
+    some = [row for row in rows if row["kind"] == kind and several(row["tasks"])]
+    for row in sorted(some, key=lambda row: row["layer"]):
+        lines.setdefault(tuple(row["tasks"]), []).append(row)
     return lines
 
 
@@ -66,7 +66,8 @@ def extremes(values: Mapping[Any, float]) -> list[Any]:
 
 def named_pairs(lines: Mapping[Pair, Sequence[Mapping]]) -> list[Pair]:
     """The pairs whose lines get a colour and a name: all of up to six, else the two that agree least and most."""
-    pairs = [pair for pair in lines if pair != together(lines)]
+    everyone = together(lines)
+    pairs = [pair for pair in lines if pair != everyone]
     if len(pairs) <= PAIRS_UP_TO:
         return pairs
     return extremes({pair: mean_of(row["beyond_chance"] for row in lines[pair]) for pair in pairs})
