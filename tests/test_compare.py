@@ -58,7 +58,7 @@ ORDER = ["dense", *(method for method in METHODS if method in FIRST[1:])]  # of 
 COMMAND = ("--methods", ",".join(FIRST), "--seeds", "1,2")
 FEW = ("--methods", "dense,joint,magnitude", "--seeds", "2")
 FEW_CELLS = ("dense-seed2", "joint-fisher-0.7-seed2", "magnitude-0.7-seed2")
-REPORTS = ("compare.json", "compare.md")
+REPORTS = ("compare.json", "compare.md", "compare.html", "figures")
 
 
 def compared(recipe: dict, *words: str) -> SimpleNamespace:

@@ -23,6 +23,7 @@ LAYER = {
     "masks": 5,
     "stored_scores": 5,
     "schedule": 6,
+    "analysis": 7,
     "export": 7,
     "inference": 7,
     "trainer": 8,

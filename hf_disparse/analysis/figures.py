@@ -1,4 +1,4 @@
-"""The figures of a report: title, units, sentence, panels and the table of the same numbers. Layer 9."""
+"""The figures of a report: title, units, sentence, panels and the table of the same numbers. Layer 7."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,8 @@ from hf_disparse.analysis import plots, sentences
 from hf_disparse.analysis.values import (
     NAMES_UP_TO,
     STAGES,
-    by_layer,
+    blocks,
+    lines_of,
     curve_tasks,
     extremes,
     kind_names,
@@ -73,12 +74,12 @@ def _named(stage: Mapping) -> str:
 def _agreement(stages: Sequence[Mapping]) -> Figure:
     title, units = "Where tasks agree", "Agreement of the tasks' own keep masks beyond chance, by layer. "
     units += "(IoU − c) / (1 − c), c being the IoU of independent masks that keep as many: 0 is chance, 1 is identical."
-    last = by_layer(stages[-1]["agreement"], "all")
+    last = lines_of(stages[-1]["agreement"], "all")
     if not last:
         return Figure(name="agreement", title=title, units=units, sentence=sentences.ONE_TASK)
     pairs, rows = named_pairs(last), []
     for stage in stages:
-        lines = by_layer(stage["agreement"], "all")
+        lines = lines_of(stage["agreement"], "all")
         for who in shown_pairs(lines, pairs) if lines else []:
             label = "all tasks" if who == together(lines) and len(who) > 2 else " + ".join(who)
             rows += [
@@ -105,7 +106,7 @@ def _by_kind(stages: Sequence[Mapping]) -> Figure | None:
     rows = []
     for stage in stages:
         for kind in kind_names(stage["agreement"]):
-            lines = by_layer(stage["agreement"], kind)
+            lines = lines_of(stage["agreement"], kind)
             rows += [[_named(stage), kind, r["layer"], r["beyond_chance"]] for r in lines[together(lines)]] if lines else []
     if not rows:
         return None
@@ -290,19 +291,21 @@ def _curve(curve: Mapping) -> Figure:
     )
 
 
-def _footprint(rows: Sequence[Mapping]) -> Figure:
+def _footprint(modules: Sequence[Mapping]) -> Figure:
+    rows = blocks(modules)
     keys = ["parameters", "nonzeros", "bytes_dense", "bytes_packed", "multiplications", "multiplications_left"]
     header = ["parameters", "non-zeros", "bytes, dense", "bytes, packed", "multiplications", "multiplications left"]
     total = [sum(row[key] for row in rows) for key in keys]
     return Figure(
         name="footprint",
         title="Where it went",
-        units="Parameters (after: non-zeros), bytes of the file (after: packed) and multiplications per token, by module.",
+        units="Parameters (after: non-zeros), bytes of the file (after: packed) and multiplications per token, by part of the model.",
         sentence=sentences.footprint(rows),
         panels=[(q, lambda ax, q=q: plots.footprint(rows, ax, quantity=q)) for q in plots.FOOTPRINT],
         height=130 + 24 * max(3, min(len(rows), plots.MODULES_UP_TO)),
         header=["module", *header],
         rows=[*([row["module"], *(row[key] for key in keys)] for row in rows), ["all", *total]],
+        note=f"The {len(modules)} modules one by one are in analysis.json." if len(modules) > len(rows) else "",
     )
 
 

@@ -1,4 +1,4 @@
-"""Figures drawn for a wide and for a narrow page, and the page that holds them. Layer 9."""
+"""Figures drawn for a wide and for a narrow page, and the page that holds them. Layer 7."""
 
 import math
 from collections.abc import Mapping, Sequence

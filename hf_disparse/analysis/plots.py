@@ -1,4 +1,4 @@
-"""Every figure as a function of plain values and a matplotlib Axes, which it returns. Layer 9.
+"""Every figure as a function of plain values and a matplotlib Axes, which it returns. Layer 7.
 
 Rows are those of `analysis.json` and `compare.json`. Names are shown as they are: no name is markup or mathematics.
 """
@@ -19,7 +19,7 @@ from hf_disparse.analysis.values import (
     BANDS_UP_TO,
     NAMES_UP_TO,
     TASKS_UP_TO,
-    by_layer,
+    lines_of,
     kind_names,
     named_pairs,
     named_tasks,
@@ -49,7 +49,7 @@ def agreement(
         pairs: the pairs to name; by default all of up to six, else the two extremes. The others are grey, of more than
             twelve tasks left out.
     """
-    lines = by_layer(rows, "all")
+    lines = lines_of(rows, "all")
     if not lines:
         return _nothing(ax, "one task: nothing to agree about")
     everyone = together(lines)
@@ -82,7 +82,7 @@ def agreement(
 def agreement_by_kind(rows: Sequence[Mapping], ax: Axes, limit: float | None = None) -> Axes:
     """Heat map of all tasks' agreement beyond chance, layer by matrix kind; `limit` is the end of the colours."""
     kinds = kind_names(rows)
-    lines = {kind: by_layer(rows, kind) for kind in kinds}
+    lines = {kind: lines_of(rows, kind) for kind in kinds}
     kinds = [kind for kind in kinds if lines[kind]]
     if not kinds:
         return _nothing(ax, "one task: nothing to agree about")

@@ -1,4 +1,4 @@
-"""An analysis, or a comparison, as one HTML page that needs no network, and its figures as PNG and SVG. Layer 9."""
+"""An analysis, or a comparison, as one HTML page that needs no network, and its figures as PNG and SVG. Layer 7."""
 
 from collections.abc import Mapping
 from pathlib import Path

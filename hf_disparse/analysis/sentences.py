@@ -1,4 +1,4 @@
-"""One sentence or two per figure that say what is to be seen in it, made from its numbers. Layer 9.
+"""One sentence or two per figure that say what is to be seen in it, made from its numbers. Layer 7.
 
 Where nothing is to be seen they say so: no difference within its interval is told as a finding.
 """
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from hf_disparse.analysis.values import (
     STAGES,
-    by_layer,
+    lines_of,
     curve_tasks,
     extremes,
     kind_names,
@@ -26,7 +26,7 @@ _ENOUGH = 0.5  # of the bootstrap samples; a watershed that fewer have is no fin
 
 def agreement(stages: Sequence[Mapping]) -> str:
     last = stages[-1]
-    lines = by_layer(last["agreement"], "all")
+    lines = lines_of(last["agreement"], "all")
     if not lines:
         return ONE_TASK
     rows = [row for row in lines[together(lines)] if math.isfinite(number(row["beyond_chance"]))]
@@ -70,7 +70,7 @@ def agreement_by_kind(stages: Sequence[Mapping]) -> str:
     last = stages[-1]
     means, widths = {}, []
     for kind in kind_names(last["agreement"]):
-        lines = by_layer(last["agreement"], kind)
+        lines = lines_of(last["agreement"], kind)
         if lines:
             rows = lines[together(lines)]
             means[kind] = mean_of(row["beyond_chance"] for row in rows)

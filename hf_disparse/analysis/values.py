@@ -1,6 +1,7 @@
-"""What a figure, its sentence and its table show of an analysis, in plain Python. Layer 9."""
+"""What a figure, its sentence and its table show of an analysis, in plain Python. Layer 7."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -39,7 +40,7 @@ def short(name: Any, length: int = 22) -> str:
     return "\N{THIN SPACE}" + text if text.startswith("_") else text
 
 
-def by_layer(rows: Sequence[Mapping], kind: str) -> dict[Pair, list[Mapping]]:
+def lines_of(rows: Sequence[Mapping], kind: str) -> dict[Pair, list[Mapping]]:
     """Tasks -> their rows of this matrix kind, first layer to last; without those of a single task."""
     lines: dict[Pair, list[Mapping]] = {}
     some = [row for row in rows if row["kind"] == kind and several(row["tasks"])]
@@ -112,3 +113,16 @@ def off_diagonal(matrix: Sequence[Sequence[float]]) -> dict[tuple[int, int], flo
     """(i, j), i < j -> the value of that pair."""
     size = range(len(matrix))
     return {(i, j): number(matrix[i][j]) for i in size for j in size if i < j}
+
+
+def blocks(rows: Sequence[Mapping]) -> list[dict[str, Any]]:
+    """A footprint's modules summed by layer, and those outside of layers by the first two parts of their names."""
+    sums: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        inside = re.search(r"(?:^|\.)(\d+)(?:\.|$)", row["module"])
+        name = f"layer {inside[1]}" if inside else ".".join(row["module"].split(".")[:2])
+        block = sums.setdefault(name, {"module": name})
+        for key, value in row.items():
+            if key != "module":
+                block[key] = block.get(key, 0) + value
+    return list(sums.values())
