@@ -13,14 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_disparse.analysis import Examination, cost_curve, footprint, masks_at
 from hf_disparse.analysis.bootstrap import DRAWS
-from hf_disparse.analysis.cost_curve import knees
 from hf_disparse.architectures import find_sites
 from hf_disparse.config import PruningConfig, UserError, is_count, is_number, one_line, require
 from hf_disparse.masks import apply_masks
 from hf_disparse.model import MultitaskModel, prunable_parameters
 from hf_disparse.recipes import Recipe
 from hf_disparse.run import Splits, judge_as, load_model, new_model, new_trainer, open_run, prepare, say
-from hf_disparse.run_folder import RECIPE_NAME, read_json, write_whole
+from hf_disparse.run_folder import RECIPE_NAME, write_whole
 from hf_disparse.scores import gradients
 from hf_disparse.tasks import average
 from hf_disparse.trainer import DisparseTrainer
@@ -126,39 +125,6 @@ def after_training(recipe: Recipe) -> dict[str, Any] | None:
     except UserError as error:
         say(f"no analysis: {error}")
         return None
-
-
-def after_comparison(report: Mapping[str, Any], folder: str) -> None:
-    """The cost curve in a comparison's rows, recovered: of unanimous pruning, or else of the method with most sparsities."""
-    pruned: dict[tuple[str, str], list] = {}
-    for row in report["rows"]:
-        if row["sparsity"]:
-            pruned.setdefault((row["method"], row["criterion"]), []).append(row)
-    if not pruned:
-        return
-    method = max(pruned, key=lambda key: (key[0] == "unanimous", len(pruned[key])))
-    dense = [row for row in report["rows"] if not row["sparsity"]]
-    rows = sorted([*dense[:1], *pruned[method]], key=lambda row: row["sparsity"])
-    points = []
-    for row in rows:
-        metrics = {task: value for task, value in row["mean"].items() if task != "average"}
-        point = {"sparsity": row["sparsity"], "recovered": True, "metrics": metrics, "average": row["mean"]["average"]}
-        points.append(point)
-    result = {
-        "version": VERSION,
-        "model": f"{Path(folder).resolve().name}: {' '.join(method).strip()}",
-        "tasks": list(points[0]["metrics"]),
-        "criterion": method[1],
-        "sparsity": rows[-1]["sparsity"],
-        "score_batches": 0,
-        "seed": min(seed for row in rows for seed in row["seeds"]),
-        "stages": [],
-        "curve": {"denominator": "prunable weights", "points": points, "knee": knees(points), "within": None},
-        "footprint": [],
-    }
-    path = Path(folder, ANALYSIS_NAME)
-    if not path.is_file() or read_json(path) != result:
-        write(result, folder)
 
 
 def write(analysis: Mapping[str, Any], folder: str | Path) -> None:

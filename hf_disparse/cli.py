@@ -166,7 +166,6 @@ def compare(
     The same command again goes on where it stopped; other methods, sparsities and seeds add rows to the folder.
     """
     _quiet()
-    from hf_disparse import analyze
     from hf_disparse import cells as known
     from hf_disparse import compare as comparing
     from hf_disparse import race as racing
@@ -193,8 +192,6 @@ def compare(
         module, folder, start = comparing, parsed.output_dir, lambda: comparing.compare(parsed, cells)
     try:
         report = start()
-        if module is comparing:
-            analyze.after_comparison(report, folder)
     except KeyboardInterrupt:
         close_bars()
         done = comparing.progress(folder, cells)

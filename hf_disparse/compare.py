@@ -4,6 +4,7 @@ The folder holds one dense model per seed, which every method starts from, and o
 cell being a method, a criterion, a sparsity and a seed. Starting the same comparison again runs what is not there yet.
 """
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from hf_disparse.analysis.report import write_comparison
 from hf_disparse.cells import METHODS, Cell, recipe_of
 from hf_disparse.config import one_line
 from hf_disparse.recipes import Recipe
@@ -25,7 +27,8 @@ JSON_NAME, MARKDOWN_NAME = "compare.json", "compare.md"
 
 
 def compare(recipe: Recipe, cells: Sequence[Cell]) -> dict[str, Any]:
-    """Runs the cells that are not there yet and tabulates all of them; writes `compare.json` and `compare.md`.
+    """Runs the cells that are not there yet and tabulates all of them; writes `compare.json` and `compare.md`, and with
+    matplotlib `compare.html` and its figure.
 
     A cell that fails is reported and leaves the others alone; the next call tries it again.
 
@@ -50,6 +53,8 @@ def compare(recipe: Recipe, cells: Sequence[Cell]) -> dict[str, Any]:
     if results:
         write_whole(folder / JSON_NAME, json.dumps(report, indent=2) + "\n")
         write_whole(folder / MARKDOWN_NAME, markdown(report))
+        if importlib.util.find_spec("matplotlib") and importlib.util.find_spec("jinja2"):  # the extra `plot`
+            write_comparison(report, folder)
     return report
 
 

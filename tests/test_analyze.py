@@ -9,7 +9,6 @@ import torch
 
 from hf_disparse import PruningConfig, apply_masks, decide, run, score
 from hf_disparse.analysis import agreement, footprint, knee, watershed
-from hf_disparse.analyze import after_comparison
 from hf_disparse.model import prunable_parameters
 from hf_disparse.recipes import read_recipe
 from hf_disparse.tasks import average
@@ -210,25 +209,6 @@ def test_what_goes_wrong_in_the_analysis_does_not_undo_the_training(finished, tm
     status, out, err = hf_disparse("train", finished[1], "--output_dir", folder)
     assert status == 0 and "dense against sparse" in out
     assert "no analysis: model: expected something else" in err
-
-
-def test_a_comparison_gives_the_curve_of_its_rows(tmp_path):
-    def row(method, sparsity, two, criterion="disparse"):
-        mean = {"average": (two + 80) / 2, "two": two, "three": 80}
-        return {"method": method, "criterion": criterion, "sparsity": sparsity, "seeds": [2, 1], "mean": mean}
-
-    rows = [row("dense", 0.0, 90, ""), row("joint", 0.5, 85), row("unanimous", 0.9, 60), row("unanimous", 0.5, 89)]
-    after_comparison({"rows": rows}, str(tmp_path / "it"))
-    found = json.loads((tmp_path / "it" / "analysis.json").read_text())
-    assert found["model"] == "it: unanimous disparse" and found["tasks"] == ["two", "three"] and found["seed"] == 1
-    points = [(p["sparsity"], p["recovered"], p["metrics"]["two"], p["average"]) for p in found["curve"]["points"]]
-    assert points == [(0.0, True, 90, 85), (0.5, True, 89, 84.5), (0.9, True, 60, 70)]
-    assert found["curve"]["knee"] == {"two": 0.5, "three": None, "average": 0.5}
-    before = snapshot(tmp_path)
-    after_comparison({"rows": rows}, str(tmp_path / "it"))
-    assert snapshot(tmp_path) == before
-    after_comparison({"rows": rows[:1]}, str(tmp_path / "dense"))
-    assert not (tmp_path / "dense").exists()
 
 
 # During training

@@ -58,7 +58,7 @@ ORDER = ["dense", *(method for method in METHODS if method in FIRST[1:])]  # of 
 COMMAND = ("--methods", ",".join(FIRST), "--seeds", "1,2")
 FEW = ("--methods", "dense,joint,magnitude", "--seeds", "2")
 FEW_CELLS = ("dense-seed2", "joint-fisher-0.7-seed2", "magnitude-0.7-seed2")
-REPORTS = ("compare.json", "compare.md", "analysis.json", "report.html")
+REPORTS = ("compare.json", "compare.md", "compare.html", "figures")
 
 
 def compared(recipe: dict, *words: str) -> SimpleNamespace:
@@ -293,7 +293,7 @@ def test_one_dense_model_per_seed_and_one_training_per_cell(finished):
     )
     assert all(path.suffix == ".json" for path in finished.folder.joinpath("cells").iterdir())
     names = {"recipe.yaml", "cells", "dense-seed1", "dense-seed2", *REPORTS}
-    drawn = {"report.html", "figures"}  # where matplotlib is installed
+    drawn = {"compare.html", "figures"}  # where matplotlib is installed
     assert {path.name for path in finished.folder.iterdir()} - drawn == names - drawn
     assert not list(finished.folder.rglob("checkpoint-*")) and not finished.folder.with_name("run").exists()
 
