@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 import hf_disparse
 from hf_disparse.config import DataConfig, UserError, one_line, require
 from hf_disparse.export.card import RESULTS_NAME, losses_of_log, write_card
+from hf_disparse.faults import writing
 from hf_disparse.low_rank import dense_size
 from hf_disparse.masks import sparsity_report
 from hf_disparse.model import MultitaskModel, prunable_parameters
@@ -33,7 +34,6 @@ from hf_disparse.stored_scores import SCORES_FOLDER
 from hf_disparse.tasks import average, load_task, resolve, tokenize
 from hf_disparse.trainer import DisparseTrainer, last_whole_checkpoint
 from hf_disparse.trainer.checkpoints import sync
-from hf_disparse.trainer.faults import writing
 
 PHASE_NAME = "phase.json"
 Splits = dict[str, dict[str, Dataset]]

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import Trainer
 
 from hf_disparse.config import one_line
+from hf_disparse.faults import writing
 from hf_disparse.masks import MASKS_NAME
-from hf_disparse.trainer.faults import writing
 
 SEAL_NAME = "seal.json"
 _STATE_NAME = "trainer_state.json"
@@ -89,7 +89,7 @@ def sync(folder: Path) -> None:
 def checkpointing(trainer: Trainer, folder: Path) -> Iterator[None]:
     """Around the writing of one checkpoint: nothing of an older one in it, nothing left of it if it fails."""
     mine = trainer.args.should_save
-    with writing(folder, "training resumes from the last whole checkpoint, which stays"):
+    with writing(folder, "Once that is mended, training resumes from the last whole checkpoint, which stays."):
         try:
             if mine and folder.exists():  # of an earlier training: half old and half new would be neither
                 shutil.rmtree(folder)

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_disparse.config import PruningConfig, UserError
 from hf_disparse.export.card import results_of_log, write_card
+from hf_disparse.faults import among_processes
 from hf_disparse.losses import GradientSurgery, uncertainty_weight
 from hf_disparse.masks import MASKS_NAME, load_masks, masked_share, save_masks
 from hf_disparse.model import MultitaskModel
@@ -24,7 +25,6 @@ from hf_disparse.trainer.batches import Resuming, ScoringBatches
 from hf_disparse.trainer.callback import PruningCallback
 from hf_disparse.trainer.checkpoints import checkpointing, last_whole_checkpoint, seal, torn
 from hf_disparse.trainer.distillation import check_teachers, distilled
-from hf_disparse.trainer.faults import among_processes
 from hf_disparse.trainer.guard import GUARD_NAME, new_guard
 
 STATE_NAME, PRUNING_STATE_NAME = "disparse_state.json", "pruning_state.safetensors"
@@ -302,7 +302,7 @@ class DisparseTrainer(Trainer):
         if self._surgery:
             self._surgery = GradientSurgery()  # a step that died may have left gradients in the old one
         try:
-            with among_processes("training resumes from the last whole checkpoint"):
+            with among_processes("Training resumes from the last whole checkpoint."):
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.pruner.end()  # also where training died

@@ -1,4 +1,4 @@
-"""What a machine does to a run, said in a line: disks that fill up, processes that are gone."""
+"""What a machine does to a run, said in two lines: disks that fill up, processes that are gone. Layer 1."""
 
 import shutil
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ from hf_disparse.config import UserError, one_line
 
 
 @contextmanager
-def writing(folder: str | Path, remedy: str = "the same command goes on") -> Iterator[None]:
-    """Turns what the system refuses while a folder is written into a UserError; `remedy` is for when that is mended."""
+def writing(folder: str | Path, remedy: str = "Once that is mended, the same command goes on.") -> Iterator[None]:
+    """Turns what the system refuses while a folder is written into a UserError that ends with `remedy`."""
     try:
         yield
     except UserError:
@@ -21,10 +21,10 @@ def writing(folder: str | Path, remedy: str = "the same command goes on") -> Ite
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # torch.save, of a full disk
             raise
-        reason = (isinstance(error, OSError) and error.strerror) or one_line(error)
-        raise UserError(
-            f"output_dir: cannot write to {folder}: {reason}{_free(Path(folder))}.\nOnce that is mended, {remedy}."
-        ) from error
+        reason = one_line(error)
+        if isinstance(error, OSError) and error.strerror:  # without the number
+            reason = error.strerror + (f": {error.filename}" if error.filename else "")
+        raise UserError(f"output_dir: cannot write to {folder}: {reason}{_free(Path(folder))}.\n{remedy}") from error
 
 
 def _free(folder: Path) -> str:
@@ -46,5 +46,5 @@ def among_processes(remedy: str) -> Iterator[None]:
             raise
         raise UserError(
             f"training: expected an answer from the other processes, got none: {one_line(error)[:150]}\n"
-            f"One of them has ended, and its own output says why; {remedy}."
+            f"One of them has ended, and its own output says why. {remedy}"
         ) from error
