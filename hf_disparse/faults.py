@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 
 from hf_disparse.config import UserError, one_line
 
+_TORCH_SAVE = ("PytorchStreamWriter", "inline_container", "iostream")  # in what it says of a disk, as a RuntimeError
+
 
 @contextmanager
 def writing(folder: str | Path, remedy: str = "Once that is mended, the same command goes on.") -> Iterator[None]:
@@ -19,9 +21,11 @@ def writing(folder: str | Path, remedy: str = "Once that is mended, the same com
     except UserError:
         raise
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # torch.save, of a full disk
-            raise
         reason = one_line(error)
+        if isinstance(error, RuntimeError):
+            if not any(word in reason for word in _TORCH_SAVE):
+                raise
+            reason = f"torch.save broke off ({reason})"
         if isinstance(error, OSError) and error.strerror:  # without the number
             reason = error.strerror + (f": {error.filename}" if error.filename else "")
         raise UserError(f"output_dir: cannot write to {folder}: {reason}{_free(Path(folder))}.\n{remedy}") from error

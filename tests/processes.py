@@ -4,9 +4,12 @@ Each function here runs in such a process and talks through a connection: `repor
 """
 
 import ctypes
+import gc
+import io
 import multiprocessing
 import os
 import resource
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +18,10 @@ import torch
 from huggingface_hub import constants
 from transformers import TrainerCallback
 
-from hf_disparse import DisparseTrainer, UserError, cli, last_whole_checkpoint
-from hf_disparse.export import folder as export_folder
+from hf_disparse import DisparseTrainer, PruningConfig, UserError, cli, last_whole_checkpoint
+from hf_disparse.export import packed
+from hf_disparse.trainer import trainer
+from hf_disparse.trainer.checkpoints import seal
 from tests.cli_helpers import hf_disparse
 from tests.test_resume import CUBIC, STEPS
 from tests.test_trainer import arguments, multitask_trainer
@@ -89,26 +94,26 @@ def train_telling(report, folder: str, address: str, pause: float) -> None:
     hub = dict(
         push_to_hub=True, hub_model_id="me/run", hub_token="good", hub_strategy="checkpoint", hub_always_push=True
     )
-    trainer = Telling(
+    telling = Telling(
         tiny_model(),
         arguments(folder, **STEPS, **hub, save_total_limit=2),
         pruning_config=CUBIC,
         train_dataset=three_datasets(),
         processing_class=tiny_tokenizer(),
     )
-    trainer.report, trainer.pause, prune = report, pause, trainer.pruner.prune
+    telling.report, telling.pause, prune = report, pause, telling.pruner.prune
 
     def prune_telling(*arguments_):
         report.send("pruning")
-        trainer._slowly(prune, *arguments_)
+        telling._slowly(prune, *arguments_)
         report.send("training")
 
-    trainer.pruner.prune = prune_telling
+    telling.pruner.prune = prune_telling
     report.send("training")
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+    telling.train(resume_from_checkpoint=last_whole_checkpoint(folder))
     report.send("push")
-    trainer.push_to_hub()
-    torch.save([trainer.model.state_dict(), trainer.pruner.masks], Path(folder, "end.pt"))
+    telling.push_to_hub()
+    torch.save([telling.model.state_dict(), telling.pruner.masks], Path(folder, "end.pt"))
     report.send("end")
 
 
@@ -149,9 +154,9 @@ def train_as_rank(report, folder: str, rank: int, port: int, die: int | None) ->
     values = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     os.environ.update({key: str(value) for key, value in values.items()})
     callbacks = [At(die, lambda: os.kill(os.getpid(), 9))] if die and rank == 1 else []
-    trainer = multitask_trainer(folder, CUBIC, callbacks=callbacks, **STEPS)
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
-    report.send(("end", {name: tensor.numpy() for name, tensor in trainer.model.state_dict().items()}))
+    mine = multitask_trainer(folder, CUBIC, callbacks=callbacks, **STEPS)
+    mine.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+    report.send(("end", {name: tensor.numpy() for name, tensor in mine.model.state_dict().items()}))
 
 
 def push_command(report, folder: str, address: str) -> None:
@@ -160,18 +165,64 @@ def push_command(report, folder: str, address: str) -> None:
     report.send(hf_disparse("push", folder, "me/sparse", "--token", "good"))
 
 
-def export_command_that_waits(report, folder: str, target: str) -> None:
+def export_command(report, folder: str, target: str) -> None:
     """`hf-disparse export`, which reports once its folder is half written and then sleeps."""
 
-    def wait(*_, **__):
+    def wait(*_):
         report.send("writing")
-        time.sleep(60)
-
-    export_folder.copy_companions = wait
-    import hf_disparse.export.packed as packed
+        time.sleep(300)
 
     packed.copy_companions = wait
-    import sys
-
     sys.argv = ["hf-disparse", "export", folder, "--output_dir", target]
     cli.main()
+
+
+def train_command(report, recipe: str) -> None:
+    """`hf-disparse train`, which reports once its first checkpoint is written and then sleeps."""
+
+    def wait(checkpoint):
+        seal(checkpoint)
+        report.send("sealed")
+        if checkpoint.name == "checkpoint-4":
+            time.sleep(300)
+
+    trainer.seal = wait
+    sys.stderr = io.StringIO()
+    sys.argv = ["hf-disparse", "train", recipe]
+    try:
+        cli.main()
+    finally:
+        report.send(sys.stderr.getvalue())
+
+
+def train_long(report, folder: str) -> None:
+    """2,000 steps, an update at every tenth, a checkpoint at every hundredth; reports at every 400th what is held."""
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step % 400 == 0:
+                gc.collect()
+                pages = int(Path("/proc/self/statm").read_text().split()[1])
+                report.send(
+                    {
+                        "step": state.global_step,
+                        "memory": pages * resource.getpagesize(),
+                        "files": len(os.listdir("/proc/self/fd")),
+                        "threads": len(os.listdir("/proc/self/task")),
+                        "tensors": sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()),
+                    }
+                )
+
+    config = PruningConfig(sparsity=0.9, schedule="cubic", end_step=1990, update_every=10, score_batches=1)
+    changes = dict(max_steps=2000, save_strategy="steps", save_steps=100, save_total_limit=2, learning_rate=1e-3)
+    long, updates = multitask_trainer(folder, config, callbacks=[Watch()], **changes), 0
+    prune = long.pruner.prune
+
+    def counting(*arguments_):
+        nonlocal updates
+        updates += 1
+        prune(*arguments_)
+
+    long.pruner.prune = counting
+    long.train()
+    report.send((long.state.global_step, updates))
