@@ -113,7 +113,8 @@ def train_telling(report, folder: str, address: str, pause: float) -> None:
     telling.train(resume_from_checkpoint=last_whole_checkpoint(folder))
     report.send("push")
     telling.push_to_hub()
-    torch.save([telling.model.state_dict(), telling.pruner.masks], Path(folder, "end.pt"))
+    torch.save([telling.model.state_dict(), telling.pruner.masks], Path(folder, "part.pt"))
+    Path(folder, "part.pt").rename(Path(folder, "end.pt"))
     report.send("end")
 
 
