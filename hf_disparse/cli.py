@@ -1,6 +1,8 @@
 """The commands. Layer 10; what they say when something is wrong is at most three lines, and the exit status is 2."""
 
 import json
+import os
+import signal
 import sys
 from importlib import metadata
 from typing import Annotated, Literal, NoReturn
@@ -37,8 +39,10 @@ _Dtype = Annotated[
 
 def main() -> None:
     """Entry point of `hf-disparse`."""
-    from hf_disparse.config import UserError
+    from hf_disparse.config import UserError, one_line
 
+    if "LOCAL_RANK" not in os.environ:  # a launcher's processes end at once, which other processes wait for
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # half-written folders are taken away
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except TyperException as error:
@@ -47,6 +51,8 @@ def main() -> None:
         sys.exit(130)
     except UserError as error:
         fail(str(error))
+    except OSError as error:  # a full disk or a file that vanished, where nobody could say what it was for
+        fail(f"{error.filename or 'reading or writing'}: {error.strerror or one_line(error)}")
 
 
 def fail(message: str) -> NoReturn:
@@ -95,10 +101,10 @@ def train(
         results = run.train(parsed)
         print_results(results, parsed.output_dir)
         found = analyze.after_training(parsed) if analysis else None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
         close_bars()
         print(f"stopped; the same command goes on from {run.progress(parsed)}", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(getattr(stop, "code", 130)) from None
     if found:
         print_analysis(found, parsed.output_dir)
 
@@ -192,11 +198,11 @@ def compare(
         module, folder, start = comparing, parsed.output_dir, lambda: comparing.compare(parsed, cells)
     try:
         report = start()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
         close_bars()
         done = comparing.progress(folder, cells)
         print(f"stopped; {done}, the same command goes on", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(getattr(stop, "code", 130)) from None
     print_comparison(report, parsed.output_dir, module)
 
 

@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 import hf_disparse
 from hf_disparse.config import DataConfig, UserError, one_line, require
 from hf_disparse.export.card import RESULTS_NAME, losses_of_log, write_card
+from hf_disparse.faults import writing
 from hf_disparse.low_rank import dense_size
 from hf_disparse.masks import sparsity_report
 from hf_disparse.model import MultitaskModel, prunable_parameters
@@ -32,6 +33,7 @@ from hf_disparse.run_folder import RECIPE_NAME, claim, read_json, refuse_others,
 from hf_disparse.stored_scores import SCORES_FOLDER
 from hf_disparse.tasks import average, load_task, resolve, tokenize
 from hf_disparse.trainer import DisparseTrainer, last_whole_checkpoint
+from hf_disparse.trainer.checkpoints import sync
 
 PHASE_NAME = "phase.json"
 Splits = dict[str, dict[str, Dataset]]
@@ -75,6 +77,13 @@ def train(recipe: Recipe) -> dict[str, Any]:
     }
     if "guard" in sparse:
         results["guard"] = sparse["guard"]
+    with writing(folder):
+        _finish(recipe, folder, tokenizer, results)
+    return results
+
+
+def _finish(recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerBase, results: dict[str, Any]) -> None:
+    """Puts the sparse model with all that belongs to it on top of the run's folder."""
     model = load_model(folder / "sparse")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -83,8 +92,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
         shutil.rmtree(folder / SCORES_FOLDER, ignore_errors=True)
         (folder / "sparse" / SCORES_FOLDER).rename(folder / SCORES_FOLDER)
     write_card(folder, results=results)
+    sync(folder)
     write_whole(folder / RESULTS_NAME, json.dumps(results, indent=2) + "\n")  # last: it says that the run is finished
-    return results
 
 
 def public(recipe: Recipe) -> dict[str, Any]:
@@ -239,7 +248,9 @@ def train_phase(
     seconds = {f"{phase}_training": trained - begin, f"{phase}_evaluation": time.perf_counter() - trained}
     for name in recipe.helpers if phase == "dense" else ():
         model.remove_task(name)
-    trainer.save_model(str(folder))
+    with writing(folder):
+        trainer.save_model(str(folder))
+        sync(folder)  # before the file that says that the phase is done
     result = {
         "metrics": metrics,
         "seconds": seconds,
@@ -251,7 +262,8 @@ def train_phase(
     }
     if trainer.pruner.guard:
         result["guard"] = trainer.pruner.guard.report()
-    write_whole(folder / PHASE_NAME, json.dumps(result))
+    with writing(folder):
+        write_whole(folder / PHASE_NAME, json.dumps(result))
     return result
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from hf_disparse.config import UserError, one_line
+from hf_disparse.faults import writing
 from hf_disparse.recipes import Recipe
 
 RECIPE_NAME = "recipe.yaml"
@@ -38,12 +39,10 @@ def refuse_others(folder: Path, recipe: Recipe) -> None:
 
 def claim(folder: Path, recipe: Recipe) -> None:
     """Marks the folder as this recipe's."""
-    try:
+    with writing(folder, "Mend that or name another folder."):
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / RECIPE_NAME).is_file():
             write_whole(folder / RECIPE_NAME, yaml.safe_dump(recipe.values, sort_keys=False))
-    except OSError as error:
-        raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}; name another one") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -58,7 +57,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all, also where the machine loses power."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(part, path)

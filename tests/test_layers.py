@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "hf_disparse"
 LAYER = {
     "config": 0,
     "tasks": 1,
+    "faults": 1,
     "parts": 2,
     "low_rank": 2,
     "adapters": 2,

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_disparse.config import PruningConfig, UserError
 from hf_disparse.export.card import results_of_log, write_card
+from hf_disparse.faults import among_processes
 from hf_disparse.losses import GradientSurgery, uncertainty_weight
 from hf_disparse.masks import MASKS_NAME, load_masks, masked_share, save_masks
 from hf_disparse.model import MultitaskModel
@@ -22,7 +23,7 @@ from hf_disparse.tasks import MultitaskCollator, TaskBatchSampler, TaskDataset, 
 from hf_disparse.trainer.arguments import DisparseTrainingArguments, check_arguments, check_datasets, lengths_by_task
 from hf_disparse.trainer.batches import Resuming, ScoringBatches
 from hf_disparse.trainer.callback import PruningCallback
-from hf_disparse.trainer.checkpoints import last_whole_checkpoint
+from hf_disparse.trainer.checkpoints import checkpointing, last_whole_checkpoint, seal, torn
 from hf_disparse.trainer.distillation import check_teachers, distilled
 from hf_disparse.trainer.guard import GUARD_NAME, new_guard
 
@@ -290,6 +291,12 @@ class DisparseTrainer(Trainer):
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise UserError(f"resume_from_checkpoint: there is no whole checkpoint in {self.args.output_dir}")
+        elif resume_from_checkpoint and (reason := torn(resume_from_checkpoint)):
+            got = f"{resume_from_checkpoint}: {reason}"
+            raise UserError(
+                f"resume_from_checkpoint: expected a whole checkpoint, got {got}; True takes the last whole one"
+            )
+        self._resumed = resume_from_checkpoint
         if self.model_init is not None:
             self.pruner.masks = self._given_masks  # the masks of an earlier trial are of another model
             self.loss_means = {}
@@ -299,7 +306,8 @@ class DisparseTrainer(Trainer):
         if self._surgery:
             self._surgery = GradientSurgery()  # a step that died may have left gradients in the old one
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            with among_processes("Training resumes from the last whole checkpoint."):
+                return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.pruner.end()  # also where training died
 
@@ -309,6 +317,20 @@ class DisparseTrainer(Trainer):
         if hasattr(self, "pruner"):
             self.pruner.prepare(model)
         return model
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        if self._resumed and folder.resolve() == Path(self._resumed).resolve():
+            return  # no step was taken since: it would be torn down to be written again
+        with checkpointing(self, folder):
+            super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last thing that all processes write, before the one that saves writes `trainer_state.json`."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(Path(output_dir))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
