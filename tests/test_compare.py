@@ -58,7 +58,8 @@ ORDER = ["dense", *(method for method in METHODS if method in FIRST[1:])]  # of 
 COMMAND = ("--methods", ",".join(FIRST), "--seeds", "1,2")
 FEW = ("--methods", "dense,joint,magnitude", "--seeds", "2")
 FEW_CELLS = ("dense-seed2", "joint-fisher-0.7-seed2", "magnitude-0.7-seed2")
-REPORTS = ("compare.json", "compare.md", "compare.html", "figures")
+PAGE = ("compare.html", "figures/comparison.png", "figures/comparison.svg")
+REPORTS = ("compare.json", "compare.md", *PAGE)
 
 
 def compared(recipe: dict, *words: str) -> SimpleNamespace:
@@ -272,7 +273,8 @@ def test_one_dense_model_per_seed_and_one_training_per_cell(finished):
         ("dense-seed1", "dense-seed2", *(f"cells/{name}" for name in figures(finished.folder))), 1
     )
     assert all(path.suffix == ".json" for path in finished.folder.joinpath("cells").iterdir())
-    names = {"recipe.yaml", "cells", "dense-seed1", "dense-seed2", *REPORTS}
+    names = {"recipe.yaml", "cells", "dense-seed1", "dense-seed2", *(name.split("/")[0] for name in REPORTS)}
+    assert all((finished.folder / name).is_file() for name in PAGE)
     assert {path.name for path in finished.folder.iterdir()} == names
     assert not list(finished.folder.rglob("checkpoint-*")) and not finished.folder.with_name("run").exists()
 

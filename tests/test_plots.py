@@ -47,7 +47,16 @@ def test_of_many_pairs_the_two_extremes_have_names_and_of_more_than_twelve_tasks
     for count, grey in ((5, 8), (12, 64), (14, 0)):
         tasks = [f"t{i}" for i in range(count)]
         rows = [
-            {"layer": 0, "kind": "all", "tasks": list(group), "iou": 0, "chance": 0, "beyond_chance": value, "low": None, "high": None}
+            {
+                "layer": 0,
+                "kind": "all",
+                "tasks": list(group),
+                "iou": 0,
+                "chance": 0,
+                "beyond_chance": value,
+                "low": None,
+                "high": None,
+            }
             for group, value in [
                 *(((a, b), 0.5 + 0.001 * (i + j)) for i, a in enumerate(tasks) for j, b in enumerate(tasks) if i < j),
                 (tuple(tasks), 0.4),
@@ -120,7 +129,12 @@ def test_a_head_is_coloured_by_who_else_keeps_it():
 
 def test_the_cost_curve_is_dashed_one_shot_and_solid_recovered_with_a_ring_at_the_knee():
     points = [
-        {"sparsity": s, "recovered": r, "metrics": {"a": 90 - 20 * s + r, "b": 80 - 40 * s + r}, "average": 85 - 30 * s + r}
+        {
+            "sparsity": s,
+            "recovered": r,
+            "metrics": {"a": 90 - 20 * s + r, "b": 80 - 40 * s + r},
+            "average": 85 - 30 * s + r,
+        }
         for r in (True, False)
         for s in (0.9, 0.5)
     ]
@@ -210,7 +224,9 @@ def test_lines_and_letters_stand_out_from_the_paper(dark):
         return theme.DARK[colour] if dark else colour
 
     assert all(contrast(shade(colour), shade(theme.PAPER)) >= 3 for colour in theme.COLOURS)
-    assert all(contrast(shade(colour), shade(theme.PAPER)) >= 4.5 for colour in (theme.INK, theme.MUTED, theme.COLOURS[0]))
+    assert all(
+        contrast(shade(colour), shade(theme.PAPER)) >= 4.5 for colour in (theme.INK, theme.MUTED, theme.COLOURS[0])
+    )
 
 
 # Viénot, Brettel and Mollon 1999, on linear RGB: what a reader without long-wave or middle-wave cones sees.

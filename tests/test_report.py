@@ -297,7 +297,10 @@ def test_the_cost_is_told_from_the_points():
     told = sentences.cost_curve(analysis(TASKS)["curve"])
     assert "knee at 80 % pruned" in told and "within 2 points of the start up to 80 %" in told
     assert "question loses most" in told and "topic least" in told
-    curve = analysis(TASKS)["curve"] | {"knee": dict.fromkeys([*TASKS, "average"]), "within": {"points": 1, "sparsity": None}}
+    curve = analysis(TASKS)["curve"] | {
+        "knee": dict.fromkeys([*TASKS, "average"]),
+        "within": {"points": 1, "sparsity": None},
+    }
     told = sentences.cost_curve(curve)
     assert "no knee" in told and "No sparsity that was tried stays within 1 points" in told
 
@@ -312,7 +315,13 @@ def test_a_lead_within_the_spread_is_called_chance():
 
 
 def test_modules_are_summed_by_layer():
-    names = ["encoder.embeddings.word", "encoder.embeddings.norm", "encoder.layer.0.a", "encoder.layer.0.b.c", "heads.topic.out"]
+    names = [
+        "encoder.embeddings.word",
+        "encoder.embeddings.norm",
+        "encoder.layer.0.a",
+        "encoder.layer.0.b.c",
+        "heads.topic.out",
+    ]
     summed = blocks([{"module": name, "parameters": 10**i} for i, name in enumerate(names)])
     assert [(row["module"], row["parameters"]) for row in summed] == [
         ("encoder.embeddings", 11),

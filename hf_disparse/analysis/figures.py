@@ -59,7 +59,12 @@ def figures_of(analysis: Mapping) -> list[Figure]:
     figures = []
     if stages:
         figures += [_agreement(stages), _by_kind(stages), _affinity(stages, tasks)]
-        figures += [_keepers(stages, tasks), _keepers_by_kind(stages[-1], tasks), _heads(stages, tasks), _neurons(stages)]
+        figures += [
+            _keepers(stages, tasks),
+            _keepers_by_kind(stages[-1], tasks),
+            _heads(stages, tasks),
+            _neurons(stages),
+        ]
     if analysis["curve"] and analysis["curve"]["points"]:
         figures.append(_curve(analysis["curve"]))
     if analysis["footprint"]:
@@ -107,7 +112,9 @@ def _by_kind(stages: Sequence[Mapping]) -> Figure | None:
     for stage in stages:
         for kind in kind_names(stage["agreement"]):
             lines = lines_of(stage["agreement"], kind)
-            rows += [[_named(stage), kind, r["layer"], r["beyond_chance"]] for r in lines[together(lines)]] if lines else []
+            rows += (
+                [[_named(stage), kind, r["layer"], r["beyond_chance"]] for r in lines[together(lines)]] if lines else []
+            )
     if not rows:
         return None
     limit = max((abs(number(row[3])) for row in rows if row[3] is not None), default=1.0)
@@ -117,9 +124,7 @@ def _by_kind(stages: Sequence[Mapping]) -> Figure | None:
         title="Which matrices tasks share",
         units="All tasks' agreement beyond chance by layer (down) and kind of matrix (across): 0 is chance, 1 is identical.",
         sentence=sentences.agreement_by_kind(stages),
-        panels=[
-            (_named(s), lambda ax, s=s: plots.agreement_by_kind(s["agreement"], ax, limit=limit)) for s in stages
-        ],
+        panels=[(_named(s), lambda ax, s=s: plots.agreement_by_kind(s["agreement"], ax, limit=limit)) for s in stages],
         height=150 + 17 * min(max(layers, 3), 36),
         header=["stage", "matrix", "layer", "beyond chance"],
         rows=rows,
@@ -151,7 +156,8 @@ def _affinity(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure:
             wanted = list({p for key in labels for p in extremes(off_diagonal(stage["affinity"][key]))})
         hidden = len(cells) - len(wanted)
         rows += [
-            [_named(stage), tasks[i], tasks[j], *(stage["affinity"][key][i][j] for key in labels)] for i, j in sorted(wanted)
+            [_named(stage), tasks[i], tasks[j], *(stage["affinity"][key][i][j] for key in labels)]
+            for i, j in sorted(wanted)
         ]
     return Figure(
         name="affinity",
@@ -187,10 +193,15 @@ def _keepers(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure | None:
         units="Share of each layer's prunable weights by the number of tasks whose own mask keeps them.",
         sentence=sentences.keepers(stages[-1], *values[-1], "prunable weights"),
         panels=[
-            (_named(s), lambda ax, value=value: plots.keepers(*value, ax)) for s, value in zip(stages, values, strict=True)
+            (_named(s), lambda ax, value=value: plots.keepers(*value, ax))
+            for s, value in zip(stages, values, strict=True)
         ],
         header=["stage", "layer", *_shares(len(tasks))],
-        rows=[[_named(s), n, *kept] for s, value in zip(stages, values, strict=True) for n, kept in zip(*value, strict=True)],
+        rows=[
+            [_named(s), n, *kept]
+            for s, value in zip(stages, values, strict=True)
+            for n, kept in zip(*value, strict=True)
+        ],
     )
 
 
@@ -242,7 +253,7 @@ def _heads(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure | None:
         units="Heads, down, layer by layer; tasks, across. Filled where the task's own mask keeps the head.",
         sentence=sentences.heads(stages[-1], tasks),
         panels=[(_named(s), lambda ax, s=s: plots.heads(s["parts"], tasks, ax)) for s in stages],
-        height=min(900, 140 + max(120, 7 * count)),
+        height=min(900, 160 + max(180, 7 * count)),
         header=["stage", "layer", "head", "kept for"],
         rows=rows,
     )
@@ -263,9 +274,7 @@ def _neurons(stages: Sequence[Mapping]) -> Figure | None:
         title="How many tasks a neuron serves",
         units="Share of each layer's FFN neurons by the number of tasks whose own mask keeps them; the table has counts.",
         sentence=sentences.keepers(stage, layers, kept, "neurons"),
-        panels=[
-            (_named(s), lambda ax, n=n, k=k: plots.keepers(n, k, ax, what="neurons")) for s, n, k, _ in values
-        ],
+        panels=[(_named(s), lambda ax, n=n, k=k: plots.keepers(n, k, ax, what="neurons")) for s, n, k, _ in values],
         header=["stage", "layer", "neurons", *_shares(len(parts[0]["kept_by"]) - 1)],
         rows=[[_named(s), p["layer"], p["count"], *p["kept_by"]] for s, _, _, parts in values for p in parts],
     )

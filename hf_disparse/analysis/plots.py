@@ -86,10 +86,20 @@ def agreement_by_kind(rows: Sequence[Mapping], ax: Axes, limit: float | None = N
     kinds = [kind for kind in kinds if lines[kind]]
     if not kinds:
         return _nothing(ax, "one task: nothing to agree about")
-    cells = {kind: {r["layer"]: number(r["beyond_chance"]) for r in lines[kind][together(lines[kind])]} for kind in kinds}
+    cells = {
+        kind: {r["layer"]: number(r["beyond_chance"]) for r in lines[kind][together(lines[kind])]} for kind in kinds
+    }
     layers = sorted({layer for column in cells.values() for layer in column})
     values = np.array([[cells[kind].get(layer, math.nan) for kind in kinds] for layer in layers])
-    _heat(ax, values, layers, [short(kind, 16) for kind in kinds], "agreement beyond chance", limit, diverging=bool(np.nanmin(values, initial=0) < -0.1))
+    _heat(
+        ax,
+        values,
+        layers,
+        [short(kind, 16) for kind in kinds],
+        "agreement beyond chance",
+        limit,
+        diverging=bool(np.nanmin(values, initial=0) < -0.1),
+    )
     ax.set_ylabel("layer (0 is the first)")
     return ax
 
@@ -152,7 +162,7 @@ def heads(parts: Sequence[Mapping], tasks: Sequence[str], ax: Axes) -> Axes:
     step = math.ceil(len(layers) / 24)
     ax.set_yticks([(a + b - 1) / 2 for a, b in zip(starts, starts[1:], strict=False)][::step])
     ax.set_yticklabels([str(part["layer"]) for part in layers][::step])
-    ax.set(ylim=(len(rows) - 0.5, -0.5), ylabel="layer (0 is the first), a row per head")
+    ax.set(ylim=(len(rows) - 0.5, -0.5), ylabel="layer (a row per head)")
     ax.tick_params(length=0)
     ax.grid(False)
     if len(tasks) <= NAMES_UP_TO:

@@ -34,7 +34,9 @@ def write_report(analysis: Mapping, folder: str | Path) -> Path:
         "Keep masks": f"each task's own, {100 * analysis['sparsity']:g} % of the prunable weights pruned",
     }
     path = Path(folder) / REPORT_NAME
-    write_page(path, f"What each task needs: {Path(analysis['model']).name}", facts, figures_of(analysis), "analysis.json")
+    write_page(
+        path, f"What each task needs: {Path(analysis['model']).name}", facts, figures_of(analysis), "analysis.json"
+    )
     return path
 
 

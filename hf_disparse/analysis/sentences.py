@@ -50,7 +50,9 @@ def watersheds(stages: Sequence[Mapping]) -> str:
     """Where agreement falls for good, stage by stage."""
     found = [stage for stage in stages if stage["watershed"]["layer"] is not None]
     if not found:
-        return "No stage has a watershed: agreement never falls for good." if len(stages) > 1 else "There is no watershed."
+        return (
+            "No stage has a watershed: agreement never falls for good." if len(stages) > 1 else "There is no watershed."
+        )
     where: dict[str, list[str]] = {}
     for stage in found:
         mark = stage["watershed"]
