@@ -11,10 +11,10 @@ from hf_disparse.analysis.values import (
     NAMES_UP_TO,
     STAGES,
     blocks,
-    lines_of,
     curve_tasks,
     extremes,
     kind_names,
+    lines_of,
     named_pairs,
     named_tasks,
     number,
@@ -78,7 +78,7 @@ def _named(stage: Mapping) -> str:
 
 def _agreement(stages: Sequence[Mapping]) -> Figure:
     title, units = "Where tasks agree", "Agreement of the tasks' own keep masks beyond chance, by layer. "
-    units += "(IoU − c) / (1 − c), c being the IoU of independent masks that keep as many: 0 is chance, 1 is identical."
+    units += "(IoU - c) / (1 - c), c being the IoU of independent masks that keep as many: 0 is chance, 1 is identical."
     last = lines_of(stages[-1]["agreement"], "all")
     if not last:
         return Figure(name="agreement", title=title, units=units, sentence=sentences.ONE_TASK)
@@ -133,7 +133,7 @@ def _by_kind(stages: Sequence[Mapping]) -> Figure | None:
 
 def _affinity(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure:
     title = "Which tasks are alike"
-    units = "Tasks by tasks. Shared importance and the cosine of gradients; 1 is identical, and cosines go down to −1."
+    units = "Tasks by tasks. Shared importance and the cosine of gradients; 1 is identical, and cosines go down to -1."
     if not several(tasks):
         return Figure(name="affinity", title=title, units=units, sentence=sentences.ONE_TASK)
     labels = {"importance": "shared importance", "gradient_cosine": "gradient cosine"}

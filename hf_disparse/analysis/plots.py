@@ -3,6 +3,7 @@
 Rows are those of `analysis.json` and `compare.json`. Names are shown as they are: no name is markup or mathematics.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,8 +20,8 @@ from hf_disparse.analysis.values import (
     BANDS_UP_TO,
     NAMES_UP_TO,
     TASKS_UP_TO,
-    lines_of,
     kind_names,
+    lines_of,
     named_pairs,
     named_tasks,
     number,
@@ -160,7 +161,7 @@ def heads(parts: Sequence[Mapping], tasks: Sequence[str], ax: Axes) -> Axes:
     for start in starts[1:-1]:
         ax.axhline(start - 0.5, color=BAND, linewidth=0.6)
     step = math.ceil(len(layers) / 24)
-    ax.set_yticks([(a + b - 1) / 2 for a, b in zip(starts, starts[1:], strict=False)][::step])
+    ax.set_yticks([(a + b - 1) / 2 for a, b in itertools.pairwise(starts)][::step])
     ax.set_yticklabels([str(part["layer"]) for part in layers][::step])
     ax.set(ylim=(len(rows) - 0.5, -0.5), ylabel="layer (a row per head)")
     ax.tick_params(length=0)
@@ -250,7 +251,7 @@ def comparison(rows: Sequence[Mapping], ax: Axes) -> Axes:
         if row is not dense:
             lines.setdefault(f"{row['method']} {row['criterion']}".rstrip(), []).append(row)
     levels = sorted({row["sparsity"] for some in lines.values() for row in some})
-    gap = min((b - a for a, b in zip(levels, levels[1:], strict=False)), default=0.1)
+    gap = min((b - a for a, b in itertools.pairwise(levels)), default=0.1)
     for i, (name, some) in enumerate(lines.items()):
         some = sorted(some, key=lambda row: row["sparsity"])
         aside = gap * 0.5 * ((i + 0.5) / len(lines) - 0.5)  # side by side, for error bars that would hide one another
@@ -306,7 +307,7 @@ def _groups(tasks: int) -> list[tuple[str, int, int]]:
         middle = [(f"{n} task{'s' * (n > 1)}", n, n) for n in range(1, tasks)]
     else:
         edges = sorted({2, *(round(2 + (tasks - 2) * part / 4) for part in (1, 2, 3, 4))})
-        ranges = [(a, b - 1) for a, b in zip(edges, edges[1:], strict=False)]
+        ranges = [(a, b - 1) for a, b in itertools.pairwise(edges)]
         middle = [("1 task", 1, 1), *((f"{a} tasks" if a == b else f"{a} to {b} tasks", a, b) for a, b in ranges)]
     return [("no task", 0, 0), *middle, (f"all {tasks} tasks" if tasks > 1 else "the task", tasks, tasks)]
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 
 from hf_disparse.analysis.values import (
     STAGES,
-    lines_of,
     curve_tasks,
     extremes,
     kind_names,
+    lines_of,
     loss,
     mean_of,
     number,
