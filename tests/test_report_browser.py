@@ -75,8 +75,8 @@ def pages(tmp_path_factory):
     long = [f"a_task_with_quite_a_long_name_{i}" for i in range(12)]
     methods = ["random", "magnitude", "joint", "unanimous", "quorum2", "movement-soft", "platon", "dynamic"]
     return {
-        "three": write_report(analysis(["topic", "sentiment", "question"], layers=4), folder / "three"),
-        "twelve": write_report(analysis(long, layers=3, stages=("sparse",)), folder / "twelve"),
+        "three": write_report(analysis(["a", "b", "c"], layers=2, stages=("dense", "sparse")), folder / "three"),
+        "twelve": write_report(analysis(long, layers=2, stages=("sparse",)), folder / "twelve"),
         "compare": write_comparison(comparison(methods, tasks=long), folder / "compare"),
     }
 
@@ -89,8 +89,9 @@ def look(browser, path, width: int, scheme: str) -> list:
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     browser.get_log("browser")
     browser.get(path.as_uri())
-    assert browser.execute_script("return window.innerWidth") == width
-    return browser.execute_script(FAULTS) + [entry["message"] for entry in browser.get_log("browser")]
+    shown = browser.execute_script("return window.innerWidth")  # a phone zooms out to show what is too wide
+    wide = [f"page scrolls: {shown} pixels"] if shown != width else []
+    return wide + browser.execute_script(FAULTS) + [entry["message"] for entry in browser.get_log("browser")]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

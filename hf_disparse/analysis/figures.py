@@ -253,7 +253,7 @@ def _heads(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure | None:
         units="Heads, down, layer by layer; tasks, across. Filled where the task's own mask keeps the head.",
         sentence=sentences.heads(stages[-1], tasks),
         panels=[(_named(s), lambda ax, s=s: plots.heads(s["parts"], tasks, ax)) for s in stages],
-        height=min(900, 140 + max(120, 7 * count)),
+        height=min(900, 160 + max(180, 7 * count)),
         header=["stage", "layer", "head", "kept for"],
         rows=rows,
     )

@@ -97,7 +97,7 @@ def _table(figure: Figure) -> list[list[tuple[str, bool]]]:
 
 def _cell(value: Any) -> tuple[str, bool]:
     if value is None or value != value:
-        return "none", True
+        return "\N{EN DASH}", True
     if isinstance(value, float):
         return f"{value:.3f}", True
     if isinstance(value, int):
