@@ -108,6 +108,7 @@ def test_one_class_only(results, task, label, metrics):
         assert found.keys() == {"f1"} and 0 <= found["f1"] <= 100
 
 
+@pytest.mark.slow
 def test_two_hundred_tasks(tmp_path):
     tasks = [TaskConfig(name=f"t{i}", columns="text", labels=["no", "yes"]) for i in range(200)]
     rows = {task.name: tokenized_rows(task, 4, seed=i) for i, task in enumerate(tasks)}
