@@ -210,7 +210,7 @@ def train_long(report, folder: str) -> None:
                         "memory": pages * resource.getpagesize(),
                         "files": len(os.listdir("/proc/self/fd")),
                         "threads": len(os.listdir("/proc/self/task")),
-                        "tensors": sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()),
+                        "tensors": sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()),
                     }
                 )
 
