@@ -53,7 +53,7 @@ WRONG = {
     "tasks.two.label_column": st.one_of(no_text, nothing, st.just("")),
     "tasks.two.labels": st.one_of(truth, whole, dates, some_dict, nothing, st.just(["one"]), st.just(["a", "a"]), st.just([0, 1])),
     "tasks.two.problem_type": other_than("single_label_classification", "multi_label_classification"),
-    "tasks.two.metric": st.one_of(truth, whole.filter(bool), dates, other_than("accuracy", "f1", "matthews_correlation", "", [], False)),
+    "tasks.two.metric": st.one_of(truth, whole, dates, other_than("accuracy", "f1", "matthews_correlation", [])),
     "tasks.two.weight": st.one_of(no_number, nothing, below(1)),
     "tasks.two.validation_fraction": st.one_of(no_number, whole),
     "tasks.two.max_train_rows": st.one_of(no_whole, below(1)),
