@@ -132,10 +132,8 @@ class TaskAdapters:
         self._task_of_encoder = None
         self._use_adapter(next(iter(self.adapters)))
         for name, layer in _tuner_layers(self.encoder):
-            trainable = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
-            layer.delete_adapter(task)
-            for parameter, flag in trainable:
-                parameter.requires_grad_(flag)
+            with _as_trainable_as_before(layer):
+                layer.delete_adapter(task)
             if not any(len(getattr(layer, names)) for names in layer.adapter_layer_names):
                 self.encoder.set_submodule(name, layer.get_base_layer())
         self.config.adapters = list(self.adapters)
@@ -217,14 +215,12 @@ class TaskAdapters:
         if task == self._task_of_encoder:
             return
         for _, layer in _tuner_layers(self.encoder):
-            trainable = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
-            if task is None:
-                layer.enable_adapters(False)
-            else:
-                layer.set_adapter(task)
-                layer.enable_adapters(True)
-            for parameter, flag in trainable:
-                parameter.requires_grad_(flag)
+            with _as_trainable_as_before(layer):
+                if task is None:
+                    layer.enable_adapters(False)
+                else:
+                    layer.set_adapter(task)
+                    layer.enable_adapters(True)
         self._task_of_encoder = task
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, state_dict=None, **kwargs: Any) -> None:
@@ -320,6 +316,15 @@ def among_non_zeros(base_layer: nn.Linear, r: int, random_seed: int | None = Non
     mask = torch.zeros(weight.numel(), dtype=weight.dtype)
     mask[chosen] = 1
     return mask.reshape(weight.shape).to(weight.device)
+
+
+@contextmanager
+def _as_trainable_as_before(module: nn.Module) -> Iterator[None]:
+    """Undoes what PEFT changes of `requires_grad`: the adapters of tasks that are off would be frozen."""
+    trainable = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    yield
+    for parameter, flag in trainable:
+        parameter.requires_grad_(flag)
 
 
 def _tuner_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:

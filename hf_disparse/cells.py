@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -39,11 +39,7 @@ _WHOLE = {
     "group_lasso": {"method": "group_lasso"},
 }
 METHODS = ("dense", *dict.fromkeys((*list(_WHOLE)[:2], *_DECISIONS, *_WHOLE)))  # in the order of tables
-_OF_THE_RECIPE = (
-    "target_modules",
-    "exclude_modules",
-    "score_batches",
-)  # what another method than the recipe's takes from it
+_OF_ANY_METHOD = ("target_modules", "exclude_modules", "score_batches")  # what every row takes from the recipe
 
 
 @dataclass(frozen=True)
@@ -76,12 +72,14 @@ class Cell:
     def pruning(self, values: dict[str, Any]) -> dict[str, Any]:
         """The section `pruning` of the cell, `values` being that of the recipe."""
         own = {"sparsity": self.sparsity, "keep_scores": False}
+        of_any_method = {key: values[key] for key in _OF_ANY_METHOD if key in values}
         if self.method == "dense":
-            return values | own
+            return of_any_method | own
         fields = _WHOLE.get(self.method) or _fields(self.method) | {"criterion": self.criterion}
-        if "method" in fields:
-            return {key: values[key] for key in _OF_THE_RECIPE if key in values} | fields | own
-        return values | {"decision": "unanimous", "quorum": 1} | fields | own
+        by_scores = PruningConfig.method
+        if fields.get("method", by_scores) == values.get("method", by_scores) == by_scores:
+            return values | {"decision": "unanimous", "quorum": 1} | fields | own
+        return of_any_method | fields | own
 
 
 def _fields(method: str) -> dict[str, Any] | None:
@@ -134,8 +132,8 @@ def _sparsity(method: str, sparsity: float) -> float:
 def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
     """The recipe that is this cell: as many steps as make its backward passes, scoring included, those of the recipe.
 
-    Those of the recipe are its steps, and its scoring as if that took gradients. The dense row goes on at the dense phase's
-    learning rate: one that pruned weights need throws a finished model back.
+    Those of the recipe are its steps and its scoring, by scores always as if those took gradients. The dense row goes on at
+    the dense phase's learning rate: one that pruned weights need throws a finished model back.
     """
     values, arguments = recipe.values, recipe.arguments("sparse", recipe.output_dir)
     recovery = dict(values.get("recovery") or {})
@@ -148,7 +146,9 @@ def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
     pruning = dict(values.get("pruning") or {})
     own = PruningConfig.from_dict(cell.pruning(pruning), "pruning")
     votes, every = len(recipe.tasks) - len(recipe.helpers), arguments.gradient_accumulation_steps
-    whole = PruningConfig.from_dict(pruning | {"sparsity": 0.5, "criterion": "snip"}, "pruning")
+    whole = recipe.pruning
+    if whole.method == PruningConfig.method:
+        whole = replace(whole, criterion="snip", sparsity=whole.sparsity or 0.5)
     budget = most * every + votes * scoring_batches(whole, most)
     steps = next(n for n in count(1) if n * every + votes * scoring_batches(own, n) >= budget)
     return parse_recipe(

@@ -5,6 +5,7 @@ Under torchrun or `accelerate launch` all processes work and the first one speak
 
 import json
 import os
+import signal
 import sys
 import time
 from importlib import metadata
@@ -12,10 +13,17 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
-from tqdm import tqdm
 from typer.exceptions import TyperException
 
-from hf_disparse.tables import print_plan, print_results, print_sparsity, table_of
+from hf_disparse.printing import (
+    close_bars,
+    new_table,
+    print_analysis,
+    print_comparison,
+    print_plan,
+    print_results,
+    print_sparsity,
+)
 
 _GRACE = 10.0  # seconds
 
@@ -37,10 +45,12 @@ _Dtype = Annotated[
 
 def main() -> None:
     """Entry point of `hf-disparse`."""
-    from hf_disparse.config import UserError
+    from hf_disparse.config import UserError, one_line
 
     if _rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if "LOCAL_RANK" not in os.environ:  # a launcher's processes end at once, which other processes wait for
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # half-written folders are taken away
     try:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         _leave()
@@ -51,6 +61,8 @@ def main() -> None:
         sys.exit(130)
     except UserError as error:
         fail(str(error))
+    except OSError as error:  # a full disk or a file that vanished, where nobody could say what it was for
+        fail(f"{error.filename or 'reading or writing'}: {error.strerror or one_line(error)}")
 
 
 def fail(message: str) -> NoReturn:
@@ -78,12 +90,6 @@ def _leave() -> None:
         distributed.end()
 
 
-def close_bars() -> None:
-    """What is said after a bar belongs on a line of its own."""
-    for bar in list(tqdm._instances):
-        bar.close()
-
-
 def _version(show: bool) -> None:
     if show:
         print(f"hf_disparse {metadata.version('hf_disparse')}")
@@ -107,24 +113,28 @@ def train(
         str | None, typer.Option("--output_dir", "--output-dir", help="Instead of the recipe's.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check recipe, data and encoder; train nothing.")] = False,
+    analysis: Annotated[bool, typer.Option(help="End with a short form of analyze.")] = True,
 ) -> None:
-    """Train dense, prune, train sparse, evaluate both; the same command again goes on where it stopped."""
+    """Train dense, prune, train sparse, evaluate and analyze both; the same command again goes on where it stopped."""
     _quiet()
-    from hf_disparse import run
+    from hf_disparse import analyze, run
     from hf_disparse.recipes import read_recipe
 
     parsed = read_recipe(recipe, set_, output_dir)
     if dry_run:
         print_plan(run.plan(parsed))
-    else:
-        try:
-            results = run.train(parsed)
-        except KeyboardInterrupt:
-            close_bars()
-            if not _rank():
-                print(f"stopped; the same command goes on from {run.progress(parsed)}", file=sys.stderr)
-            raise typer.Exit(130) from None
+        return
+    try:
+        results = run.train(parsed)
         print_results(results, parsed.output_dir)
+        found = analyze.after_training(parsed) if analysis else None
+    except (KeyboardInterrupt, SystemExit) as stop:
+        close_bars()
+        if not _rank():
+            print(f"stopped; the same command goes on from {run.progress(parsed)}", file=sys.stderr)
+        raise typer.Exit(getattr(stop, "code", 130)) from None
+    if found:
+        print_analysis(found, parsed.output_dir)
 
 
 @app.command(epilog="Example: hf-disparse evaluate runs/quickstart --set 'tasks.*.max_validation_rows=500'")
@@ -142,7 +152,7 @@ def evaluate(
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    table = table_of("task", "metric", "value")
+    table = new_table("task", "metric", "value")
     for task, metrics in result["tasks"].items():
         for metric, value in metrics.items():
             table.add_row(task, metric, f"{value:.1f}")
@@ -216,12 +226,39 @@ def compare(
         module, folder, start = comparing, parsed.output_dir, lambda: comparing.compare(parsed, cells)
     try:
         report = start()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
         close_bars()
         if not _rank():
             print(f"stopped; {comparing.progress(folder, cells)}, the same command goes on", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(getattr(stop, "code", 130)) from None
     print_comparison(report, parsed.output_dir, module)
+
+
+@app.command(name="analyze", epilog="Example: hf-disparse analyze runs/quickstart --within 2")
+def analyze_(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A folder that `train` wrote, or a model's.")],
+    recipe: Annotated[str | None, typer.Option(help="Whose tasks and data; the folder's own by default.")] = None,
+    set_: _Set = [],  # noqa: B006
+    sparsities: Annotated[
+        str, typer.Option(help="Of the cost curve, which needs a dense model; 0 alone leaves it out.")
+    ] = "0.3,0.5,0.6,0.7,0.8,0.9,0.95",
+    within: Annotated[
+        float | None, typer.Option(help="End the curve where a task loses more than so many points.")
+    ] = None,
+    recover: Annotated[int, typer.Option(help="Train each point of the curve for so many steps, too.")] = 0,
+    output_dir: Annotated[
+        str | None, typer.Option("--output_dir", "--output-dir", help="Default: the model's folder.")
+    ] = None,
+) -> None:
+    """Show what each task needs, where the tasks part, and what sparsity costs; write analysis.json and report.html.
+
+    Of a run: before training, dense and sparse. More scoring batches (--set pruning.score_batches=64) narrow the intervals.
+    """
+    _quiet()
+    from hf_disparse import analyze
+
+    curve = analyze.Curve(tuple(_list(sparsities, "--sparsities", float)), within, recover)
+    print_analysis(*analyze.analyze(model, recipe, set_, curve=curve, output_dir=output_dir))
 
 
 @app.command(
@@ -326,25 +363,6 @@ def _list(text: str, where: str, kind) -> list:
     if not values:
         raise UserError(f"{where}: expected values with commas between them, got {text!r}")
     return values
-
-
-def print_comparison(report: dict, folder: str, comparing) -> None:
-    """The table of a comparison, as the module `comparing` makes it; ends with status 1 if a cell failed."""
-    close_bars()
-    if report["rows"]:
-        header, rows = comparing.table(report)
-        shown = table_of(*header)
-        for row in rows:
-            shown.add_row(*row)
-        console = Console()
-        (console if console.is_terminal else Console(width=160)).print(shown)  # a file need not be folded to 80
-        print(comparing.caption(report))
-        print(f"written: {folder}/{comparing.MARKDOWN_NAME} and {comparing.JSON_NAME}")
-    for name, reason in report["failed"].items():
-        print(f"failed: {name}: {reason}", file=sys.stderr)
-    if report["failed"]:
-        print("the same command tries them again", file=sys.stderr)
-        raise typer.Exit(1)
 
 
 def _quiet() -> None:

@@ -4,6 +4,7 @@ The folder holds one dense model per seed, which every method starts from, and o
 cell being a method, a criterion, a sparsity and a seed. Starting the same comparison again runs what is not there yet.
 """
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,9 +15,11 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from hf_disparse.analysis.report import write_comparison
 from hf_disparse.cells import METHODS, Cell, recipe_of
 from hf_disparse.config import UserError, one_line
 from hf_disparse.distributed import from_main, is_main, processes
+from hf_disparse.faults import writing
 from hf_disparse.recipes import Recipe
 from hf_disparse.run import PHASE_NAME, environment, prepare, rehearse, say, sizes, train_phase
 from hf_disparse.run_folder import claim, read_json, refuse_others, write_whole
@@ -26,7 +29,8 @@ JSON_NAME, MARKDOWN_NAME = "compare.json", "compare.md"
 
 
 def compare(recipe: Recipe, cells: Sequence[Cell]) -> dict[str, Any]:
-    """Runs the cells that are not there yet and tabulates all of them; writes `compare.json` and `compare.md`.
+    """Runs the cells that are not there yet and tabulates all of them; writes `compare.json` and `compare.md`, and with
+    matplotlib `compare.html` and its figure.
 
     A cell that fails is reported and leaves the others alone; the next call tries it again. With several processes it ends all.
 
@@ -49,9 +53,16 @@ def compare(recipe: Recipe, cells: Sequence[Cell]) -> dict[str, Any]:
         "environment": environment(),
     }
     if results:
+        from_main(lambda: _write(report, folder))
+    return report
+
+
+def _write(report: dict[str, Any], folder: Path) -> None:
+    with writing(folder):
         write_whole(folder / JSON_NAME, json.dumps(report, indent=2) + "\n")
         write_whole(folder / MARKDOWN_NAME, markdown(report))
-    return report
+        if importlib.util.find_spec("matplotlib") and importlib.util.find_spec("jinja2"):  # the extra `plot`
+            write_comparison(report, folder)
 
 
 def run_cells(recipe: Recipe, recipes: Mapping[Any, Recipe], folder: Path, most: Sequence[Any]) -> dict[str, str]:
@@ -120,7 +131,8 @@ def _run(recipe: Recipe, cell: Any, root: Path, data_of: "_DataBySeed") -> None:
     result = train_phase(recipe, "sparse", work, tokenizer, data, start=dense)
     result["pruned"] = result.pop("sparsity")  # as measured; the cell has the sparsity that was asked for
     result |= {"dense_backward_passes": before["backward_passes"], "examples": sizes(data)}
-    write_whole(cell_file(root, cell), json.dumps({"cell": asdict(cell), **result}, indent=2) + "\n")
+    text = json.dumps({"cell": asdict(cell), **result}, indent=2) + "\n"
+    from_main(lambda: write_whole(cell_file(root, cell), text))
     from_main(lambda: shutil.rmtree(work))  # a grid of models fills a disk; `train` makes any one of them again
 
 
@@ -154,8 +166,6 @@ def tabulate(results: dict[Cell, dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for (method, criterion, sparsity), cells in groups.items():
         metrics = [results[cell]["metrics"] for cell in cells]
-        values = {"average": [m["average"] for m in metrics]}
-        values |= {task: [average({task: m["tasks"][task]}) for m in metrics] for task in metrics[0]["tasks"]}
         paired = [m["average"] - dense[cell.seed] for cell, m in zip(cells, metrics, strict=True) if cell.seed in dense]
         seconds = [sum(results[cell]["seconds"].values()) for cell in cells]
         rows.append(
@@ -164,8 +174,7 @@ def tabulate(results: dict[Cell, dict[str, Any]]) -> list[dict[str, Any]]:
                 "criterion": criterion,
                 "sparsity": sparsity,
                 "seeds": [cell.seed for cell in cells],
-                "mean": {name: mean(v) for name, v in values.items()},
-                "spread": {name: stdev(v) if len(v) > 1 else None for name, v in values.items()},
+                **over_seeds(metrics),
                 "against_dense": mean(paired) if paired else None,
                 "backward_passes": max(results[cell]["backward_passes"] for cell in cells),
                 "seconds": mean(seconds),
@@ -174,15 +183,34 @@ def tabulate(results: dict[Cell, dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def over_seeds(metrics: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """`mean` and `spread`, the sample standard deviation, of each task and of `average`; one seed has no spread."""
+    values = {"average": [m["average"] for m in metrics]}
+    values |= {task: [average({task: m["tasks"][task]}) for m in metrics] for task in metrics[0]["tasks"]}
+    return {
+        "mean": {name: mean(v) for name, v in values.items()},
+        "spread": {name: stdev(v) if len(v) > 1 else None for name, v in values.items()},
+    }
+
+
+def shown(row: dict[str, Any], name: str) -> str:
+    """`a ± b` of a task or the average in a row of `over_seeds`."""
+    spread = row["spread"][name]
+    return f"{row['mean'][name]:.1f}" + ("" if spread is None else f" ± {spread:.1f}")
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table whose first column is text."""
+    aligned = ["---", *["---:"] * (len(header) - 1)]
+    return ["| " + " | ".join(row) + " |" for row in (header, aligned, *rows)]
+
+
 def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows as text, for the terminal and for Markdown; `a ± b` is mean and standard deviation over seeds."""
     tasks = [name for name in report["rows"][0]["mean"] if name != "average"]
     lines = []
     for row in report["rows"]:
-        values = [
-            f"{row['mean'][name]:.1f}" + (f" ± {row['spread'][name]:.1f}" if row["spread"][name] is not None else "")
-            for name in (*tasks, "average")
-        ]
+        values = [shown(row, name) for name in (*tasks, "average")]
         sparsity = f"{100 * row['sparsity']:g} %" if row["sparsity"] else "0"
         difference = f"{row['against_dense']:+.1f}" if row["sparsity"] and row["against_dense"] is not None else ""
         name = f"{row['method']} {row['criterion']}".rstrip()
@@ -203,11 +231,8 @@ def caption(report: dict[str, Any]) -> str:
 
 def markdown(report: dict[str, Any]) -> str:
     """The table, its caption and what failed, as Markdown."""
-    header, rows = table(report)
-    aligned = ["---", *["---:"] * (len(header) - 1)]
-    lines = ["| " + " | ".join(row) + " |" for row in (header, aligned, *rows)]
     failed = [f"Failed: {name}: {reason}\n" for name, reason in report["failed"].items()]
-    return "\n".join([*lines, "", caption(report), "", *failed]).rstrip() + "\n"
+    return "\n".join([*markdown_table(*table(report)), "", caption(report), "", *failed]).rstrip() + "\n"
 
 
 def progress(folder: str | Path, cells: Sequence[Any]) -> str:

@@ -22,6 +22,11 @@ def processes() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
+def launched() -> int:
+    """How many a launcher has started, if torch.distributed has begun or not."""
+    return max(processes(), int(os.environ.get("WORLD_SIZE", "1")))
+
+
 def is_main() -> bool:
     """Whether this process is the one that writes and prints; a launcher's word counts before torch.distributed has begun."""
     if distributed.is_available() and distributed.is_initialized():

@@ -5,11 +5,11 @@ and its parameter names are transformers' own, for every architecture and withou
 """
 
 import copy
-import re
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Any
 
+import regex
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -366,7 +366,11 @@ def prunable_parameters(model: nn.Module, config: PruningConfig | None = None) -
 def _matches(name: str, patterns: str | Sequence[str]) -> bool:
     """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their endings."""
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
+        try:
+            return regex.fullmatch(patterns, name, timeout=1) is not None
+        except TimeoutError:
+            got = f"{patterns[:100]!r}, which is not done with '{name}' after a second"
+            raise UserError(f"pruning: expected a regular expression that ends, got {got}") from None
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
 
 

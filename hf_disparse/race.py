@@ -13,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
-from hf_disparse.compare import cell_file, run_cells
+from hf_disparse.compare import cell_file, markdown_table, over_seeds, run_cells, shown
 from hf_disparse.config import UserError, require
+from hf_disparse.distributed import from_main
+from hf_disparse.faults import writing
 from hf_disparse.recipes import Recipe, parse_recipe
 from hf_disparse.run import environment
 from hf_disparse.run_folder import read_json, refuse_others, write_whole
@@ -202,9 +204,14 @@ def run(race: Race) -> dict[str, Any]:
         "environment": environment(),
     }
     if results:
-        write_whole(Path(recipe.output_dir, JSON_NAME), json.dumps(report, indent=2) + "\n")
-        write_whole(Path(recipe.output_dir, MARKDOWN_NAME), markdown(report))
+        from_main(lambda: _write(report, Path(recipe.output_dir)))
     return report
+
+
+def _write(report: dict[str, Any], folder: Path) -> None:
+    with writing(folder):
+        write_whole(folder / JSON_NAME, json.dumps(report, indent=2) + "\n")
+        write_whole(folder / MARKDOWN_NAME, markdown(report))
 
 
 def tabulate(race: Race, results: Mapping[Cell, dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, dict]]:
@@ -255,8 +262,6 @@ def tabulate(race: Race, results: Mapping[Cell, dict[str, Any]]) -> tuple[list[d
 def _row(model: str, budget: float, sparsities: dict[str, float], cells: dict[int, list[Cell]], results) -> dict:
     """Seed -> the cells that make the model of that seed; mean and sample standard deviation over the seeds."""
     metrics = [_metrics(of_seed, results) for of_seed in cells.values()]
-    values = {"average": [m["average"] for m in metrics]}
-    values |= {task: [average({task: m["tasks"][task]}) for m in metrics] for task in metrics[0]["tasks"]}
     every = [[results[cell] for cell in of_seed] for of_seed in cells.values()]
     size = every[0][0]["prunable"]
     return {
@@ -265,8 +270,7 @@ def _row(model: str, budget: float, sparsities: dict[str, float], cells: dict[in
         "sparsities": sparsities,
         "kept": sum(size - round(cell.sparsity * size) for cell in next(iter(cells.values()))),
         "seeds": list(cells),
-        "mean": {name: mean(v) for name, v in values.items()},
-        "spread": {name: stdev(v) if len(v) > 1 else None for name, v in values.items()},
+        **over_seeds(metrics),
         "against_ensemble": None,
         "backward_passes": max(sum(r["backward_passes"] + r["dense_backward_passes"] for r in rs) for rs in every),
         "seconds": mean(sum(sum(r["seconds"].values()) for r in rs) for rs in every),
@@ -289,23 +293,19 @@ def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     tasks = list(rows[0]["sparsities"])
     lines = []
     for row in rows:
-        values = {
-            name: f"{row['mean'][name]:.1f}" + ("" if row["spread"][name] is None else f" ± {row['spread'][name]:.1f}")
-            for name in (*tasks, "average")
-        }
         sparsities, model = {task: f" ({100 * s:g} %)" for task, s in row["sparsities"].items()}, row["model"]
         if model == "shared":  # one encoder, one sparsity
             model, sparsities = model + sparsities[tasks[0]], {}
-        shown = [value + sparsities.get(name, "") for name, value in values.items()]
+        values = [shown(row, name) + sparsities.get(name, "") for name in (*tasks, "average")]
         difference = "" if row["against_ensemble"] is None else f"{row['against_ensemble']:+.1f}"
-        lines.append([model, f"{100 * row['budget']:g} %", *shown, difference, str(len(row["seeds"]))])
+        lines.append([model, f"{100 * row['budget']:g} %", *values, difference, str(len(row["seeds"]))])
     return ["model", "budget", *tasks, "average", "against ensemble", "seeds"], lines
 
 
 def caption(report: dict[str, Any]) -> str:
     """What the figures of the table are."""
     held_out = {task: n for cell in report["cells"] for task, n in cell["examples"]["validation"].items()}
-    shown = ", ".join(f"{task} {size:,}" for task, size in held_out.items())
+    examples = ", ".join(f"{task} {size:,}" for task, size in held_out.items())
     passes = {
         model: ", ".join(
             f"{n:,}" for n in sorted({r["backward_passes"] for r in report["rows"] if r["model"] == model})
@@ -314,7 +314,7 @@ def caption(report: dict[str, Any]) -> str:
     }
     times = len(held_out)
     return (
-        f"Mean ± sample standard deviation over seeds of each task's metrics (0 to 100), on {shown} held-out examples. "
+        f"Mean ± sample standard deviation over seeds of each task's metrics (0 to 100), on {examples} held-out examples. "
         "A budget is the kept prunable weights as a share of one encoder's; an ensemble has one encoder per task within it, "
         "at the sparsities in brackets, the best choice along the tasks' curves by the mean over seeds on the same "
         f"held-out examples. The shared model trains {times} times as many steps as each single-task model: "
@@ -325,10 +325,6 @@ def caption(report: dict[str, Any]) -> str:
 
 def markdown(report: dict[str, Any]) -> str:
     """The table, its caption and what failed, as Markdown."""
-    lines = []
-    if report["rows"]:
-        header, rows = table(report)
-        aligned = ["---", *["---:"] * (len(header) - 1)]
-        lines = ["| " + " | ".join(row) + " |" for row in (header, aligned, *rows)] + ["", caption(report), ""]
+    lines = [*markdown_table(*table(report)), "", caption(report), ""] if report["rows"] else []
     failed = [f"Failed: {name}: {reason}\n" for name, reason in report["failed"].items()]
     return "\n".join([*lines, *failed]).rstrip() + "\n"

@@ -101,6 +101,31 @@ class Recipe:
         return _arguments(values, str(folder), self.seed)
 
 
+def public(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe is published with its model: no path of this machine."""
+
+    def name(reference: str) -> str:
+        path = Path(reference)
+        return path.name if path.is_absolute() or path.exists() or ".." in path.parts else reference
+
+    def split(source: DataConfig) -> str:
+        part = source.validation_fraction
+        return source.validation_split if part is None else f"{100 * part:g} % of {source.train_split}"
+
+    data = {
+        task: {"data": name(source.data), "subset": source.subset, "split": split(source)}
+        for task, (_, source) in recipe.tasks.items()
+        if task not in recipe.helpers
+    }
+    arguments = {"training": recipe.training, "recovery": recipe.recovery}
+    return {
+        "encoder": name(recipe.model.encoder),
+        "data": data,
+        "helpers": list(recipe.helpers),
+        "arguments": arguments,
+    }
+
+
 def read_recipe(path: str | Path, overrides: Sequence[str] = (), output_dir: str | None = None) -> Recipe:
     """Reads and checks a recipe.
 

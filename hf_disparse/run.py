@@ -23,17 +23,19 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, TrainerState, set_seed
 
 import hf_disparse
-from hf_disparse.config import DataConfig, UserError, one_line, require
+from hf_disparse.config import UserError, one_line, require
 from hf_disparse.distributed import from_main, is_main
 from hf_disparse.export.card import RESULTS_NAME, losses_of_log, write_card
+from hf_disparse.faults import writing
 from hf_disparse.low_rank import dense_size
 from hf_disparse.masks import sparsity_report
 from hf_disparse.model import MultitaskModel, prunable_parameters
-from hf_disparse.recipes import Recipe, read_recipe
+from hf_disparse.recipes import Recipe, public, read_recipe
 from hf_disparse.run_folder import RECIPE_NAME, claim, find_json, refuse_others, write_whole
 from hf_disparse.stored_scores import SCORES_FOLDER
 from hf_disparse.tasks import average, load_task, resolve, tokenize
 from hf_disparse.trainer import DisparseTrainer, last_whole_checkpoint
+from hf_disparse.trainer.checkpoints import sync
 
 PHASE_NAME = "phase.json"
 Splits = dict[str, dict[str, Dataset]]
@@ -76,46 +78,23 @@ def train(recipe: Recipe) -> dict[str, Any]:
     }
     if "guard" in sparse:
         results["guard"] = sparse["guard"]
-    from_main(lambda: _put_on_top(folder, recipe, tokenizer, results))
-    write_whole(folder / RESULTS_NAME, json.dumps(results, indent=2) + "\n")  # last: it says that the run is finished
+    from_main(lambda: _finish(recipe, folder, tokenizer, results))
     return results
 
 
-def _put_on_top(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, results: dict[str, Any]) -> None:
-    """The sparse model and all that is published with it, out of the folder of the sparse phase."""
-    model = _load_model(folder / "sparse")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    recipe.pruning.save_pretrained(folder)
-    if (folder / "sparse" / SCORES_FOLDER).is_dir():  # not after a run that stopped right here
-        shutil.rmtree(folder / SCORES_FOLDER, ignore_errors=True)
-        (folder / "sparse" / SCORES_FOLDER).rename(folder / SCORES_FOLDER)
-    write_card(folder, results=results)
-
-
-def public(recipe: Recipe) -> dict[str, Any]:
-    """What of a recipe is published with its model: no path of this machine."""
-
-    def name(reference: str) -> str:
-        path = Path(reference)
-        return path.name if path.is_absolute() or path.exists() or ".." in path.parts else reference
-
-    def split(source: DataConfig) -> str:
-        part = source.validation_fraction
-        return source.validation_split if part is None else f"{100 * part:g} % of {source.train_split}"
-
-    data = {
-        task: {"data": name(source.data), "subset": source.subset, "split": split(source)}
-        for task, (_, source) in recipe.tasks.items()
-        if task not in recipe.helpers
-    }
-    arguments = {"training": recipe.training, "recovery": recipe.recovery}
-    return {
-        "encoder": name(recipe.model.encoder),
-        "data": data,
-        "helpers": list(recipe.helpers),
-        "arguments": arguments,
-    }
+def _finish(recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerBase, results: dict[str, Any]) -> None:
+    """Puts the sparse model with all that belongs to it on top of the run's folder, and last what says that it is finished."""
+    with writing(folder):
+        model = load_model(folder / "sparse")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        recipe.pruning.save_pretrained(folder)
+        if (folder / "sparse" / SCORES_FOLDER).is_dir():  # not after a run that stopped right here
+            shutil.rmtree(folder / SCORES_FOLDER, ignore_errors=True)
+            (folder / "sparse" / SCORES_FOLDER).rename(folder / SCORES_FOLDER)
+        write_card(folder, results=results)
+        sync(folder)
+        write_whole(folder / RESULTS_NAME, json.dumps(results, indent=2) + "\n")
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -137,24 +116,29 @@ def evaluate(model_name: str, recipe_path: str | None = None, overrides=()) -> d
     Returns:
         {"tasks": {name: {metric: value}}, "average": x, "sparsity": {denominator: fraction}}, metrics in 0 to 100.
     """
-    source = resolve(model_name)
-    path = recipe_path or Path(source, RECIPE_NAME)
-    if not recipe_path and not path.is_file():
-        got = "a folder without it; name one by --recipe" if Path(source).is_dir() else "no folder"
-        raise UserError(f"{model_name}: expected the folder of a run, which holds {RECIPE_NAME}, got {got}")
-    recipe = read_recipe(path, overrides)
+    source, recipe = open_run(model_name, recipe_path, overrides)
     model = _load_pretrained(model_name, MultitaskModel, source)
-    _judge_as(recipe, model)
+    judge_as(recipe, model)
     tokenizer, data, _ = prepare(recipe, source, splits=("validation",))
     with TemporaryDirectory() as folder:  # a Trainer makes its output folder, and evaluation leaves nothing behind
-        trainer = _trainer(recipe, "sparse", folder, model, tokenizer, data)
+        trainer = new_trainer(recipe, "sparse", folder, model, tokenizer, data)
         trainer.remove_callback(PrinterCallback)  # the caller prints the metrics
         metrics = _values(trainer, data)
     prunable = prunable_parameters(model, recipe.pruning)
     return {**metrics, "sparsity": sparsity_report(model, model.encoder, prunable)}
 
 
-def _judge_as(recipe: Recipe, model: MultitaskModel) -> None:
+def open_run(model_name: str, recipe_path: str | None, overrides=()) -> tuple[str, Recipe]:
+    """A model's folder or Hub id, resolved, and the recipe it comes with, or another one."""
+    source = resolve(model_name)
+    path = recipe_path or Path(source, RECIPE_NAME)
+    if not recipe_path and not path.is_file():
+        got = "a folder without it; name one by --recipe" if Path(source).is_dir() else "no folder"
+        raise UserError(f"{model_name}: expected the folder of a run, which holds {RECIPE_NAME}, got {got}")
+    return source, read_recipe(path, overrides)
+
+
+def judge_as(recipe: Recipe, model: MultitaskModel) -> None:
     """Gives the model's tasks the recipe's columns and metrics; refuses tasks that its heads were not made for."""
     tasks = model.tasks
     for name, (task, _) in recipe.tasks.items():
@@ -228,8 +212,8 @@ def train_phase(
     """
     if done := find_json(folder / PHASE_NAME):
         return done
-    model = _load_model(start) if start else _new_model(recipe)
-    trainer = _trainer(recipe, phase, folder, model, tokenizer, data, _teachers(recipe, phase, start))
+    model = load_model(start) if start else new_model(recipe)
+    trainer = new_trainer(recipe, phase, folder, model, tokenizer, data, _teachers(recipe, phase, start))
     checkpoint = from_main(lambda: last_whole_checkpoint(folder))
     say(f"{phase} training, {_steps(trainer)} steps" + (f", resumed from {checkpoint}" if checkpoint else ""))
     begin = time.perf_counter()
@@ -240,7 +224,9 @@ def train_phase(
     seconds = {f"{phase}_training": trained - begin, f"{phase}_evaluation": time.perf_counter() - trained}
     for name in recipe.helpers if phase == "dense" else ():
         model.remove_task(name)
-    trainer.save_model(str(folder))
+    with writing(folder):
+        trainer.save_model(str(folder))
+        from_main(lambda: sync(folder))  # before the file that says that the phase is done
     result = {
         "metrics": metrics,
         "seconds": seconds,
@@ -252,7 +238,8 @@ def train_phase(
     }
     if trainer.pruner.guard:
         result["guard"] = trainer.pruner.guard.report()
-    write_whole(folder / PHASE_NAME, json.dumps(result))
+    with writing(folder):
+        from_main(lambda: write_whole(folder / PHASE_NAME, json.dumps(result)))
     return result
 
 
@@ -263,7 +250,7 @@ def _teachers(recipe: Recipe, phase: str, dense: Path | None) -> dict[str, Multi
     if recipe.teachers:
         names = recipe.teachers.items()
         return {task: _load_pretrained(f"teachers.{task}", MultitaskModel, resolve(name)) for task, name in names}
-    return _load_model(dense) if dense else None
+    return load_model(dense) if dense else None
 
 
 def say(line: str) -> None:
@@ -278,7 +265,8 @@ def progress(recipe: Recipe) -> str:
     return last_whole_checkpoint(Path(recipe.output_dir, phase)) or f"the start of the {phase} phase"
 
 
-def _trainer(recipe: Recipe, phase: str, folder, model, tokenizer, data: Splits, teachers=None) -> DisparseTrainer:
+def new_trainer(recipe: Recipe, phase: str, folder, model, tokenizer, data: Splits, teachers=None) -> DisparseTrainer:
+    """The trainer of a phase, its checkpoints in `folder`."""
     arguments = recipe.arguments(phase, folder)
     train = data.get("train")
     if train and phase == "sparse":
@@ -301,12 +289,12 @@ def _trainer(recipe: Recipe, phase: str, folder, model, tokenizer, data: Splits,
 
 def rehearse(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Splits) -> MultitaskModel:
     """Refuses before the first step what would end training hours later; returns the model that would be trained."""
-    model = _new_model(recipe)
+    model = new_model(recipe)
     _check_length(recipe, model, data)
     for phase in ("dense", "sparse"):
         teachers = _teachers(recipe, phase, None) or (model if phase == "sparse" else None)
         with TemporaryDirectory() as folder:
-            trainer = _trainer(recipe, phase, folder, model, tokenizer, data, teachers)
+            trainer = new_trainer(recipe, phase, folder, model, tokenizer, data, teachers)
             state = TrainerState(max_steps=_steps(trainer))
             trainer.pruner.on_train_begin(trainer.args, state, trainer.control, model=model)
     return model
@@ -354,13 +342,15 @@ def _majority(task, rows: Dataset) -> float | None:
     return 100 * counts.max().item() / len(rows)
 
 
-def _new_model(recipe: Recipe) -> MultitaskModel:
+def new_model(recipe: Recipe) -> MultitaskModel:
+    """The recipe's pretrained encoder with fresh heads, the same for the same seed."""
     set_seed(recipe.seed)
     tasks = [task for task, _ in recipe.tasks.values()]
     return _load_pretrained("model.encoder", MultitaskModel, resolve(recipe.model.encoder), "from_encoder", tasks)
 
 
-def _load_model(folder: str | Path) -> MultitaskModel:
+def load_model(folder: str | Path) -> MultitaskModel:
+    """The model that a phase has finished."""
     return _load_pretrained("output_dir", MultitaskModel, str(folder))
 
 

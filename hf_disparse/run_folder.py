@@ -12,6 +12,7 @@ import yaml
 
 from hf_disparse.config import UserError, one_line
 from hf_disparse.distributed import from_main
+from hf_disparse.faults import writing
 from hf_disparse.recipes import Recipe
 
 RECIPE_NAME = "recipe.yaml"
@@ -46,18 +47,16 @@ def _refuse_others(folder: Path, recipe: Recipe) -> None:
 
 def claim(folder: Path, recipe: Recipe) -> None:
     """Marks the folder as this recipe's."""
-    try:
-        if from_main(lambda: _is_unclaimed(folder)):
-            write_whole(folder / RECIPE_NAME, yaml.safe_dump(recipe.values, sort_keys=False))
-    except OSError as error:
-        raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}; name another one") from error
+    from_main(lambda: _claim(folder, recipe))
     if not (folder / RECIPE_NAME).is_file():
         raise UserError(f"output_dir: expected a folder that all machines share, got {folder}, which this one lacks")
 
 
-def _is_unclaimed(folder: Path) -> bool:
-    folder.mkdir(parents=True, exist_ok=True)
-    return not (folder / RECIPE_NAME).is_file()
+def _claim(folder: Path, recipe: Recipe) -> None:
+    with writing(folder, "Mend that or name another folder."):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / RECIPE_NAME).is_file():
+            write_whole(folder / RECIPE_NAME, yaml.safe_dump(recipe.values, sort_keys=False))
 
 
 def find_json(path: Path) -> dict[str, Any] | None:
@@ -77,11 +76,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all; no process goes on before it is there."""
-    from_main(lambda: _write_whole(path, text))
-
-
-def _write_whole(path: Path, text: str) -> None:
+    """Writes a file whole or not at all, also where the machine loses power; of several processes in one."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(part, path)

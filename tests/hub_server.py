@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +24,7 @@ class Hub:
         self.cut_off = 0  # how many of the next LFS uploads break in the middle
         self.puts: list[str] = []
         self.before_commit = None  # called between a client's preparations and its commit
+        self.on_request = None  # called at every POST and PUT, before it is read
 
     def files(self, repo: str, revision: str = "main") -> dict[str, tuple[bytes, bool]]:
         commits = self.repos[repo]["commits"]
@@ -76,7 +78,12 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def do_POST(self):
+        if self.hub.on_request:
+            self.hub.on_request()
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        if len(body) < int(self.headers["Content-Length"]):  # the client is dead
+            self.close_connection = True
+            return None
         path = self.path.partition("?")[0]
         if path == "/api/validate-yaml":
             return self._answer(200, {"errors": [], "warnings": []})
@@ -132,6 +139,8 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer(200, {"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""})
 
     def do_PUT(self):
+        if self.hub.on_request:
+            self.hub.on_request()
         oid = self.path.removeprefix("/lfs/")
         size = int(self.headers["Content-Length"])
         if self.hub.cut_off:
@@ -140,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
-        data = self.rfile.read(size)
+        data = self.rfile.read(size)  # less, if the client is dead
         if hashlib.sha256(data).hexdigest() != oid:
             return self._answer(400, {"error": "not what was announced"})
         self.hub.objects[oid] = data
@@ -180,11 +189,17 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # clients that die are part of the tests
+            super().handle_error(request, client_address)
+
+
 @contextmanager
 def serve():
     """Yields (hub, its address)."""
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield hub, f"http://127.0.0.1:{server.server_port}"

@@ -189,7 +189,7 @@ def test_the_trainer_keeps_the_heads_that_the_pure_function_scores_highest(tmp_p
     trainer = multitask_trainer(tmp_path, config, max_steps=1)
     model, loaders = trainer.model, trainer.pruner.loaders
     parameters, sites = prunable_parameters(model), prunable_sites(model, config)
-    stream = gradients(model, loaders, parameters=parameters, num_batches=2, loss_fn=trainer._scoring_loss)
+    stream = gradients(model, loaders, parameters=parameters, num_batches=2, loss_fn=trainer.scoring_loss)
     scores = agreement_score(*agreement(parameters, stream, sites))["neuron"]
     flat = torch.cat(list(scores.values()))
     limit = flat.sort(descending=True).values[31]

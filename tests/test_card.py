@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoModel
 
-from hf_disparse import MultitaskConfig, MultitaskModel, run
+from hf_disparse import MultitaskConfig, MultitaskModel, PruningConfig, run
 from hf_disparse.export import save_packed, write_card
 from hf_disparse.recipes import parse_recipe
 from tests.cli_helpers import hf_disparse, write_inputs
@@ -121,3 +121,28 @@ def test_a_model_without_results_has_a_card_that_claims_none(tmp_path):
     card = write_card(tmp_path)
     assert not any(words in card.text for words in ("pruned, by", "## Metrics", "metrics are", "adapters"))
     assert ModelCard.load(tmp_path / "README.md").data.eval_results is None
+
+
+@pytest.mark.parametrize(
+    ("pruning", "said"),
+    [
+        ({}, "by what all tasks can spare, each task judging by the criterion `disparse`"),
+        ({"decision": "quorum", "quorum": 2}, "by what fewer than 2 tasks want, each task judging"),
+        ({"decision": "joint", "criterion": "snip"}, "by the criterion `snip` of the summed loss of all tasks"),
+        ({"criterion": "magnitude"}, "by the criterion `magnitude`, which is the same for all tasks"),
+        ({"method": "dynamic"}, "dropped by magnitude, grown where any task wants it most"),
+        ({"method": "dynamic", "decision": "joint"}, "dropped by magnitude, grown where the summed loss wants it most"),
+        ({"method": "movement"}, "by movement pruning: what all tasks can spare"),
+        ({"method": "platon", "decision": "joint"}, "by PLATON's sensitivity: the summed loss of all tasks"),
+        ({"method": "l0"}, "gates that all tasks trained together (L0)"),
+        ({"method": "flop"}, "gates that all tasks trained together (FLOP)"),
+        ({"method": "group_lasso"}, "those of the smallest norms"),
+    ],
+)
+def test_it_says_by_what_the_method_at_hand_pruned(tmp_path, pruning, said):
+    tiny_model().save_pretrained(tmp_path)
+    PruningConfig.from_dict({"sparsity": 0.5, **pruning}).save_pretrained(tmp_path)
+    text = write_card(tmp_path).text
+    sentence = text[text.index("50 % of the ") : text.index(".\n")]
+    assert said in sentence
+    assert ("each task judging" in text) == ("each task judging" in said)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hf_disparse import DisparseTrainer, PruningConfig, compare, run
-from hf_disparse.cells import METHODS, Cell, grid
+from hf_disparse.cells import METHODS, Cell, grid, recipe_of, scoring_batches
 from hf_disparse.recipes import parse_recipe
 from hf_disparse.trainer.methods import saliency
 from tests.cli_helpers import changed, hf_disparse, refused, snapshot, without, write_csv, write_inputs, write_recipe
@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 
 # What each method asks for, given the criterion fisher; the recipe's own pruning section asks for a quorum of 2.
 ASKS = {
-    "dense": {"sparsity": 0.0, "decision": "quorum", "quorum": 2},
+    "dense": {"sparsity": 0.0},
     "random": {"sparsity": 0.7, "criterion": "random", "decision": "unanimous", "quorum": 1},
     "magnitude": {"sparsity": 0.7, "criterion": "magnitude", "decision": "unanimous", "quorum": 1},
     "joint": {"sparsity": 0.7, "criterion": "fisher", "decision": "joint", "quorum": 1},
@@ -58,7 +58,8 @@ ORDER = ["dense", *(method for method in METHODS if method in FIRST[1:])]  # of 
 COMMAND = ("--methods", ",".join(FIRST), "--seeds", "1,2")
 FEW = ("--methods", "dense,joint,magnitude", "--seeds", "2")
 FEW_CELLS = ("dense-seed2", "joint-fisher-0.7-seed2", "magnitude-0.7-seed2")
-REPORTS = ("compare.json", "compare.md")
+PAGE = ("compare.html", "figures/comparison.png", "figures/comparison.svg")
+REPORTS = ("compare.json", "compare.md", *PAGE)
 
 
 def compared(recipe: dict, *words: str) -> SimpleNamespace:
@@ -231,6 +232,26 @@ def test_every_cell_states_the_backward_passes_that_it_had(recipe, changes, trai
     assert f"had {least}{f' to {most}' if least < most else ''} backward passes" in done.out
 
 
+@pytest.mark.parametrize(
+    ("pruning", "budget"),
+    [
+        ({"method": "movement"}, 4),
+        ({"method": "dynamic", "update_every": 1, "criterion": "snip"}, 4 + 2 * 3),  # the first mask and 2 exchanges
+        ({"method": "rank", "score_batches": 2}, 4 + 2 * 2),
+        ({"granularity": "2:4", "sparsity": 0.5, "criterion": "magnitude", "score_batches": 2}, 4 + 2 * 2),
+        ({"granularity": ["head"], "criterion": "agreement", "decision": "joint", "score_batches": 2}, 4 + 2 * 2),
+    ],
+)
+def test_a_recipe_of_any_method_can_be_compared_with_every_method(recipe, pruning, budget):
+    """At 50 %, so that a recipe of a pattern can. Dynamic scores once a step at most."""
+    whole = parse_recipe({**recipe, "pruning": pruning, "recovery": {"max_steps": 4}})
+    for cell in grid([*METHODS, "2:4"], ["snip"], [0.5], [1]):
+        own = recipe_of(whole, cell)
+        steps = own.values["recovery"]["max_steps"]
+        over = steps + 2 * scoring_batches(own.pruning, steps) - budget
+        assert own.pruning.sparsity == cell.sparsity and 0 <= over <= 2 * own.pruning.score_batches, cell.name
+
+
 # Results, and their reuse
 
 
@@ -272,7 +293,8 @@ def test_one_dense_model_per_seed_and_one_training_per_cell(finished):
         ("dense-seed1", "dense-seed2", *(f"cells/{name}" for name in figures(finished.folder))), 1
     )
     assert all(path.suffix == ".json" for path in finished.folder.joinpath("cells").iterdir())
-    names = {"recipe.yaml", "cells", "dense-seed1", "dense-seed2", *REPORTS}
+    names = {"recipe.yaml", "cells", "dense-seed1", "dense-seed2", *(name.split("/")[0] for name in REPORTS)}
+    assert all((finished.folder / name).is_file() for name in PAGE)
     assert {path.name for path in finished.folder.iterdir()} == names
     assert not list(finished.folder.rglob("checkpoint-*")) and not finished.folder.with_name("run").exists()
 

@@ -72,6 +72,21 @@ def test_yaml_of_the_how_to_is_a_recipe_s():
     )
 
 
+def test_the_page_on_analysis_runs_and_finds_what_it_says(capsys):
+    (script,) = blocks("analysis.md", "python")
+    exec(script, {})
+    assert capsys.readouterr().out.startswith("3\n{'layer': 0")
+    names = re.findall(r"`(\w+)\(", "".join(line for line in DOCS["analysis.md"].splitlines() if line.startswith("|")))
+    assert {"agreement", "watershed", "keepers", "footprint"} <= set(names)
+    assert all(callable(getattr(importlib.import_module("hf_disparse.analysis"), name)) for name in names)
+
+
+def test_every_name_of_the_analysis_is_in_the_reference_and_documented():
+    module = importlib.import_module("hf_disparse.analysis")
+    for name in module.__all__:
+        assert f"`{name}`" in DOCS["reference.md"] and getattr(module, name).__doc__, name
+
+
 @pytest.mark.slow
 @needs_demo
 def test_the_readme_s_script_runs_as_it_stands(tmp_path):

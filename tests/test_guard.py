@@ -18,10 +18,12 @@ from hf_disparse import (
     DisparseTrainer,
     PruningCallback,
     PruningConfig,
+    RankConfig,
     UserError,
     last_whole_checkpoint,
     prunable_parameters,
 )
+from hf_disparse.masks import sparsity_report
 from hf_disparse.schedule import sparsity_at, update_steps
 from hf_disparse.trainer import guard
 from hf_disparse.trainer.guard import worst_drop
@@ -174,6 +176,23 @@ def test_one_shot_is_undone_to_the_dense_model(tmp_path, monkeypatch):
     assert_same(weights(trainer.model), before.at[3][0])
     assert zeros(trainer.model)[0] == 0 and trainer.pruner.masks is None
     assert trainer.pruner.guard.stopped["kept"] == 0.0
+
+
+def test_a_guard_counts_ranks_as_results_do(tmp_path, monkeypatch):
+    """In numbers of the matrices as they were dense, which two factors at full rank are more than."""
+    config = RankConfig(**FIELDS | {"sparsity": 0.5}, max_drop=5.0)
+    plant(monkeypatch, {20: {"two": 9.0}})
+    trainer, *_ = watched(tmp_path, config)
+    stopped, kept = (
+        trainer.pruner.guard.stopped,
+        sparsity_report(trainer.model, trainer.model, prunable_parameters(trainer.model)),
+    )
+    assert stopped["kept"] == kept["prunable"] < stopped["undone"] and stopped["undone"] == pytest.approx(0.5, abs=0.1)
+    plant(monkeypatch, {8: {"two": 9.0}})
+    stopped = watched(tmp_path, config)[0].pruner.guard.stopped
+    dense = sum(p.numel() for p in prunable_parameters(tiny_model()).values())
+    factors = sum(min(p.shape) * sum(p.shape) for p in prunable_parameters(tiny_model()).values())
+    assert stopped["kept"] == 1 - factors / dense < 0
 
 
 def test_training_that_breaks_the_promise_after_pruning_ended_is_undone_as_well(tmp_path, monkeypatch):

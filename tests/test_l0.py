@@ -17,8 +17,8 @@ from hf_disparse.methods.l0 import (
     sample,
     slope,
 )
+from hf_disparse.trainer.checkpoints import PRUNING_STATE_NAME
 from hf_disparse.trainer.methods import L0
-from hf_disparse.trainer.trainer import PRUNING_STATE_NAME
 from tests.test_resume import STEPS, DieAt, Died
 from tests.test_trainer import Watch, assert_same, multitask_trainer, weights
 
@@ -231,7 +231,8 @@ def test_a_killed_run_ends_in_the_bits_of_the_undisturbed_one(tmp_path, undistur
 def test_a_checkpoint_without_gates_is_refused(tmp_path):
     with pytest.raises(Died):
         multitask_trainer(tmp_path, L0Config(**SHARE), callbacks=[DieAt(10)], **STEPS).train()
-    (tmp_path / "checkpoint-9" / PRUNING_STATE_NAME).unlink()
+    for name in (PRUNING_STATE_NAME, "seal.json"):  # as another Trainer leaves it
+        (tmp_path / "checkpoint-9" / name).unlink()
     with pytest.raises(UserError, match="expected a checkpoint with the state of method l0, got one without it"):
         multitask_trainer(tmp_path, L0Config(**SHARE), **STEPS).train(resume_from_checkpoint=True)
 

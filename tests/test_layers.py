@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "hf_disparse"
 LAYER = {
     "config": 0,
     "tasks": 1,
+    "faults": 1,
     "parts": 2,
     "low_rank": 2,
     "adapters": 2,
@@ -25,6 +26,7 @@ LAYER = {
     "masks": 5,
     "stored_scores": 5,
     "schedule": 6,
+    "analysis": 7,
     "export": 7,
     "inference": 7,
     "trainer": 8,
@@ -35,7 +37,8 @@ LAYER = {
     "cells": 10,
     "compare": 10,
     "race": 10,
-    "tables": 10,
+    "analyze": 10,
+    "printing": 10,
     "cli": 10,
     "__main__": 10,
 }
@@ -52,6 +55,7 @@ FORBIDDEN = {
     "stored_scores": {"transformers", "datasets"},
     "parts": {"transformers", "datasets", "hf_disparse"},
     "low_rank": {"transformers", "datasets"},
+    "analysis": {"transformers", "datasets"},
     "schedule": {"transformers", "datasets", "torch"},
 }
 

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from hf_disparse import DisparseTrainer, MovementConfig, MultitaskModel, UserError, decide, prunable_parameters
 from hf_disparse.methods.movement import above, accumulate, soft_step
 from hf_disparse.schedule import sparsity_at, update_steps
-from hf_disparse.trainer.trainer import PRUNING_STATE_NAME
+from hf_disparse.trainer.checkpoints import PRUNING_STATE_NAME
 from tests.test_resume import STEPS, DieAt, Died
 from tests.test_trainer import Watch, arguments, assert_same, multitask_trainer, weights
 from tests.tiny import three_datasets, tiny_model, tiny_tokenizer
@@ -218,7 +218,8 @@ def test_a_checkpoint_without_scores_is_refused_before_the_last_update_alone(tmp
     config = MovementConfig(**HARD)
     with pytest.raises(Died):
         multitask_trainer(tmp_path, config, callbacks=[DieAt(10)], **STEPS).train()
-    (tmp_path / "checkpoint-9" / PRUNING_STATE_NAME).unlink()
+    for name in (PRUNING_STATE_NAME, "seal.json"):  # as another Trainer leaves it
+        (tmp_path / "checkpoint-9" / name).unlink()
     with pytest.raises(UserError, match="expected a checkpoint with the state of method movement, got one without it"):
         multitask_trainer(tmp_path, config, **STEPS).train(resume_from_checkpoint=True)
     multitask_trainer(tmp_path / "late", config, **STEPS).train()

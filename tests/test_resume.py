@@ -1,7 +1,7 @@
 """A run that dies resumes bit for bit."""
 
 import os
-import signal
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +19,7 @@ from hf_disparse import (
     prunable_parameters,
 )
 from hf_disparse.masks import MASKS_NAME
+from hf_disparse.trainer.checkpoints import SEAL_NAME
 from tests.test_trainer import BINARY, arguments, assert_same, multitask_trainer, plain_model, weights
 from tests.tiny import tiny_tokenizer, tokenized_rows
 
@@ -84,31 +85,89 @@ def test_a_checkpoint_holds_the_masks_at_one_bit_a_weight(tmp_path):
     assert not (tmp_path / "checkpoint-3" / MASKS_NAME).exists(), "nothing was pruned by then"
 
 
-@pytest.mark.parametrize(
-    "tear",
-    [
-        lambda p: (p / "trainer_state.json").unlink(),
-        lambda p: (p / "trainer_state.json").write_text('{"global_step": 1'),
-        lambda p: (p / "model.safetensors").unlink(),
-        lambda p: (p / "optimizer.pt").unlink(),
-        lambda p: (p / "rng_state.pth").unlink(),
-        lambda p: os.truncate(p / "model.safetensors", 5000),
-        lambda p: os.truncate(p / "optimizer.pt", 5000),
-        lambda p: os.truncate(p / MASKS_NAME, 100),
-    ],
-)
-def test_a_torn_checkpoint_is_passed_over(tmp_path, tear):
+def flip(path: Path) -> None:
+    """One bit in the middle, which no reader of that format notices."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def nine_steps(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("nine")
     config = PruningConfig(sparsity=0.5, criterion="magnitude")
-    multitask_trainer(tmp_path, config, **STEPS | {"max_steps": 9}).train()
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
-    tear(tmp_path / "checkpoint-9")
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+    multitask_trainer(folder, config, **STEPS | {"max_steps": 9}).train()
+    return folder
+
+
+TEARS = {
+    "no state": lambda p: (p / "trainer_state.json").unlink(),
+    "half a state": lambda p: os.truncate(p / "trainer_state.json", 300),
+    "no weights": lambda p: (p / "model.safetensors").unlink(),
+    "no optimizer": lambda p: (p / "optimizer.pt").unlink(),
+    "no random state": lambda p: (p / "rng_state.pth").unlink(),
+    "half of the weights": lambda p: os.truncate(p / "model.safetensors", 5000),
+    "half of the optimizer": lambda p: os.truncate(p / "optimizer.pt", 5000),
+    "half of the masks": lambda p: os.truncate(p / MASKS_NAME, 100),
+}
+SEALED_TEARS = {
+    "no masks": lambda p: (p / MASKS_NAME).unlink(),
+    "no state of ours": lambda p: (p / "disparse_state.json").unlink(),
+    "other weights": lambda p: flip(p / "model.safetensors"),
+    "another optimizer": lambda p: flip(p / "optimizer.pt"),
+    "zeros, of a machine that lost power": lambda p: (p / "optimizer.pt").write_bytes(
+        bytes((p / "optimizer.pt").stat().st_size)
+    ),
+    "no seal that parses": lambda p: (p / SEAL_NAME).write_text("["),
+    "another's seal": lambda p: (p / SEAL_NAME).write_text("[1]"),
+}
+
+
+@pytest.mark.parametrize("tear", [*TEARS, *SEALED_TEARS])
+def test_a_torn_checkpoint_is_passed_over(tmp_path, nine_steps, tear):
+    folder = Path(shutil.copytree(nine_steps, tmp_path / "run"))
+    assert last_whole_checkpoint(folder) == str(folder / "checkpoint-9")
+    (TEARS | SEALED_TEARS)[tear](folder / "checkpoint-9")
+    assert last_whole_checkpoint(folder) == str(folder / "checkpoint-6")
+    with pytest.raises(UserError, match=r"expected a whole checkpoint, got .*checkpoint-9: .*; True takes the last"):
+        multitask_trainer(folder, **STEPS).train(resume_from_checkpoint=str(folder / "checkpoint-9"))
+
+
+@pytest.mark.parametrize("tear", TEARS)
+def test_a_torn_checkpoint_of_another_trainer_is_passed_over(tmp_path, nine_steps, tear):
+    """It has no seal, and what is in the files shows."""
+    folder = Path(shutil.copytree(nine_steps, tmp_path / "run"))
+    (folder / "checkpoint-9" / SEAL_NAME).unlink()
+    assert last_whole_checkpoint(folder) == str(folder / "checkpoint-9")
+    TEARS[tear](folder / "checkpoint-9")
+    assert last_whole_checkpoint(folder) == str(folder / "checkpoint-6")
+
+
+def test_a_checkpoint_that_is_written_anew_has_nothing_of_the_old_one(tmp_path):
+    config = PruningConfig(sparsity=0.5, criterion="magnitude")
+    multitask_trainer(tmp_path, config, **STEPS | {"max_steps": 6}).train()
+    (tmp_path / "checkpoint-3").rename(tmp_path / "kept")
+    multitask_trainer(tmp_path, **STEPS | {"max_steps": 3}).train()
+    assert (tmp_path / "kept" / MASKS_NAME).is_file()
+    assert not (tmp_path / "checkpoint-3" / MASKS_NAME).exists()
+    multitask_trainer(tmp_path, **STEPS | {"max_steps": 6}).train(str(tmp_path / "checkpoint-3"))
+    assert not (tmp_path / "checkpoint-6" / MASKS_NAME).exists(), "the masks of the first training"
+
+
+def test_a_resume_at_the_end_leaves_the_checkpoint_alone(tmp_path, nine_steps):
+    """It may be the only whole one; written again, it would be none for a while."""
+    folder = Path(shutil.copytree(nine_steps, tmp_path / "run"))
+    before = {path: path.stat().st_mtime_ns for path in (folder / "checkpoint-9").iterdir()}
+    config = PruningConfig(sparsity=0.5, criterion="magnitude")
+    multitask_trainer(folder, config, **STEPS | {"max_steps": 9}).train(resume_from_checkpoint=True)
+    assert {path: path.stat().st_mtime_ns for path in (folder / "checkpoint-9").iterdir()} == before
 
 
 def test_masks_that_are_not_in_the_checkpoint_are_found_in_the_zeros(tmp_path, undisturbed):
     with pytest.raises(Died):
         multitask_trainer(tmp_path, CUBIC, callbacks=[DieAt(14)], **STEPS).train()
-    (tmp_path / "checkpoint-12" / MASKS_NAME).unlink()
+    for name in (MASKS_NAME, SEAL_NAME):  # another Trainer writes neither
+        (tmp_path / "checkpoint-12" / name).unlink()
     trainer = multitask_trainer(tmp_path, CUBIC, **STEPS)
     trainer.train(resume_from_checkpoint=True)
     assert_same(undisturbed[0], weights(trainer.model))
@@ -143,46 +202,6 @@ def test_nothing_to_resume_from_says_so(tmp_path):
     assert last_whole_checkpoint(tmp_path / "absent") is None
     with pytest.raises(UserError, match="there is no whole checkpoint in"):
         multitask_trainer(tmp_path, **STEPS).train(resume_from_checkpoint=True)
-
-
-_SCRIPT = """
-import sys, torch
-from pathlib import Path
-from tests.test_resume import CUBIC, STEPS
-from tests.test_trainer import multitask_trainer
-from hf_disparse import last_whole_checkpoint, save_masks
-torch.set_num_threads(1)
-folder = sys.argv[1]
-trainer = multitask_trainer(folder, CUBIC, **STEPS | {"save_steps": 1})
-trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
-torch.save(trainer.model.state_dict(), Path(folder, "end.pt"))
-"""
-
-
-@pytest.mark.slow
-def test_sigkill_at_random_moments_ends_in_the_same_bits(tmp_path):
-    """Real processes, killed wherever they happen to be, checkpoint writes included."""
-    command = [sys.executable, "-c", _SCRIPT]
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run([*command, str(whole)], cwd=root, env=environment, check=True, timeout=300)
-    generator = torch.Generator().manual_seed(0)
-    deaths = 0
-    for _ in range(6):
-        process = subprocess.Popen([*command, str(killed)], cwd=root, env=environment, stderr=subprocess.DEVNULL)
-        before = last_whole_checkpoint(killed)
-        while process.poll() is None and last_whole_checkpoint(killed) == before:
-            pass  # until it has made progress of its own
-        try:
-            process.wait(timeout=float(torch.rand((), generator=generator)) * 0.6)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            deaths += 1
-        process.wait()
-    subprocess.run([*command, str(killed)], cwd=root, env=environment, check=True, timeout=300)
-    assert deaths >= 3
-    assert_same(torch.load(whole / "end.pt", weights_only=True), torch.load(killed / "end.pt", weights_only=True))
 
 
 _TWO = """

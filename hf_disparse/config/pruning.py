@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import math
 import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hf_disparse.config.base import Config, UserError, closest, is_count, is_number, require, strings
+import regex
+
+from hf_disparse.config.base import Config, UserError, closest, is_count, is_number, one_line, require, strings
 
 PRUNING_CONFIG_NAME = "pruning_config.json"
 FORMAT_VERSION = 1
@@ -134,10 +137,7 @@ class PruningConfig(Config):
             fits = value is None or not self.prunes_parts or self.granularity in (("rank",), ("channel",))
             require(fits, key, "nothing where parts are pruned, which go as a whole", value)
             if isinstance(value, str):
-                try:
-                    re.compile(value)
-                except (re.error, OverflowError) as error:
-                    raise UserError(f"{key}: not a regular expression: {error}") from None
+                _check_expression(value, key)
             elif value is not None:
                 strings(self, key, allow_empty=False)
 
@@ -240,6 +240,19 @@ class PruningConfig(Config):
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: expected JSON, got a file that does not parse ({error})") from None
         return cls.from_dict(values, where=PRUNING_CONFIG_NAME)
+
+
+def _check_expression(text: str, key: str) -> None:
+    """Refuses what is no regular expression, or one whose compilation alone takes long: configs come from strangers."""
+    require(len(text) <= 1000, key, "a regular expression of at most 1,000 characters", text[:100])
+    counts = [max(map(int, re.findall(r"\d+", braces)), default=1) for braces in re.findall(r"\{[\d, ]*\}", text)]
+    fits = math.prod(max(count, 1) for count in counts) <= 10_000
+    require(fits, key, "a regular expression whose counts, such as {2}, multiply to at most 10,000", text)
+    try:
+        re.compile(text)  # whose syntax it is to be; `regex` knows more, such as recursion
+        regex.compile(text)
+    except (re.error, regex.error, ValueError, OverflowError, RecursionError) as error:
+        raise UserError(f"{key}: not a regular expression: {one_line(error)}") from None
 
 
 def _method_class(method: str, where: str) -> type[PruningConfig]:

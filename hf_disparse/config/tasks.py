@@ -56,8 +56,8 @@ class TaskConfig(Config):
             least = 1 if self.problem_type == "multi_label_classification" else 2
             require(len(self.labels) >= least, "labels", f"the names of at least {least} classes", list(self.labels))
         known = METRICS[self.problem_type]
+        strings(self, "metric", allow_empty=True)
         object.__setattr__(self, "metric", self.metric or known[:1])
-        strings(self, "metric", allow_empty=False)
         for metric in self.metric:
             if metric not in known:
                 raise UserError(f"metric: {metric!r} does not fit {self.problem_type}{closest(metric, known)}")

@@ -180,13 +180,7 @@ def _summary(name: str, model: MultitaskModel, results: Mapping[str, Any], pruni
     how = ""
     if pruning and pruning.sparsity:
         what = _pruned_things(pruning)
-        rules = {"unanimous": "what all tasks can spare", "quorum": f"what fewer than {pruning.quorum} tasks want"}
-        rule = rules.get(pruning.decision, f"the decision `{pruning.decision}` over the tasks")
-        judged = f"by {rule}, each task judging by the criterion `{pruning.criterion}`"
-        if pruning.method == "group_lasso":
-            judged = "those of the smallest norms after training with a penalty on them (group lasso)"
-        elif pruning.criterion == "agreement":
-            judged = "by the agreement of the tasks' gradients on them"
+        judged = _judged(pruning)
         how = f"{100 * pruning.sparsity:g} % of the {what} of its layers are pruned, {judged}."
         if stopped := results.get("guard", {}).get("stopped"):
             undone, kept = (f"{100 * stopped[key]:.1f} %" for key in ("undone", "kept"))
@@ -200,6 +194,37 @@ def _summary(name: str, model: MultitaskModel, results: Mapping[str, Any], pruni
     return (
         f"# {name}\n\nOne shared encoder ({base}) with a head for each of these tasks: {tasks}. {how.strip()}".rstrip()
     )
+
+
+def _judged(pruning: PruningConfig) -> str:
+    """By what the pruned things were chosen, as the end of a sentence."""
+    rule = {
+        "unanimous": "what all tasks can spare",
+        "quorum": f"what fewer than {pruning.quorum} tasks want",
+        "joint": "the summed loss of all tasks",
+        "mean_rank": "the mean rank over the tasks",
+    }.get(pruning.decision, f"the {pruning.decision} of the tasks' scores")
+    if pruning.method == "dynamic":
+        grown = {"unanimous": "any task wants", "joint": "the summed loss wants"}
+        wanted = grown.get(pruning.decision, f"at least {pruning.quorum} tasks want")
+        dropped = "magnitude" if pruning.drop == "magnitude" else rule
+        return f"in dynamic sparse training: dropped by {dropped}, grown where {wanted} it most"
+    of_method = {
+        "group_lasso": "those of the smallest norms after training with a penalty on them (group lasso)",
+        "l0": "by the hard-concrete gates that all tasks trained together (L0)",
+        "flop": "by the hard-concrete gates that all tasks trained together (FLOP)",
+        "movement": f"by movement pruning: {rule}",
+        "platon": f"by PLATON's sensitivity: {rule}",
+    }
+    if pruning.method in of_method:
+        return of_method[pruning.method]
+    if pruning.criterion == "agreement":
+        return "by the agreement of the tasks' gradients on them"
+    if pruning.criterion in ("magnitude", "random"):
+        return f"by the criterion `{pruning.criterion}`, which is the same for all tasks"
+    if pruning.decision == "joint":
+        return f"by the criterion `{pruning.criterion}` of {rule}"
+    return f"by {rule}, each task judging by the criterion `{pruning.criterion}`"
 
 
 def _pruned_things(pruning: PruningConfig) -> str:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from hf_disparse.adapters import ADAPTER_FOLDER
 from hf_disparse.config import UserError, one_line
 from hf_disparse.export.form import FORM_VERSION, METHOD
+from hf_disparse.faults import writing
 from hf_disparse.model import MultitaskConfig, MultitaskModel
 from hf_disparse.tasks import resolve
 
@@ -37,25 +38,15 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         UserError: `folder` holds something.
     """
     folder = Path(folder).resolve()
-    with _written(folder):
+    with writing(folder, "Mend that or name another folder."):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"output_dir: expected a new or empty folder, got {folder}")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name[:40]}-")
-    with temporary as inside:
-        target = Path(inside, "new")
-        target.mkdir()
-        yield target
-        with _written(folder):  # the current folder, for one, cannot be replaced
-            os.replace(target, folder)
-
-
-@contextmanager
-def _written(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}; name another one") from error
+        with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name[:40]}-") as inside:
+            target = Path(inside, "new")
+            target.mkdir()
+            yield target
+            os.replace(target, folder)  # the current folder, for one, cannot be replaced
 
 
 def model_folder(name: str | Path) -> Path:

@@ -182,7 +182,7 @@ def tokenize(
 
     Returns:
         The tokenized examples and the number of unlabelled ones (None or NaN; -1 for a single class; token
-        classification of no words) that were left out.
+        classification of no words, or of none with a token) that were left out.
 
     Raises:
         UserError: a column that is not there, a label outside the task's classes, a text that is no string, or no
@@ -206,7 +206,19 @@ def tokenize(
     done = rows.map(
         lambda b: encode(b, task, tokenizer, max_length, labels), remove_columns=rows.column_names, **batches
     )
-    return done, left_out
+    if task.problem_type == "token_classification":
+        done = _with_a_label(done, task)
+    return done, len(raw) - len(done)
+
+
+def _with_a_label(rows: Dataset, task: TaskConfig) -> Dataset:
+    """Without the rows none of whose words became a token: a batch of them has no loss."""
+    kept = [i for i, ids in enumerate(rows["labels"]) if any(label != -100 for label in ids)]
+    if not kept:
+        raise UserError(
+            f"tasks.{task.name}: expected words that the tokenizer knows as tokens, got none in any example"
+        )
+    return rows if len(kept) == len(rows) else rows.select(kept)
 
 
 def _encode_texts(batch, task, tokenizer, max_length, labels) -> dict[str, list]:

@@ -71,6 +71,12 @@ def _f1(task: TaskConfig, predictions: np.ndarray, labels: np.ndarray) -> float:
     return float(f1_score(labels, predictions, average=average, zero_division=0))
 
 
+def _matthews(task: TaskConfig, predictions: np.ndarray, labels: np.ndarray) -> float:
+    if len(np.union1d(predictions, labels)) < 2:  # one class only: 0 as in scikit-learn, which warns about it
+        return 0.0
+    return float(matthews_corrcoef(labels, predictions))
+
+
 def _correlation(function, predictions: np.ndarray, labels: np.ndarray) -> float:
     if len(labels) < 2 or np.ptp(predictions) == 0 or np.ptp(labels) == 0:
         return 0.0
@@ -81,7 +87,7 @@ def _correlation(function, predictions: np.ndarray, labels: np.ndarray) -> float
 _METRICS = {
     "accuracy": lambda task, predictions, labels: float(accuracy_score(labels, predictions)),
     "f1": _f1,
-    "matthews_correlation": lambda task, predictions, labels: float(matthews_corrcoef(labels, predictions)),
+    "matthews_correlation": _matthews,
     "pearson": lambda task, predictions, labels: _correlation(pearsonr, predictions, labels),
     "spearmanr": lambda task, predictions, labels: _correlation(spearmanr, predictions, labels),
 }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from hf_disparse.analysis import Watch
 from hf_disparse.config import PruningConfig, UserError
 from hf_disparse.distributed import average, processes, require_same
 from hf_disparse.masks import MaskHooks, apply_masks, find_masks
@@ -39,6 +40,7 @@ class PruningCallback(TrainerCallback):
     Attributes:
         masks: the masks in force, None before the first pruning.
         backward_passes: how many scoring has taken.
+        measures: how much the tasks agreed at the last update, for the next line of the log.
     """
 
     def __init__(
@@ -69,11 +71,12 @@ class PruningCallback(TrainerCallback):
         self._loaded_state: dict[str, Tensor] | None = None
         self._scores_folder: Path | None = None  # where scores are kept, if they are
         self.backward_passes = 0
+        self.measures: dict[str, float] = {}
 
     def restart(self) -> None:
         """Forgets an earlier training, but for the masks."""
         self.method = new_method(self.config) if self.config and self.config.sparsity else None
-        self.backward_passes = 0
+        self.backward_passes, self.measures = 0, {}
         if self.guard:
             self.guard.forget()
 
@@ -240,17 +243,18 @@ class PruningCallback(TrainerCallback):
         """As the method's `update`, on the main process, which alone sees whole scores."""
 
         def update(masks, score):
-            kept = partial(keep_scores, folder=self._scores_folder, masks=(self.masks and masks) or {})
-            stream = score if self._scores_folder is None else lambda *a: kept(score(*a))
-            return self.method.update(replace(now, masks=masks, score=stream))
+            def seen(criterion: str, joint: bool = False) -> Stream:  # a weight is zero where its mask is
+                return self._seen(score(criterion, joint), masks, (self.masks and masks) or {}, criterion, joint)
+
+            return self.method.update(replace(now, masks=masks, score=seen))
 
         self.release()  # scoring is a backward pass like any other here, and wants the gradients of pruned weights, too
-        decided = decide_on_main(update, partial(now.score, keep=False), now.masks, now.parameters)
+        decided = decide_on_main(update, now.score, now.masks, now.parameters)
         if decided is None and self.masks is not None:
             self._hold(model, self.masks)
         return decided
 
-    def _score(self, model, parameters, progress: bool, criterion: str, joint: bool = False, keep=True) -> Stream:
+    def _score(self, model, parameters, progress: bool, criterion: str, joint: bool = False) -> Stream:
         if criterion in GRADIENT_CRITERIA:
             self.backward_passes += len(self.loaders) * self.config.score_batches
         stream = score(
@@ -266,7 +270,22 @@ class PruningCallback(TrainerCallback):
             seed=self.config.seed,
             progress=progress,
         )
-        return keep_scores(stream, self._scores_folder, self.masks or {}) if keep and self._scores_folder else stream
+        return stream if is_sharded(parameters) else self._seen(stream, parameters, self.masks or {}, criterion, joint)
+
+    def _seen(
+        self, stream: Stream, weights, masks: Mapping[str, Tensor], criterion: str, joint: bool = False
+    ) -> Stream:
+        """Hands whole scores on: keeps them, if they are to be kept, and what the tasks agree on for the log."""
+        if self._scores_folder:
+            stream = keep_scores(stream, self._scores_folder, masks)
+        if joint or criterion not in ("snip", "disparse", "fisher") or len(self.loaders) < 2:
+            return stream  # nothing that tells tasks apart, or what to grow, which is zero now
+        return self._watched(Watch(weights, self.config.sparsity, self.config.seed), stream)
+
+    def _watched(self, watch: Watch, stream: Stream) -> Stream:
+        """Hands the tasks' scores on, then has something to log."""
+        yield from watch.watch(stream)
+        self.measures = watch.scalars()
 
     def _gradients(self, model, parameters, progress: bool, joint: bool = False):
         self.backward_passes += len(self.loaders) * self.config.score_batches

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_disparse.config import UserError, closest
-from hf_disparse.masks import MASKS_NAME, count_pruned, load_masks, save_masks
+from hf_disparse.masks import MASKS_NAME, load_masks, masked_share, save_masks
+from hf_disparse.model import prunable_parameters
 
 GUARD_NAME = "guard"  # a folder in a checkpoint
 _STATE_NAME, _TENSORS_NAME = "guard.json", "guard.safetensors"
@@ -45,7 +46,15 @@ def new_guard(trainer) -> "Guard | None":
     for task in most:
         if task not in rows:
             raise UserError(f"pruning.max_drop: there is no task {task!r} in the evaluation data{closest(task, rows)}")
-    return Guard(most, lambda: measure(trainer, list(most)), trainer.log)
+    return Guard(most, lambda: measure(trainer, list(most)), lambda masks: _sparsity(trainer, masks), trainer.log)
+
+
+def _sparsity(trainer, masks: Mapping[str, Tensor] | None) -> float:
+    """That of the prunable weights under `masks`; matrices in two factors are larger than dense while none is pruned."""
+    parameters = prunable_parameters(trainer.model, trainer.pruning_config)
+    return masked_share(
+        trainer.model, masks or {name: p.new_ones(p.shape, dtype=bool) for name, p in parameters.items()}
+    )
 
 
 def measure(trainer, tasks: Sequence[str]) -> Points:
@@ -108,11 +117,6 @@ class Snapshot:
         optimizer.load_state_dict(_map(self.optimizer, _copied))  # which would hold on to our tensors
         scheduler.load_state_dict(copy.deepcopy(self.scheduler))
 
-    @property
-    def sparsity(self) -> float:
-        """Of the prunable weights."""
-        return _sparsity(self.masks)
-
     def save(self, folder: Path) -> dict[str, Any]:
         """Writes the tensors and returns the rest, as JSON types."""
         tensors = {f"weights/{name}": tensor for name, tensor in self.weights.items()}
@@ -140,6 +144,7 @@ class Guard:
     Args:
         most: task -> the points it may lose.
         measure: () -> the tasks' points of the model as it is.
+        sparsity: (masks) -> the sparsity of the prunable weights under them; None is no mask yet.
         log: takes what goes into the training log.
 
     Attributes:
@@ -149,8 +154,14 @@ class Guard:
             undone, the sparsity of the prunable weights that was `undone` and that which was `kept`.
     """
 
-    def __init__(self, most: Points, measure: Callable[[], Points], log: Callable[[dict[str, float]], None]):
-        self.most, self._measure, self._log = most, measure, log
+    def __init__(
+        self,
+        most: Points,
+        measure: Callable[[], Points],
+        sparsity: Callable[[Mapping[str, Tensor] | None], float],
+        log: Callable[[dict[str, float]], None],
+    ):
+        self.most, self._measure, self._sparsity, self._log = most, measure, sparsity, log
         self.forget()
 
     def forget(self) -> None:
@@ -193,7 +204,7 @@ class Guard:
 
     def _stop(self, task: str, drop: float, masks) -> None:
         """Says which task it was; the training after pruning has ended may break the promise, too."""
-        undone, kept, step = _sparsity(masks), self._snapshot.sparsity, self._snapshot.step
+        undone, kept, step = self._sparsity(masks), self._sparsity(self._snapshot.masks), self._snapshot.step
         if self.stopped is None:
             self.stopped = {"task": task, "drop": drop, "step": step, "undone": undone, "kept": kept}
         _LOG.warning(
@@ -217,11 +228,6 @@ class Guard:
             state = json.loads((folder / _STATE_NAME).read_text())
             self.before, self.stopped = state["before"], state["stopped"]
             self._snapshot = Snapshot.load(folder, state["snapshot"])
-
-
-def _sparsity(masks: Mapping[str, Tensor] | None) -> float:
-    pruned, size = count_pruned(masks or {})
-    return pruned / size if size else 0.0
 
 
 def _copied(tensor: Tensor) -> Tensor:

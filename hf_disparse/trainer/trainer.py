@@ -1,14 +1,12 @@
 """`DisparseTrainer`: transformers' Trainer on several tasks, with pruning."""
 
 import contextlib
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainingArguments
@@ -16,12 +14,12 @@ from transformers.trainer_pt_utils import find_batch_size
 
 from hf_disparse.config import PruningConfig, UserError
 from hf_disparse.distributed import average as average_over_processes
-from hf_disparse.distributed import from_main, processes
+from hf_disparse.distributed import processes
 from hf_disparse.export.card import results_of_log, write_card
+from hf_disparse.faults import among_processes
 from hf_disparse.losses import GradientSurgery, uncertainty_weight
-from hf_disparse.masks import MASKS_NAME, load_masks, masked_share, save_masks
+from hf_disparse.masks import masked_share
 from hf_disparse.model import MultitaskModel
-from hf_disparse.sharded import gather, is_sharded
 from hf_disparse.stored_scores import SCORES_FOLDER
 from hf_disparse.tasks import MultitaskCollator, TaskDataset, average, compute_metrics
 from hf_disparse.trainer.arguments import (
@@ -31,11 +29,9 @@ from hf_disparse.trainer.arguments import (
 )
 from hf_disparse.trainer.batches import Resuming, ScoringBatches, training_batches
 from hf_disparse.trainer.callback import PruningCallback
-from hf_disparse.trainer.checkpoints import STATE_NAME, last_whole_checkpoint, whole_weights
+from hf_disparse.trainer.checkpoints import checkpointing, load_state, save_state, seal, to_resume, whole_weights
 from hf_disparse.trainer.distillation import check_teachers, distilled
-from hf_disparse.trainer.guard import GUARD_NAME, new_guard
-
-PRUNING_STATE_NAME = "pruning_state.safetensors"
+from hf_disparse.trainer.guard import new_guard
 
 
 class DisparseTrainer(Trainer):
@@ -99,7 +95,7 @@ class DisparseTrainer(Trainer):
             pruning_config,
             {task: ScoringBatches(self, task) for task in judges},
             masks=masks,
-            loss_fn=self._scoring_loss,
+            loss_fn=self.scoring_loss,
             weights={name: task.weight for name, task in self.tasks.items()},
             guard=new_guard(self),
         )
@@ -201,8 +197,8 @@ class DisparseTrainer(Trainer):
                 "are those of the step before and the last checkpoint stays.\nTry a lower learning_rate, or max_grad_norm: 1.0."
             )
 
-    def _scoring_loss(self, model: nn.Module, batch) -> Tensor:
-        """That of a batch, or of this process's part of it: the mean over the processes is that of the whole batch."""
+    def scoring_loss(self, model: nn.Module, batch) -> Tensor:
+        """That of a batch, in the precision of training; of several processes this one's part, whose mean is that of the batch."""
         with self.compute_loss_context_manager():
             loss = self.compute_loss(model, batch)
         labels = batch.get("labels")
@@ -212,8 +208,11 @@ class DisparseTrainer(Trainer):
         return loss * (mine / average_over_processes([mine.clone()])[0])
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """As in Trainer, with the sparsity of the prunable weights beside the loss."""
+        """As in Trainer, with the sparsity of the prunable weights beside the loss, and after an update how tasks agreed."""
         masks = self.pruner.masks
+        if "loss" in logs:
+            logs |= self.pruner.measures
+            self.pruner.measures = {}
         if masks and "loss" in logs:
             logs["sparsity"] = masked_share(self.model, masks)
         super().log(logs, *args, **kwargs)
@@ -291,10 +290,7 @@ class DisparseTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As in Trainer; `resume_from_checkpoint=True` takes the last checkpoint that was written to its end."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = from_main(lambda: last_whole_checkpoint(self.args.output_dir))
-            if resume_from_checkpoint is None:
-                raise UserError(f"resume_from_checkpoint: there is no whole checkpoint in {self.args.output_dir}")
+        resume_from_checkpoint = self._resumed = to_resume(resume_from_checkpoint, self.args.output_dir)
         if self.is_multitask:
             check_same_rows(self.train_dataset)
         if self.model_init is not None:
@@ -306,7 +302,8 @@ class DisparseTrainer(Trainer):
         if self._surgery:
             self._surgery = GradientSurgery()  # a step that died may have left gradients in the old one
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            with among_processes("Training resumes from the last whole checkpoint."):
+                return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.pruner.end()  # also where training died
 
@@ -317,36 +314,27 @@ class DisparseTrainer(Trainer):
             self.pruner.prepare(model)
         return model
 
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        if self._resumed and folder.resolve() == Path(self._resumed).resolve():
+            return  # no step was taken since: it would be torn down to be written again
+        with checkpointing(self, folder):
+            super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last thing that all processes write, before the one that saves writes `trainer_state.json`."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(Path(output_dir))
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        masks = self.pruner.masks
-        if masks is not None and is_sharded(masks):
-            masks = gather(masks)
-        if masks is not None and self.args.should_save:
-            save_masks(masks, Path(output_dir, MASKS_NAME))
-        if self.args.should_save and (pruning := self.pruner.state()):
-            save_file(pruning, Path(output_dir, PRUNING_STATE_NAME))
-        if self.args.should_save and self.pruner.guard:
-            self.pruner.guard.save(Path(output_dir, GUARD_NAME))
-        if self.args.should_save:
-            state = {"backward_passes": self.backward_passes, "loss_means": self.loss_means, "processes": processes()}
-            Path(output_dir, STATE_NAME).write_text(json.dumps(state))
+        save_state(self, Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = Path(checkpoint, MASKS_NAME)
-        if path.is_file():
-            self.pruner.masks = load_masks(path)
-        path = Path(checkpoint, PRUNING_STATE_NAME)
-        if path.is_file():
-            self.pruner.load_state(load_file(path))
-        if self.pruner.guard:
-            self.pruner.guard.load(Path(checkpoint, GUARD_NAME))
-        path = Path(checkpoint, STATE_NAME)
-        if path.is_file():  # absent from a foreign Trainer's
-            state = json.loads(path.read_text())
+        if checkpoint is not None and (state := load_state(self, Path(checkpoint))):
             self._trained, self.loss_means = state["backward_passes"], state["loss_means"]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -1,0 +1,78 @@
+"""The mask that one task would have alone: its largest scores, chosen without sorting them."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+Scores = Mapping[str, Tensor]
+Masks = dict[str, Tensor]
+_HALF = 1 << 16
+
+
+def own_mask(scores: Scores, sparsity: float, live: Scores | None = None) -> Masks:
+    """Keeps the (1 - sparsity) largest of one task's scores, exactly n - round(sparsity * n) of them, ties by position.
+
+    What `decide` gives for one task at a fraction of its time and memory: no weight needs a rank here.
+
+    Args:
+        scores: parameter name -> scores, any shape, compared as float32.
+        sparsity: in [0, 1), of the n weights that are `live`.
+        live: a mask; what is False there is neither kept nor counted. Default: all are live.
+
+    Raises:
+        ValueError: a sparsity outside [0, 1), or scores that are not finite.
+    """
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity: expected a number in [0, 1), got {sparsity!r}")
+    size = sum(int(torch.count_nonzero(live[n])) if live is not None else s.numel() for n, s in scores.items())
+    count = size - round(sparsity * size)
+    if count == 0:
+        return {name: torch.zeros_like(s, dtype=torch.bool) for name, s in scores.items()}
+    limit, ties = _limit(scores, live, count)
+    masks = {}
+    for name, tensor in scores.items():
+        key = _key(tensor, None if live is None else live[name])
+        keep = key > limit
+        if ties:
+            tied = (key == limit).reshape(-1).nonzero().squeeze(1)[:ties]
+            keep.view(-1)[tied] = True
+            ties -= len(tied)
+        masks[name] = keep
+    return masks
+
+
+def _key(scores: Tensor, live: Tensor | None) -> Tensor:
+    """int32 that sort like the scores; what is not live comes last. Contiguous."""
+    bits = (scores.detach().float() + 0.0).contiguous().view(torch.int32)  # + 0.0 makes 0.0 of -0.0
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # below zero larger bits are smaller numbers
+    return bits if live is None else bits.masked_fill_(~live, torch.iinfo(torch.int32).min)
+
+
+def _limit(scores: Scores, live: Scores | None, count: int) -> tuple[int, int]:
+    """The key of the `count`-th largest score, and how many of those that have this key are among the `count`.
+
+    Two histograms, of the upper and of the lower 16 bits, in place of a selection that would copy all scores.
+    """
+    upper = torch.zeros(_HALF, dtype=torch.int64)
+    for name, tensor in scores.items():
+        key = _key(tensor, None if live is None else live[name])
+        upper += torch.bincount((key >> 16).reshape(-1) + _HALF // 2, minlength=_HALF).cpu()
+    high, left = _from_the_top(upper, count)
+    infinite = 0x7F80  # exponents of infinity and NaN, on both ends
+    if upper[_HALF // 2 + infinite :].any() or upper[1 : _HALF // 2 - infinite].any():
+        raise ValueError("scores: expected finite numbers, got NaN or infinity")
+    high -= _HALF // 2
+    lower = torch.zeros(_HALF, dtype=torch.int64)
+    for name, tensor in scores.items():
+        key = _key(tensor, None if live is None else live[name])
+        lower += torch.bincount(key[(key >> 16) == high] & (_HALF - 1), minlength=_HALF).cpu()
+    low, left = _from_the_top(lower, left)
+    return high * _HALF + low, left
+
+
+def _from_the_top(counts: Tensor, wanted: int) -> tuple[int, int]:
+    """The bin in which the `wanted`-th from the top is, and which of its own that is."""
+    above = counts.flip(0).cumsum(0)
+    place = int(torch.searchsorted(above, wanted))
+    return len(counts) - 1 - place, wanted - (int(above[place - 1]) if place else 0)

@@ -1,0 +1,62 @@
+"""An analysis, or a comparison, as one HTML page that needs no network, and its figures as PNG and SVG. Layer 7."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from hf_disparse.config import UserError
+
+REPORT_NAME, COMPARISON_NAME, FIGURES_NAME = "report.html", "compare.html", "figures"
+
+
+def require_libraries() -> None:
+    """Raises UserError unless matplotlib and jinja2 are there; for whoever wants to know before a long computation."""
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError(f'report: {error}; try: pip install "hf_disparse[plot]"') from None
+
+
+def write_report(analysis: Mapping, folder: str | Path) -> Path:
+    """Writes `report.html` and `figures/*.png` and `*.svg` into the folder, from what `analysis.json` holds.
+
+    Returns:
+        The path of the page.
+    """
+    require_libraries()
+    from hf_disparse.analysis.figures import figures_of
+    from hf_disparse.analysis.page import write_page
+
+    facts = {
+        "Model": analysis["model"],
+        "Tasks": f"{len(analysis['tasks'])}: {', '.join(analysis['tasks'])}",
+        "Importance": f"{analysis['criterion']}, {analysis['score_batches']} batches per task, seed {analysis['seed']}",
+        "Keep masks": f"each task's own, {100 * analysis['sparsity']:g} % of the prunable weights pruned",
+    }
+    path = Path(folder) / REPORT_NAME
+    write_page(
+        path, f"What each task needs: {Path(analysis['model']).name}", facts, figures_of(analysis), "analysis.json"
+    )
+    return path
+
+
+def write_comparison(report: Mapping, folder: str | Path) -> Path:
+    """Writes `compare.html`, `figures/comparison.png` and `.svg` into the folder, from what `compare.json` holds.
+
+    Returns:
+        The path of the page.
+    """
+    require_libraries()
+    from hf_disparse.analysis.figures import figure_of_comparison
+    from hf_disparse.analysis.page import write_page
+
+    tasks = [name for name in report["rows"][0]["mean"] if name != "average"]
+    facts = {
+        "Tasks": f"{len(tasks)}: {', '.join(tasks)}",
+        "Runs": f"{sum(len(row['seeds']) for row in report['rows'])} in {len(report['rows'])} rows",
+    }
+    if report["failed"]:
+        facts["Failed"] = "; ".join(f"{name}: {reason}" for name, reason in report["failed"].items())
+    path = Path(folder) / COMPARISON_NAME
+    write_page(path, "Pruning methods compared", facts, [figure_of_comparison(report)], "compare.json")
+    return path

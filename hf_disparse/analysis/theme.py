@@ -1,0 +1,123 @@
+"""Colours of the figures, light and dark, and figures as SVG that a page may hold. Layer 7.
+
+A figure is drawn once, in the light colours; in the SVG of a page each of them becomes a CSS variable, which the page
+sets for light and for dark.
+"""
+
+import io
+import re
+import warnings
+from collections.abc import Callable
+from xml.etree import ElementTree
+
+import matplotlib
+from matplotlib.figure import Figure
+
+INK, MUTED, GRID, PAPER, BAND = "#1b1c1e", "#6a6d73", "#d8dade", "#fffffe", "#b9bcc2"
+# Each has 3:1 on its paper, and any two differ for readers with any colour vision; the tests say by how much.
+SERIES = {
+    "#2847cf": "#7d9cf0",
+    "#c18400": "#e56720",
+    "#198c67": "#25e58f",
+    "#8d6db4": "#d9c3dc",
+    "#694600": "#e8e036",
+    "#101a66": "#8871ff",
+}
+DARK = {INK: "#eceef1", MUTED: "#9da2ab", GRID: "#3a3e45", PAPER: "#15171a", BAND: "#5b606a", **SERIES}
+COLOURS = list(SERIES)
+MARKERS = ["o", "s", "^", "D", "v", "P"]  # so that no line is told by its colour alone
+VARIABLE = {colour: f"--c{i}" for i, colour in enumerate(DARK)}
+
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": MUTED,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 12,
+    "figure.facecolor": PAPER,
+    "font.size": 11,
+    "grid.color": GRID,
+    "legend.facecolor": PAPER,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "svg.fonttype": "none",  # text stays text: small, searchable, in the reader's fonts
+    "svg.hashsalt": "hf_disparse",  # the same data, the same bytes
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+UNIT = 72  # of an inch in an SVG, so that a figure of 358 units is drawn 1:1 on a phone
+_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
+_NAMESPACE = re.compile(r"^\{[^}]*\}")
+
+
+def styled(draw: Callable[[], Figure]) -> Figure:
+    """`draw()` in the style above, without warnings of letters that matplotlib's font lacks: a browser has them."""
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure = draw()
+        figure.draw_without_rendering()  # lays it out while the style holds
+    return figure
+
+
+def save(figure: Figure, path, **kwargs) -> None:
+    """Writes a figure without a date in it; the kind of file is that of `path`'s ending, or `format`."""
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(path, **kwargs)
+
+
+def svg(figure: Figure) -> bytes:
+    """The figure as an SVG file."""
+    file = io.BytesIO()
+    save(figure, file, format="svg", metadata=_METADATA)
+    return file.getvalue()
+
+
+def inline_svg(file: bytes, prefix: str, label: str) -> str:
+    """That of `svg` for the middle of an HTML page: no namespaces, ids of its own, colours as variables.
+
+    Args:
+        prefix: what its ids begin with, which differs from figure to figure.
+        label: what a screen reader says in its place.
+    """
+    root = ElementTree.fromstring(file)  # drops comments, which repeat the texts
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if _NAMESPACE.sub("", child.tag) in ("metadata", "style"):
+                parent.remove(child)
+    used = set(re.findall(r"#([\w-]+)", " ".join(v for e in root.iter() for v in e.attrib.values())))
+    for element in root.iter():
+        element.tag = _NAMESPACE.sub("", element.tag)
+        attributes = {_NAMESPACE.sub("", key): value for key, value in element.attrib.items()}
+        if attributes.get("id") not in used:
+            attributes.pop("id", None)
+        element.attrib.clear()
+        element.attrib.update({key: _rewritten(key, value, prefix) for key, value in attributes.items()})
+    box = [float(v) for v in root.get("viewBox").split()]
+    root.attrib.clear()
+    root.attrib.update({"viewBox": " ".join(f"{v:g}" for v in box), "role": "img", "aria-label": label})
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _rewritten(key: str, value: str, prefix: str) -> str:
+    if key == "id":
+        return prefix + value
+    if key == "href" and value.startswith("#"):
+        return "#" + prefix + value[1:]
+    if key in ("style", "fill", "stroke", "clip-path"):
+        value = value.replace("url(#", f"url(#{prefix}")
+        if key == "style":
+            value = re.sub(r"'?DejaVu Sans'?[^;]*sans-serif", "var(--font)", value)
+        return re.sub(r"#[0-9a-f]{6}\b", lambda m: f"var({VARIABLE[m[0]]})" if m[0] in VARIABLE else m[0], value)
+    return value
+
+
+def css_variables(dark: bool) -> str:
+    """The declarations of all colours, for light or for dark."""
+    return " ".join(f"{VARIABLE[light]}: {DARK[light] if dark else light};" for light in DARK)

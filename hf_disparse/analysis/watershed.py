@@ -1,0 +1,42 @@
+"""The layer above which the tasks part. Pure functions on agreement per layer."""
+
+from collections.abc import Iterable, Sequence
+
+
+def watershed(agreement: Sequence[float], least: float = 0.05) -> int | None:
+    """The layer after the largest fall of agreement that is never recovered, or None.
+
+    What is never recovered of the fall before layer i is a[i-1] - max(a[i:]): a dip that comes back counts for nothing.
+    Source: the watershed of DiSparse, Sun et al. 2022 (arXiv 2206.04662), who read it off a plot; the equation is ours.
+
+    Args:
+        agreement: per layer, first to last; IoU, or what of it is beyond chance.
+        least: smaller falls are noise.
+
+    Returns:
+        An index into `agreement`, the first of equals.
+    """
+    best, place, highest = least, None, float("-inf")
+    for i in range(len(agreement) - 1, 0, -1):
+        highest = max(highest, agreement[i])
+        fall = agreement[i - 1] - highest
+        if fall >= best and fall > 0:
+            best, place = fall, i
+    return place
+
+
+def watershed_interval(
+    curves: Iterable[Sequence[float]], least: float = 0.05, level: float = 0.95
+) -> tuple[int | None, int | None, float]:
+    """Between which layers the watershed is, over bootstrap samples of the agreement.
+
+    Returns:
+        The (1 - level) / 2 and (1 + level) / 2 quantiles of the watersheds there are, each one that occurred (None without any), and
+        the share of samples that have one.
+    """
+    found = [watershed(curve, least) for curve in curves]
+    places = sorted(place for place in found if place is not None)
+    if not places:
+        return None, None, 0.0
+    low, high = (round(q * (len(places) - 1)) for q in ((1 - level) / 2, (1 + level) / 2))
+    return places[low], places[high], len(places) / len(found)
