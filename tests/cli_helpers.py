@@ -4,6 +4,7 @@ import copy
 import csv
 import io
 import random
+import signal
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -101,6 +102,7 @@ def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 def hf_disparse(*words) -> tuple[int, str, str]:
     """Exit status, standard output and standard error of `hf-disparse words...`, called in this process."""
+    terminated = signal.getsignal(signal.SIGTERM)
     with (
         patch.object(sys, "argv", ["hf-disparse", *map(str, words)]),
         redirect_stdout(io.StringIO()) as out,
@@ -111,6 +113,8 @@ def hf_disparse(*words) -> tuple[int, str, str]:
             status = 0
         except SystemExit as end:
             status = end.code or 0
+        finally:
+            signal.signal(signal.SIGTERM, terminated)
     return status, out.getvalue(), err.getvalue()
 
 

@@ -36,7 +36,7 @@ def below(least: int):
 
 
 def other_than(*known: str):
-    return st.one_of(texts.filter(lambda t: t not in known), truth, real, some_list)
+    return st.one_of(texts, truth, real, some_list).filter(lambda value: value not in known)
 
 
 # key of VALID -> values that cannot be right there
