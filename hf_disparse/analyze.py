@@ -79,7 +79,7 @@ def analyze(
         UserError: there is no such folder, recipe or data, there are several processes, or scoring met a loss that is not
             finite.
     """
-    require(launched() == 1, "analyze", "one process; start it without torchrun", f"{launched()} processes")
+    require(launched() == 1, "analyze", "one process, without torchrun", launched())
     source, recipe = open_run(model_name, recipe_path, overrides)
     folder = output_dir or source
     if not output_dir and not Path(source).is_dir():

@@ -1,13 +1,17 @@
 """FSDP2 in real processes: weights, scores and masks in parts, decisions of one process, checkpoints for any number of them."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
 from hf_disparse import MovementConfig, PruningConfig, UserError, load_masks
 from hf_disparse.sharded import gather, is_sharded, local, place
 from hf_disparse.trainer.arguments import check_fsdp
-from hf_disparse.trainer.checkpoints import last_whole_checkpoint
-from tests.ddp_worker import trained
+from hf_disparse.trainer.checkpoints import SEAL_NAME, last_whole_checkpoint, torn
+from tests.ddp_worker import trained, trainer_of
 from tests.fsdp_worker import CONFIGS, ROUND
 from tests.launching import in_processes
 from tests.test_trainer import assert_same, multitask_trainer
@@ -57,17 +61,29 @@ def test_two_processes_with_parts_prune_as_one_with_the_whole(of_two, tmp_path, 
     assert [theirs["passes"] for theirs in of_two[1][name]] == [one["passes"]] * 2
 
 
-def test_whole_and_sharded_checkpoints_are_found_and_a_torn_one_is_not(of_two):
+def test_whole_and_sharded_checkpoints_are_found_and_a_torn_one_is_not(of_two, tmp_path):
     folder, several = of_two
     for name in RESUMED:
         assert last_whole_checkpoint(folder / name).endswith("checkpoint-10")
         masks = load_masks(folder / name / "checkpoint-10" / "pruning_masks.safetensors")
         assert_same(dict(sorted(masks.items())), dict(sorted(several[name][0]["masks"][-1].items())))
     for name, part in (("sharded", "optimizer_0/.metadata"), ("saliency", "optimizer.bin")):
-        path = folder / name / "checkpoint-10" / part
-        away = path.rename(folder / "away")
-        assert last_whole_checkpoint(folder / name).endswith("checkpoint-8")
-        away.rename(path)
+        last = Path(shutil.copytree(folder / name / "checkpoint-10", tmp_path / name / "checkpoint-10"))
+        for file in (SEAL_NAME, part):  # a file that is gone, and before that as another Trainer leaves it
+            assert torn(last) is None
+            (last / file).unlink()
+        assert torn(last)
+        shutil.copy(folder / name / "checkpoint-10" / SEAL_NAME, last)
+        assert part in torn(last)
+
+
+def test_the_main_process_has_for_the_log_how_much_the_tasks_agree(of_two, tmp_path):
+    """Of weights in parts the masks tell which are zero."""
+    trainer = trainer_of(tmp_path, CONFIGS["saliency"], **ROUND)
+    trainer.train()
+    kept = json.loads((of_two[0] / "saliency" / "checkpoint-10" / "disparse_state.json").read_text())
+    assert "agreement" in trainer.pruner.measures
+    assert kept["measures"] == pytest.approx(trainer.pruner.measures, abs=0.02)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from hf_disparse.trainer.checkpoints import last_whole_checkpoint
 from tests.cli_helpers import changed, write_inputs, write_recipe
 from tests.launching import ROOT, in_processes, torchrun
 
-TRAIN, EVALUATE, COMPARE, AGAIN, WRONG = range(5)
+TRAIN, EVALUATE, COMPARE, AGAIN, WRONG, ANALYZE = range(6)
 ACCELERATE = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 
 
@@ -28,7 +28,8 @@ def launched(tmp_path_factory):
     compare = ["compare", recipe, "--methods", "dense,unanimous", "--seeds", "1", "--output_dir", str(folder / "cells")]
     train = ["train", recipe]
     wrong = [*train, "--set", "tasks.two.label_column=nothing", "--output_dir", str(folder / "wrong")]
-    commands = [train, ["evaluate", str(folder / "run"), "--json"], compare, train, wrong]
+    evaluate, analyze = ["evaluate", str(folder / "run"), "--json"], ["analyze", str(folder / "run")]
+    commands = [train, evaluate, compare, train, wrong, analyze]
     (folder / "commands.json").write_text(json.dumps(commands))
     in_processes(2, "tests.launch_worker", folder)
     return folder, *(json.loads((folder / f"said-{rank}.json").read_text()) for rank in range(2))
@@ -37,7 +38,7 @@ def launched(tmp_path_factory):
 def test_both_processes_end_as_one_does_and_only_the_first_speaks(launched):
     _, first, second = launched
     statuses = [status for status, _, _ in first]
-    assert statuses == [status for status, _, _ in second] == [0, 0, 0, 0, 2]
+    assert statuses == [status for status, _, _ in second] == [0, 0, 0, 0, 2, 2]
     assert all(out == "" for _, out, _ in second)
     for _, _, err in second[:WRONG]:
         assert "training" not in err and "scoring" not in err and "error" not in err
@@ -63,6 +64,14 @@ def test_a_mistake_is_said_once_and_named_with_its_rank_elsewhere(launched):
     for said, start in ((first[WRONG][2], "error: tasks.two"), (second[WRONG][2], "error: rank 1: tasks.two")):
         (line,) = [line for line in said.splitlines() if line.startswith("error")]
         assert line.startswith(start)
+
+
+def test_an_analysis_is_left_to_one_process(launched):
+    folder, first, second = launched
+    assert f"hf-disparse analyze {folder / 'run'}" in first[TRAIN][2] and "analysis" not in second[TRAIN][2]
+    for _, _, err in (first[ANALYZE], second[ANALYZE]):
+        assert "analyze: expected one process, without torchrun, got 2" in err
+    assert not (folder / "run" / "analysis.json").exists()
 
 
 def test_a_checkpoint_without_the_random_state_of_a_process_is_not_whole(launched):

@@ -87,10 +87,9 @@ def _torn_by_its_looks(checkpoint: Path) -> str | None:
     random, in_parts = list(checkpoint.glob("rng_state*.pth")), all((checkpoint / name).is_file() for name in _PARTS)
     if not (weights or in_parts) or not random:
         return f"it has no {'weights' if random else 'random state'}"
-    optimizer = (
-        [] if in_parts else [next(checkpoint.glob("optimizer.bin"), checkpoint / "optimizer.pt")]
-    )  # .bin: of FSDP
-    archives = [*optimizer, checkpoint / "scheduler.pt", *random]
+    archives = [checkpoint / "scheduler.pt", *random]
+    if not in_parts:
+        archives.append(next(checkpoint.glob("optimizer.bin"), checkpoint / "optimizer.pt"))  # .bin: of FSDP
     return next((f"{path.name} is not whole" for path in archives if not zipfile.is_zipfile(path)), None)
 
 
