@@ -133,10 +133,10 @@ def write(analysis: Mapping[str, Any], folder: str | Path) -> None:
     write_whole(Path(folder, ANALYSIS_NAME), json.dumps(analysis, indent=1, allow_nan=False) + "\n")
     try:
         from hf_disparse.analysis.report import write_report
-    except ImportError as error:
-        say(f"no report ({one_line(error)}): pip install 'hf_disparse[plot]', then the same command again")
-        return
-    write_report(analysis, Path(folder))
+
+        write_report(analysis, Path(folder))
+    except (ImportError, UserError) as error:  # a library that draws is not installed
+        say(f"no report: {one_line(error)}")
 
 
 def _plain(recipe: Recipe) -> Recipe:
