@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_disparse.analysis import Examination, cost_curve, footprint, masks_at
 from hf_disparse.analysis.bootstrap import DRAWS
+from hf_disparse.analysis.report import write_report
 from hf_disparse.architectures import find_sites
-from hf_disparse.config import PruningConfig, UserError, is_count, is_number, one_line, require
+from hf_disparse.config import PruningConfig, UserError, is_count, is_number, require
 from hf_disparse.masks import apply_masks
 from hf_disparse.model import MultitaskModel, prunable_parameters
 from hf_disparse.recipes import Recipe
@@ -132,11 +133,9 @@ def write(analysis: Mapping[str, Any], folder: str | Path) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_whole(Path(folder, ANALYSIS_NAME), json.dumps(analysis, indent=1, allow_nan=False) + "\n")
     try:
-        from hf_disparse.analysis.report import write_report
-
         write_report(analysis, Path(folder))
-    except (ImportError, UserError) as error:  # a library that draws is not installed
-        say(f"no report: {one_line(error)}")
+    except UserError as error:  # a library that draws is not installed
+        say(f"no {error}")
 
 
 def _plain(recipe: Recipe) -> Recipe:
