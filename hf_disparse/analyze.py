@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_disparse.analysis import Examination, cost_curve, footprint, masks_at
 from hf_disparse.analysis.bootstrap import DRAWS
+from hf_disparse.analysis.report import write_report
 from hf_disparse.architectures import find_sites
-from hf_disparse.config import PruningConfig, UserError, is_count, is_number, one_line, require
+from hf_disparse.config import PruningConfig, UserError, is_count, is_number, require
 from hf_disparse.distributed import launched
 from hf_disparse.masks import apply_masks
 from hf_disparse.model import MultitaskModel, prunable_parameters
@@ -139,11 +140,9 @@ def write(analysis: Mapping[str, Any], folder: str | Path) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_whole(Path(folder, ANALYSIS_NAME), json.dumps(analysis, indent=1, allow_nan=False) + "\n")
     try:
-        from hf_disparse.analysis.report import write_report
-    except ImportError as error:
-        say(f"no report ({one_line(error)}): pip install 'hf_disparse[plot]', then the same command again")
-        return
-    write_report(analysis, Path(folder))
+        write_report(analysis, Path(folder))
+    except UserError as error:  # a library that draws is not installed
+        say(f"no {error}")
 
 
 def _plain(recipe: Recipe) -> Recipe:

@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from typing import Annotated, Literal, NoReturn
 
@@ -90,6 +92,18 @@ def _leave() -> None:
         distributed.end()
 
 
+@contextmanager
+def _stopping(how_to_go_on: Callable[[], str]) -> Iterator[None]:
+    """Ends with one line where Ctrl-C or SIGTERM stops what can go on later, and with the status of that."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        close_bars()
+        if not _rank():
+            print(f"stopped; {how_to_go_on()}", file=sys.stderr)
+        raise typer.Exit(getattr(stop, "code", 130)) from None
+
+
 def _version(show: bool) -> None:
     if show:
         print(f"hf_disparse {metadata.version('hf_disparse')}")
@@ -124,15 +138,10 @@ def train(
     if dry_run:
         print_plan(run.plan(parsed))
         return
-    try:
+    with _stopping(lambda: f"the same command goes on from {run.progress(parsed)}"):
         results = run.train(parsed)
         print_results(results, parsed.output_dir)
         found = analyze.after_training(parsed) if analysis else None
-    except (KeyboardInterrupt, SystemExit) as stop:
-        close_bars()
-        if not _rank():
-            print(f"stopped; the same command goes on from {run.progress(parsed)}", file=sys.stderr)
-        raise typer.Exit(getattr(stop, "code", 130)) from None
     if found:
         print_analysis(found, parsed.output_dir)
 
@@ -224,13 +233,8 @@ def compare(
         kinds = _list(criteria or parsed.pruning.criterion, "--criteria", str)
         cells = known.grid(names, kinds, curve, _list(seeds, "--seeds", int))
         module, folder, start = comparing, parsed.output_dir, lambda: comparing.compare(parsed, cells)
-    try:
+    with _stopping(lambda: f"{comparing.progress(folder, cells)}, the same command goes on"):
         report = start()
-    except (KeyboardInterrupt, SystemExit) as stop:
-        close_bars()
-        if not _rank():
-            print(f"stopped; {comparing.progress(folder, cells)}, the same command goes on", file=sys.stderr)
-        raise typer.Exit(getattr(stop, "code", 130)) from None
     print_comparison(report, parsed.output_dir, module)
 
 

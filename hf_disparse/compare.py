@@ -4,7 +4,6 @@ The folder holds one dense model per seed, which every method starts from, and o
 cell being a method, a criterion, a sparsity and a seed. Starting the same comparison again runs what is not there yet.
 """
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from hf_disparse.analysis.report import write_comparison
+from hf_disparse.analysis.report import missing_libraries, write_comparison
+from hf_disparse.analysis.values import method_name
 from hf_disparse.cells import METHODS, Cell, recipe_of
 from hf_disparse.config import UserError, one_line
 from hf_disparse.distributed import from_main, is_main, processes
@@ -61,7 +61,7 @@ def _write(report: dict[str, Any], folder: Path) -> None:
     with writing(folder):
         write_whole(folder / JSON_NAME, json.dumps(report, indent=2) + "\n")
         write_whole(folder / MARKDOWN_NAME, markdown(report))
-        if importlib.util.find_spec("matplotlib") and importlib.util.find_spec("jinja2"):  # the extra `plot`
+        if not missing_libraries():  # of the extra `plot`
             write_comparison(report, folder)
 
 
@@ -213,8 +213,7 @@ def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         values = [shown(row, name) for name in (*tasks, "average")]
         sparsity = f"{100 * row['sparsity']:g} %" if row["sparsity"] else "0"
         difference = f"{row['against_dense']:+.1f}" if row["sparsity"] and row["against_dense"] is not None else ""
-        name = f"{row['method']} {row['criterion']}".rstrip()
-        lines.append([name, sparsity, *values, difference, str(len(row["seeds"]))])
+        lines.append([method_name(row), sparsity, *values, difference, str(len(row["seeds"]))])
     return ["method", "sparsity", *tasks, "average", "against dense", "seeds"], lines
 
 

@@ -95,6 +95,11 @@ def masked_share(model: nn.Module, masks: Mapping[str, Tensor]) -> float:
     return (total - size + pruned) / total
 
 
+def packed_bytes(weight: Tensor) -> int:
+    """What a matrix takes as its non-zeros and one bit a weight, each row in whole bytes. Shape (rows, columns)."""
+    return int(torch.count_nonzero(weight)) * weight.element_size() + weight.shape[0] * -(-weight.shape[1] // 8)
+
+
 def sparsity_report(model: nn.Module, encoder: nn.Module, prunable: Mapping[str, Tensor]) -> dict[str, float]:
     """Fraction of exact zeros by denominator: `prunable` weights, all parameters of the `encoder`, all of the `model`.
 

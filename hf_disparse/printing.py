@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -109,7 +110,8 @@ def print_analysis(analysis: dict[str, Any], folder: str) -> None:
     dense, packed = (sum(row[key] for row in analysis["footprint"]) for key in ("bytes_dense", "bytes_packed"))
     if dense:
         print(f"bytes: {dense:,} as they are, {packed:,} packed")
-    print(f"written: {folder}/analysis.json")
+    page = " and report.html" if Path(folder, "report.html").is_file() else ""
+    print(f"written: {folder}/analysis.json{page}")
 
 
 def _print_agreement(analysis: dict[str, Any]) -> None:

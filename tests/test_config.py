@@ -51,6 +51,10 @@ def test_pruning_config_is_small_frozen_and_keyword_only():
         ({"schedule": "cubic", "start_step": 5, "end_step": 5}, "end_step: expected a step after start_step 5"),
         ({"end_step": 5}, "end_step: expected nothing with schedule one_shot"),
         ({"target_modules": "["}, "target_modules: not a regular expression"),
+        ({"target_modules": "(?R)"}, "target_modules: not a regular expression"),
+        ({"target_modules": "(" * 900}, "target_modules: not a regular expression"),
+        ({"target_modules": "a" * 1001}, "target_modules: expected a regular expression of at most 1,000 characters"),
+        ({"exclude_modules": "((a{999}){999}){999}"}, "exclude_modules: .* multiply to at most 10,000"),
         ({"target_modules": []}, "target_modules: expected a name or a list of names"),
     ],
 )
@@ -74,6 +78,7 @@ def test_pruning_config_refuses_nonsense_with_key_expected_and_got(values, words
         ({"labels": [0, 1]}, "labels: expected names, got .0, 1.; put them in quotes"),
         ({"problem_type": "regression"}, "labels: expected none for regression"),
         ({"metric": "acuracy"}, "metric: 'acuracy' does not fit single_label_classification; did you mean 'accuracy'"),
+        ({"metric": False}, "metric: expected a name or a list of names, got False"),
         ({"weight": 0}, "weight: expected a number above 0"),
         ({"problem_type": "token_classification", "columns": ["a", "b"]}, "columns: expected at most 1"),
     ],

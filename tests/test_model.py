@@ -248,3 +248,9 @@ def test_a_task_that_is_removed_is_gone_from_model_and_config_and_the_others_sta
     for name in ("two", "real"):  # no longer there, and the last one
         with pytest.raises(UserError, match="expected one of several tasks"):
             model.remove_task(name)
+
+
+def test_a_regular_expression_that_does_not_end_is_refused():
+    """A stranger's pruning_config.json may hold one; in `re` this name takes longer than there is time."""
+    with pytest.raises(UserError, match=r"expected a regular expression that ends, got .* not done with 'encoder"):
+        prunable_parameters(tiny_model(), PruningConfig(target_modules="(.|.)*z|(..?)*y"))

@@ -9,7 +9,6 @@ from matplotlib.axes import Axes
 from hf_disparse.analysis import plots, sentences
 from hf_disparse.analysis.values import (
     NAMES_UP_TO,
-    STAGES,
     blocks,
     curve_tasks,
     extremes,
@@ -21,6 +20,7 @@ from hf_disparse.analysis.values import (
     off_diagonal,
     several,
     shown_pairs,
+    stage_name,
     together,
     whole_layers,
 )
@@ -72,10 +72,6 @@ def figures_of(analysis: Mapping) -> list[Figure]:
     return [figure for figure in figures if figure]
 
 
-def _named(stage: Mapping) -> str:
-    return STAGES.get(stage["name"], stage["name"])
-
-
 def _agreement(stages: Sequence[Mapping]) -> Figure:
     title, units = "Where tasks agree", "Agreement of the tasks' own keep masks beyond chance, by layer. "
     units += "(IoU - c) / (1 - c), c being the IoU of independent masks that keep as many: 0 is chance, 1 is identical."
@@ -88,7 +84,11 @@ def _agreement(stages: Sequence[Mapping]) -> Figure:
         for who in shown_pairs(lines, pairs) if lines else []:
             label = "all tasks" if who == together(lines) and len(who) > 2 else " + ".join(who)
             rows += [
-                [_named(stage), label, *(row[k] for k in ("layer", "iou", "chance", "beyond_chance", "low", "high"))]
+                [
+                    stage_name(stage),
+                    label,
+                    *(row[k] for k in ("layer", "iou", "chance", "beyond_chance", "low", "high")),
+                ]
                 for row in lines[who]
             ]
     hidden = len(last) - len(shown_pairs(last, pairs))
@@ -98,7 +98,7 @@ def _agreement(stages: Sequence[Mapping]) -> Figure:
         units=units + " Bands: bootstrap intervals over scoring batches.",
         sentence=sentences.agreement(stages),
         panels=[
-            (_named(s), lambda ax, s=s: plots.agreement(s["agreement"], ax, watershed=s["watershed"], pairs=pairs))
+            (stage_name(s), lambda ax, s=s: plots.agreement(s["agreement"], ax, watershed=s["watershed"], pairs=pairs))
             for s in stages
         ],
         header=["stage", "tasks", "layer", "IoU", "chance", "beyond chance", "low", "high"],
@@ -113,7 +113,9 @@ def _by_kind(stages: Sequence[Mapping]) -> Figure | None:
         for kind in kind_names(stage["agreement"]):
             lines = lines_of(stage["agreement"], kind)
             rows += (
-                [[_named(stage), kind, r["layer"], r["beyond_chance"]] for r in lines[together(lines)]] if lines else []
+                [[stage_name(stage), kind, r["layer"], r["beyond_chance"]] for r in lines[together(lines)]]
+                if lines
+                else []
             )
     if not rows:
         return None
@@ -124,7 +126,9 @@ def _by_kind(stages: Sequence[Mapping]) -> Figure | None:
         title="Which matrices tasks share",
         units="All tasks' agreement beyond chance by layer (down) and kind of matrix (across): 0 is chance, 1 is identical.",
         sentence=sentences.agreement_by_kind(stages),
-        panels=[(_named(s), lambda ax, s=s: plots.agreement_by_kind(s["agreement"], ax, limit=limit)) for s in stages],
+        panels=[
+            (stage_name(s), lambda ax, s=s: plots.agreement_by_kind(s["agreement"], ax, limit=limit)) for s in stages
+        ],
         height=150 + 17 * min(max(layers, 3), 36),
         header=["stage", "matrix", "layer", "beyond chance"],
         rows=rows,
@@ -149,14 +153,14 @@ def _affinity(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure:
             def draw(ax: Axes, matrix=matrix, label=label, limit=limits[key], diverging=diverging) -> Axes:
                 return plots.affinity(matrix, tasks, ax, label=label, limit=limit, diverging=diverging)
 
-            panels.append((f"{label}, {_named(stage)}", draw))
+            panels.append((f"{label}, {stage_name(stage)}", draw))
         cells = off_diagonal(stage["affinity"]["importance"])
         wanted = list(cells)
         if len(tasks) > NAMES_UP_TO:
             wanted = list({p for key in labels for p in extremes(off_diagonal(stage["affinity"][key]))})
         hidden = len(cells) - len(wanted)
         rows += [
-            [_named(stage), tasks[i], tasks[j], *(stage["affinity"][key][i][j] for key in labels)]
+            [stage_name(stage), tasks[i], tasks[j], *(stage["affinity"][key][i][j] for key in labels)]
             for i, j in sorted(wanted)
         ]
     return Figure(
@@ -193,12 +197,12 @@ def _keepers(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure | None:
         units="Share of each layer's prunable weights by the number of tasks whose own mask keeps them.",
         sentence=sentences.keepers(stages[-1], *values[-1], "prunable weights"),
         panels=[
-            (_named(s), lambda ax, value=value: plots.keepers(*value, ax))
+            (stage_name(s), lambda ax, value=value: plots.keepers(*value, ax))
             for s, value in zip(stages, values, strict=True)
         ],
         header=["stage", "layer", *_shares(len(tasks))],
         rows=[
-            [_named(s), n, *kept]
+            [stage_name(s), n, *kept]
             for s, value in zip(stages, values, strict=True)
             for n, kept in zip(*value, strict=True)
         ],
@@ -215,16 +219,11 @@ def _keepers_by_kind(stage: Mapping, tasks: Sequence[str]) -> Figure | None:
         for kind in kinds
     }
     alone = {k: sum(number(row["kept_by"][1]) for row in rows[k]) / len(rows[k]) for k in kinds}
-    low, high = min(kinds, key=alone.__getitem__), max(kinds, key=alone.__getitem__)
-    what = "one task alone keeps" if several(tasks) else "the task keeps"
     return Figure(
         name="keepers-by-matrix",
         title="Who keeps what, by matrix",
-        units=f"Share of each matrix's weights by the number of tasks whose own mask keeps them, {_named(stage)}.",
-        sentence=f"On the mean of all layers {what} most of {high} ({100 * alone[high]:.0f} %) and least of {low} "
-        f"({100 * alone[low]:.0f} %)."
-        if round(100 * alone[high]) != round(100 * alone[low])
-        else f"Of every kind of matrix {what} the same share ({100 * alone[high]:.0f} %): there is no difference to see.",
+        units=f"Share of each matrix's weights by the number of tasks whose own mask keeps them, {stage_name(stage)}.",
+        sentence=sentences.keepers_by_kind(alone, tasks),
         panels=[
             (kind, lambda ax, k=kind: plots.keepers([r["layer"] for r in rows[k]], [r["kept_by"] for r in rows[k]], ax))
             for kind in kinds
@@ -240,7 +239,7 @@ def _heads(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure | None:
     if not stages:
         return None
     rows = [
-        [_named(stage), part["layer"], head, ", ".join(kept) or "none"]
+        [stage_name(stage), part["layer"], head, ", ".join(kept) or "none"]
         for stage in stages
         for part in stage["parts"]
         if part["granularity"] == "head"
@@ -252,7 +251,7 @@ def _heads(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure | None:
         title="Which heads serve which tasks",
         units="Heads, down, layer by layer; tasks, across. Filled where the task's own mask keeps the head.",
         sentence=sentences.heads(stages[-1], tasks),
-        panels=[(_named(s), lambda ax, s=s: plots.heads(s["parts"], tasks, ax)) for s in stages],
+        panels=[(stage_name(s), lambda ax, s=s: plots.heads(s["parts"], tasks, ax)) for s in stages],
         height=min(900, 160 + max(180, 7 * count)),
         header=["stage", "layer", "head", "kept for"],
         rows=rows,
@@ -274,9 +273,9 @@ def _neurons(stages: Sequence[Mapping]) -> Figure | None:
         title="How many tasks a neuron serves",
         units="Share of each layer's FFN neurons by the number of tasks whose own mask keeps them; the table has counts.",
         sentence=sentences.keepers(stage, layers, kept, "neurons"),
-        panels=[(_named(s), lambda ax, n=n, k=k: plots.keepers(n, k, ax, what="neurons")) for s, n, k, _ in values],
+        panels=[(stage_name(s), lambda ax, n=n, k=k: plots.keepers(n, k, ax, what="neurons")) for s, n, k, _ in values],
         header=["stage", "layer", "neurons", *_shares(len(parts[0]["kept_by"]) - 1)],
-        rows=[[_named(s), p["layer"], p["count"], *p["kept_by"]] for s, _, _, parts in values for p in parts],
+        rows=[[stage_name(s), p["layer"], p["count"], *p["kept_by"]] for s, _, _, parts in values for p in parts],
     )
 
 

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_disparse.masks import packed_bytes
+
 
 @torch.no_grad()
 def footprint(model: nn.Module) -> list[dict[str, Any]]:
@@ -21,15 +23,14 @@ def footprint(model: nn.Module) -> list[dict[str, Any]]:
         if not own:
             continue
         seen |= {id(p) for p in own.values()}
-        nonzeros = {key: int(torch.count_nonzero(p)) for key, p in own.items()}
         multiplies = isinstance(module, nn.Linear)
         rows.append(
             {
                 "module": name,
                 "parameters": sum(p.numel() for p in own.values()),
-                "nonzeros": sum(nonzeros.values()),
+                "nonzeros": sum(int(torch.count_nonzero(p)) for p in own.values()),
                 "bytes_dense": sum(p.nbytes for p in own.values()),
-                "bytes_packed": sum(_packed(key, p, nonzeros[key]) for key, p in own.items()),
+                "bytes_packed": sum(_packed(key, p) for key, p in own.items()),
                 "multiplications": module.weight.numel() if multiplies else 0,
                 "multiplications_left": int(torch.count_nonzero(module.weight)) if multiplies else 0,
             }
@@ -37,8 +38,6 @@ def footprint(model: nn.Module) -> list[dict[str, Any]]:
     return rows
 
 
-def _packed(key: str, parameter: nn.Parameter, nonzeros: int) -> int:
-    if key != "weight" or parameter.ndim != 2:
-        return parameter.nbytes
-    rows, columns = parameter.shape
-    return min(parameter.nbytes, nonzeros * parameter.element_size() + rows * -(-columns // 8))
+def _packed(key: str, parameter: nn.Parameter) -> int:
+    is_matrix = key.endswith("weight") and parameter.ndim == 2
+    return min(parameter.nbytes, packed_bytes(parameter)) if is_matrix else parameter.nbytes

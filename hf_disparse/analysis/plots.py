@@ -22,6 +22,7 @@ from hf_disparse.analysis.values import (
     TASKS_UP_TO,
     kind_names,
     lines_of,
+    method_name,
     named_pairs,
     named_tasks,
     number,
@@ -249,7 +250,7 @@ def comparison(rows: Sequence[Mapping], ax: Axes) -> Axes:
     lines: dict[str, list[Mapping]] = {}
     for row in rows:
         if row is not dense:
-            lines.setdefault(f"{row['method']} {row['criterion']}".rstrip(), []).append(row)
+            lines.setdefault(method_name(row), []).append(row)
     levels = sorted({row["sparsity"] for some in lines.values() for row in some})
     gap = min((b - a for a, b in itertools.pairwise(levels)), default=0.1)
     for i, (name, some) in enumerate(lines.items()):

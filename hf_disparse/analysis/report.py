@@ -1,5 +1,6 @@
 """An analysis, or a comparison, as one HTML page that needs no network, and its figures as PNG and SVG. Layer 7."""
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,13 +9,15 @@ from hf_disparse.config import UserError
 REPORT_NAME, COMPARISON_NAME, FIGURES_NAME = "report.html", "compare.html", "figures"
 
 
+def missing_libraries() -> list[str]:
+    """What of matplotlib and jinja2 is not installed."""
+    return [name for name in ("jinja2", "matplotlib") if importlib.util.find_spec(name) is None]
+
+
 def require_libraries() -> None:
     """Raises UserError unless matplotlib and jinja2 are there; for whoever wants to know before a long computation."""
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UserError(f'report: {error}; try: pip install "hf_disparse[plot]"') from None
+    if missing := missing_libraries():
+        raise UserError(f'report: No module named {missing[0]!r}; try: pip install "hf_disparse[plot]"')
 
 
 def write_report(analysis: Mapping, folder: str | Path) -> Path:

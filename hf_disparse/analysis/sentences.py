@@ -7,16 +7,17 @@ import math
 from collections.abc import Mapping, Sequence
 
 from hf_disparse.analysis.values import (
-    STAGES,
     curve_tasks,
     extremes,
     kind_names,
     lines_of,
     loss,
     mean_of,
+    method_name,
     number,
     off_diagonal,
     several,
+    stage_name,
     together,
 )
 
@@ -25,6 +26,7 @@ _ENOUGH = 0.5  # of the bootstrap samples; a watershed that fewer have is no fin
 
 
 def agreement(stages: Sequence[Mapping]) -> str:
+    """Where all tasks agree most and least at the last stage, and the watersheds of all stages."""
     last = stages[-1]
     lines = lines_of(last["agreement"], "all")
     if not lines:
@@ -61,14 +63,15 @@ def watersheds(stages: Sequence[Mapping]) -> str:
             told += f" ({mark['low']} to {mark['high']})"
         told += f", in {_percent(mark['share'])} of the bootstrap samples"
         told += ", too few to rely on" if mark["share"] < _ENOUGH else ""
-        where.setdefault(told, []).append(STAGES.get(stage["name"], stage["name"]))
+        where.setdefault(told, []).append(stage_name(stage))
     told = [f"{' and '.join(names)} it is {place}" for place, names in where.items()]
-    rest = [STAGES.get(stage["name"], stage["name"]) for stage in stages if stage not in found]
+    rest = [stage_name(stage) for stage in stages if stage not in found]
     told += [f"{' and '.join(rest)} there is none"] if rest else []
     return f"The watershed, where agreement falls for good: {'; '.join(told)}."
 
 
 def agreement_by_kind(stages: Sequence[Mapping]) -> str:
+    """Which kinds of matrices tasks share most and least at the last stage."""
     last = stages[-1]
     means, widths = {}, []
     for kind in kind_names(last["agreement"]):
@@ -88,12 +91,13 @@ def agreement_by_kind(stages: Sequence[Mapping]) -> str:
 
 
 def affinity(stage: Mapping, tasks: Sequence[str]) -> str:
+    """Which two tasks are most and least alike, and how many pairs pull against each other."""
     if not several(tasks):
         return ONE_TASK
     told = []
-    for key, most, least in (
-        ("importance", "share most of what matters to them", "least"),
-        ("gradient_cosine", "have the gradients most alike", "least"),
+    for key, most in (
+        ("importance", "share most of what matters to them"),
+        ("gradient_cosine", "have the gradients most alike"),
     ):
         values = off_diagonal(stage["affinity"][key])
         ends = extremes(values)
@@ -104,7 +108,7 @@ def affinity(stage: Mapping, tasks: Sequence[str]) -> str:
         else:
             low, high = ends
             told.append(
-                f"{_both(tasks, high)} {most} ({values[high]:.2f}), {_both(tasks, low)} {least} ({values[low]:.2f})."
+                f"{_both(tasks, high)} {most} ({values[high]:.2f}), {_both(tasks, low)} least ({values[low]:.2f})."
             )
     values = [v for v in off_diagonal(stage["affinity"]["gradient_cosine"]).values() if math.isfinite(v)]
     against = sum(value < 0 for value in values)
@@ -137,7 +141,18 @@ def keepers(stage: Mapping, layers: Sequence[int], kept_by: Sequence[Sequence[fl
     return told + "."
 
 
+def keepers_by_kind(alone: Mapping[str, float], tasks: Sequence[str]) -> str:
+    """Of which kind of matrix one task alone keeps most and least: kind -> that share, on the mean of all layers."""
+    what = "one task alone keeps" if several(tasks) else "the task keeps"
+    low, high = min(alone, key=alone.__getitem__), max(alone, key=alone.__getitem__)
+    least, most = (f"{100 * alone[kind]:.0f} %" for kind in (low, high))
+    if least == most:
+        return f"Of every kind of matrix {what} the same share ({most}): there is no difference to see."
+    return f"On the mean of all layers {what} most of {high} ({most}) and least of {low} ({least})."
+
+
 def heads(stage: Mapping, tasks: Sequence[str]) -> str:
+    """How many heads serve all tasks, one alone or none, and who has most of its own."""
     rows = [set(names) for part in stage["parts"] if part["granularity"] == "head" for names in part["heads"]]
     if not rows:
         return "No head was scored."
@@ -156,6 +171,7 @@ def heads(stage: Mapping, tasks: Sequence[str]) -> str:
 
 
 def cost_curve(curve: Mapping) -> str:
+    """The knee, what stays within the points asked for, who loses most and what training on recovers."""
     tasks, knee = curve_tasks(curve), curve["knee"] or {}
     told = []
     at = knee.get("average")
@@ -187,6 +203,8 @@ def cost_curve(curve: Mapping) -> str:
 
 
 def footprint(rows: Sequence[Mapping]) -> str:
+    """What is left of parameters, bytes and multiplications, and where most of it is."""
+
     def total(key: str) -> int:
         return sum(row[key] for row in rows)
 
@@ -203,6 +221,7 @@ def footprint(rows: Sequence[Mapping]) -> str:
 
 
 def comparison(rows: Sequence[Mapping]) -> str:
+    """The best method at the highest sparsity, and whether its lead may be chance."""
     pruned = [row for row in rows if row["method"] != "dense"]
     dense = next((row for row in rows if row["method"] == "dense"), None)
     if not pruned:
@@ -210,7 +229,7 @@ def comparison(rows: Sequence[Mapping]) -> str:
     top = max(row["sparsity"] for row in pruned)
     there = sorted((r for r in pruned if r["sparsity"] == top), key=lambda r: r["mean"]["average"], reverse=True)
     best = there[0]
-    told = f"At {_percent(top)} pruned {_method(best)} has the highest average ({best['mean']['average']:.1f})"
+    told = f"At {_percent(top)} pruned {method_name(best)} has the highest average ({best['mean']['average']:.1f})"
     if dense is not None:
         told += f", {best['mean']['average'] - dense['mean']['average']:+.1f} points against dense"
     told += "."
@@ -218,7 +237,7 @@ def comparison(rows: Sequence[Mapping]) -> str:
         second = there[1]
         lead = best["mean"]["average"] - second["mean"]["average"]
         spreads = [row["spread"]["average"] for row in (best, second)]
-        told += f" It leads {_method(second)} by {lead:.1f} points"
+        told += f" It leads {method_name(second)} by {lead:.1f} points"
         if None in spreads:
             told += ", of one seed each: that may be chance."
         elif lead <= max(spreads):
@@ -232,7 +251,7 @@ def comparison(rows: Sequence[Mapping]) -> str:
 
 
 def _when(stage: Mapping) -> str:
-    name = STAGES.get(stage["name"], stage["name"])
+    name = stage_name(stage)
     return name[:1].upper() + name[1:]
 
 
@@ -247,7 +266,3 @@ def _percent(share: float) -> str:
 
 def _both(tasks: Sequence[str], pair: tuple[int, int]) -> str:
     return f"{tasks[pair[0]]} and {tasks[pair[1]]}"
-
-
-def _method(row: Mapping) -> str:
-    return f"{row['method']} {row['criterion']}".rstrip()

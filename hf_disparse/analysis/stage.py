@@ -21,9 +21,8 @@ from hf_disparse.decision import Masks
 from hf_disparse.scores import GRADIENT_CRITERIA
 
 Tensors = Mapping[str, Tensor]
-Gradients = Iterable[
-    tuple[str, Iterable[Tensors]]
-]  # (task, its gradients batch by batch), as `scores.gradients` yields them
+# (task, its gradients batch by batch), as `scores.gradients` yields them
+Gradients = Iterable[tuple[str, Iterable[Tensors]]]
 
 
 @dataclass(frozen=True)
@@ -65,13 +64,8 @@ class Examination:
         sample: int = SAMPLE,
         seed: int = 0,
     ):
-        self.weights, self.criterion, self.sparsity, self.sites, self.seed = (
-            weights,
-            criterion,
-            sparsity,
-            sites or {},
-            seed,
-        )
+        self.weights, self.criterion, self.sparsity = weights, criterion, sparsity
+        self.sites, self.seed = sites or {}, seed
         live = {name: weight.detach().cpu() != 0 for name, weight in weights.items()}
         self.live = None if all(bool(alive.all()) for alive in live.values()) else live
         self.sample = draw_sample(live, sample, seed)

@@ -26,6 +26,16 @@ def mean_of(values: Iterable[float | None]) -> float:
     return fmean(finite) if finite else math.nan
 
 
+def stage_name(stage: Mapping) -> str:
+    """A stage as figures call it."""
+    return STAGES.get(stage["name"], stage["name"])
+
+
+def method_name(row: Mapping) -> str:
+    """A row of a comparison as tables and figures call it."""
+    return f"{row['method']} {row['criterion']}".rstrip()
+
+
 def several(tasks: Sequence) -> bool:
     """Whether there is anything to compare."""
     return len(tasks) > 1

@@ -25,7 +25,7 @@ from hf_disparse.export.folder import (
     open_weights,
     weight_files,
 )
-from hf_disparse.masks import BITS
+from hf_disparse.masks import BITS, packed_bytes
 
 BITMASK = "_bitmask"
 
@@ -126,7 +126,7 @@ def _packed(
         floating = tensor.is_floating_point()
         tensor = tensor.detach().to("cpu", dtype if floating else None)
         sizes["dense_bytes"] += tensor.nbytes
-        if name.endswith("weight") and tensor.ndim == 2 and floating and _packed_bytes(tensor) < tensor.nbytes:
+        if name.endswith("weight") and tensor.ndim == 2 and floating and packed_bytes(tensor) < tensor.nbytes:
             values, bitmask = pack(tensor)
             stored |= {name: values, name + BITMASK: bitmask}
             sizes["packed_bytes"] += values.nbytes + bitmask.nbytes
@@ -135,8 +135,3 @@ def _packed(
         else:
             stored[name] = tensor
     return stored
-
-
-def _packed_bytes(weight: Tensor) -> int:
-    """What `pack` would make of it, before it takes memory for that."""
-    return int(torch.count_nonzero(weight)) * weight.element_size() + weight.shape[0] * -(-weight.shape[1] // 8)
