@@ -1,12 +1,13 @@
-"""What a machine does to a run, said in two lines: disks that fill up, processes that are gone. Layer 1."""
+"""What a machine does to a run, said in two lines: disks that fill up, files torn, processes that are gone. Layer 1."""
 
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch.distributed
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from hf_disparse.config import UserError, one_line
 
@@ -38,6 +39,17 @@ def _free(folder: Path) -> str:
     except OSError:
         return ""
     return f" ({free / 1e6:,.1f} MB are free there)"
+
+
+@contextmanager
+def open_safetensors(path: str | Path) -> Iterator[Any]:
+    """A safetensors file, open, its header checked against its size; one that is not whole is the user's to mend."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        got = f"a file that does not parse ({one_line(error)})"
+        raise UserError(f"{path}: expected whole safetensors, got {got}; write or download it again") from None
 
 
 @contextmanager

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hf_disparse.config import FORMAT_VERSION, UserError
 from hf_disparse.distributed import add_up
+from hf_disparse.faults import open_safetensors
 from hf_disparse.low_rank import dense_size
 from hf_disparse.sharded import is_sharded, local
 
@@ -130,19 +130,17 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: there is no such file; was this checkpoint written by hf_disparse?")
-    try:
-        with safe_open(str(path), framework="pt") as file:
+    with open_safetensors(path) as file:
+        names = set(file.keys())
+        try:
             shapes = json.loads((file.metadata() or {}).get("shapes", "null"))
-            names = set(file.keys())
-            if not isinstance(shapes, dict) or set(shapes) != names:
-                raise UserError(
-                    f"{path}: expected the shapes of its {len(names)} masks in the metadata, got others or none"
-                )
-            return {name: _unpack(file, name, shape, path) for name, shape in shapes.items()}
-    except UserError:
-        raise
-    except (SafetensorError, ValueError, RecursionError) as error:  # the last two are json's
-        raise UserError(f"{path}: expected whole packed masks, got a file that does not parse ({error})") from None
+        except (ValueError, RecursionError):
+            shapes = None
+        if not isinstance(shapes, dict) or set(shapes) != names:
+            raise UserError(
+                f"{path}: expected the shapes of its {len(names)} masks in the metadata, got others or none"
+            )
+        return {name: _unpack(file, name, shape, path) for name, shape in shapes.items()}
 
 
 def _unpack(file, name: str, shape: list[int], path: str | Path) -> Tensor:

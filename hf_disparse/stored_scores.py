@@ -7,16 +7,14 @@ come out bit for bit.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_disparse.config import FORMAT_VERSION, UserError, one_line
+from hf_disparse.config import FORMAT_VERSION, UserError
+from hf_disparse.faults import open_safetensors
 
 SCORES_FOLDER = "scores"
 _DTYPES = {"F32": torch.float32, "F64": torch.float64}
@@ -51,7 +49,7 @@ def scored_tasks(folder: str | Path) -> dict[str, Path]:
     """
     places = {}
     for path in sorted(Path(folder, SCORES_FOLDER).glob("*.safetensors")):
-        with _open(path) as file:
+        with open_safetensors(path) as file:
             metadata = file.metadata() or {}
         version, place = metadata.get("version"), metadata.get("place", "")
         if version != str(FORMAT_VERSION) or not (place.isascii() and place.isdigit() and len(place) < 10):
@@ -74,7 +72,7 @@ def load_scores(path: str | Path, like: Mapping[str, Tensor]) -> tuple[dict[str,
     Raises:
         UserError: a file that is not whole, or the scores of other weights.
     """
-    with _open(path) as file:
+    with open_safetensors(path) as file:
         names = set(file.keys())
         for name in sorted(names ^ set(like)):
             which = "the model has none of that name" if name in names else "the file has none"
@@ -90,13 +88,3 @@ def load_scores(path: str | Path, like: Mapping[str, Tensor]) -> tuple[dict[str,
             raise UserError(f"{path}: expected finite scores, got NaN or infinity in '{name}'")
     masks = {name: ~torch.signbit(tensor) for name, tensor in scores.items()}
     return {name: tensor.abs_() for name, tensor in scores.items()}, masks
-
-
-@contextmanager
-def _open(path: str | Path) -> Iterator[Any]:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        got = f"a file that does not parse ({one_line(error)})"
-        raise UserError(f"{path}: expected whole safetensors, got {got}") from None

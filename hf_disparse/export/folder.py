@@ -13,14 +13,13 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_disparse.adapters import ADAPTER_FOLDER
 from hf_disparse.config import UserError, one_line
 from hf_disparse.export.form import FORM_VERSION, METHOD
-from hf_disparse.faults import writing
+from hf_disparse.faults import open_safetensors, writing
 from hf_disparse.model import MultitaskConfig, MultitaskModel
 from hf_disparse.tasks import resolve
 
@@ -106,22 +105,11 @@ def weight_files(folder: Path) -> list[Path]:
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise UserError(f"{folder}: {INDEX_NAME} names the file {name!r}, which is not in that folder")
-        with open_weights(folder / name) as stored:
+        with open_safetensors(folder / name) as stored:
             lost = {tensor for tensor, place in places.items() if place == name} - set(stored.keys())
         if lost:
             raise UserError(f"{folder / name}: expected the weight {min(lost)}, as {INDEX_NAME} has it, got none")
     return [folder / name for name in names]
-
-
-@contextmanager
-def open_weights(path: Path) -> Iterator[Any]:
-    """A safetensors file, open; one that is not whole is the user's to mend."""
-    try:
-        with safe_open(path, framework="pt") as stored:
-            yield stored
-    except (SafetensorError, OSError) as error:
-        got = f"a file that does not parse ({one_line(error)})"
-        raise UserError(f"{path}: expected whole safetensors, got {got}; write or download it again") from None
 
 
 def open_model(model: PreTrainedModel | str | Path) -> tuple[PreTrainedModel, Path | None]:

@@ -15,9 +15,10 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantizer
 
 from hf_disparse.config import UserError
-from hf_disparse.export.folder import CONFIG_NAME, WEIGHTS_NAME, digests, open_weights, read_json
+from hf_disparse.export.folder import CONFIG_NAME, WEIGHTS_NAME, digests, read_json
 from hf_disparse.export.form import METHOD, StoredForm
 from hf_disparse.export.packed import BITMASK, fill, zeros
+from hf_disparse.faults import open_safetensors
 from hf_disparse.shapes import rebuild
 from hf_disparse.unshared import UnsharedLayers
 
@@ -140,7 +141,7 @@ def check_header(path: Path) -> None:
     Raises:
         UserError: with the name of the file or the tensor.
     """
-    with open_weights(path) as stored:
+    with open_safetensors(path) as stored:
         shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
     for name in shapes:
         if name.endswith(f"weight{BITMASK}") and len(shapes.get(name.removesuffix(BITMASK), ())) != 1:
@@ -153,7 +154,7 @@ def check_factors(path: Path, structure: dict) -> None:
     Raises:
         UserError: with the name of the module.
     """
-    with open_weights(path) as stored:
+    with open_safetensors(path) as stored:
         names = list(stored.keys())
     for module in structure.get("ranks", {}):
         for factor in ("down", "up"):

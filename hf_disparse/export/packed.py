@@ -22,9 +22,9 @@ from hf_disparse.export.folder import (
     describe,
     model_folder,
     new_folder,
-    open_weights,
     weight_files,
 )
+from hf_disparse.faults import open_safetensors
 from hf_disparse.masks import BITS, packed_bytes
 
 BITMASK = "_bitmask"
@@ -110,7 +110,7 @@ def save_packed(
 
 
 def _read(file: Path) -> Iterator[tuple[str, Tensor]]:
-    with open_weights(file) as stored:
+    with open_safetensors(file) as stored:
         for name in stored.keys():  # noqa: SIM118, a safe_open has no iterator
             yield name, stored.get_tensor(name)
 
