@@ -3,6 +3,7 @@
 import gc
 import os
 
+import pytest
 from hypothesis import settings
 
 if os.environ.get("PYTEST_XDIST_WORKER"):  # as many processes as cores: a thread each, in children, too
@@ -18,3 +19,16 @@ def pytest_collection_finish():
     """Accelerate collects garbage at every training: half a second each, unless what was imported is left out."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> dict:
+    """A recipe whose encoder and data are there; tests run it into folders of their own. Some files have another one."""
+    from tests.cli_helpers import write_inputs  # not above: torch reads OMP_NUM_THREADS as it is imported
+
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def recipe(inputs, tmp_path) -> dict:
+    return {**inputs, "output_dir": str(tmp_path / "run")}

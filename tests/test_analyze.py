@@ -12,17 +12,12 @@ from hf_disparse.analysis import agreement, footprint, knee, watershed
 from hf_disparse.model import prunable_parameters
 from hf_disparse.recipes import read_recipe
 from hf_disparse.tasks import average
-from tests.cli_helpers import hf_disparse, refused, snapshot, write_inputs, write_recipe
+from tests.cli_helpers import hf_disparse, refused, snapshot, write_recipe
 from tests.test_trainer import multitask_trainer
 
 torch.set_num_threads(1)
 STAGES = ["before training", "dense", "sparse"]
 ROW = ["layer", "kind", "tasks", "iou", "chance", "beyond_chance", "low", "high"]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> dict:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")

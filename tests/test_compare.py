@@ -1,58 +1,25 @@
-"""`hf-disparse compare`: which cells there are, that all have the same budget, and what stopping and failing leave."""
+"""`hf-disparse compare`: its cells are what `train` makes, what stopping and failing leave, and the table."""
 
 import csv
 import json
 import math
-import re
 import shutil
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from hf_disparse import DisparseTrainer, PruningConfig, compare, run
-from hf_disparse.cells import METHODS, Cell, grid, recipe_of, scoring_batches
+from hf_disparse import DisparseTrainer, compare, run
+from hf_disparse.cells import METHODS, Cell
 from hf_disparse.recipes import parse_recipe
 from hf_disparse.trainer.methods import saliency
-from tests.cli_helpers import changed, hf_disparse, refused, snapshot, without, write_csv, write_inputs, write_recipe
+from tests.cli_helpers import changed, hf_disparse, refused, snapshot, without, write_csv
+from tests.comparing import ASKS, compared, parsed_table, write_comparison
 from tests.tiny import VOCABULARY
 
 torch.set_num_threads(1)
 
-# What each method asks for, given the criterion fisher; the recipe's own pruning section asks for a quorum of 2.
-ASKS = {
-    "dense": {"sparsity": 0.0},
-    "random": {"sparsity": 0.7, "criterion": "random", "decision": "unanimous", "quorum": 1},
-    "magnitude": {"sparsity": 0.7, "criterion": "magnitude", "decision": "unanimous", "quorum": 1},
-    "joint": {"sparsity": 0.7, "criterion": "fisher", "decision": "joint", "quorum": 1},
-    "unanimous": {"sparsity": 0.7, "criterion": "fisher", "decision": "unanimous", "quorum": 1},
-    "quorum2": {"sparsity": 0.7, "criterion": "fisher", "decision": "quorum", "quorum": 2},
-    "sum": {"sparsity": 0.7, "criterion": "fisher", "decision": "sum", "quorum": 1},
-    "max": {"sparsity": 0.7, "criterion": "fisher", "decision": "max", "quorum": 1},
-    "mean": {"sparsity": 0.7, "criterion": "fisher", "decision": "mean_rank", "quorum": 1},
-    "quorum1": {"sparsity": 0.7, "criterion": "fisher", "decision": "unanimous", "quorum": 1},
-}
-_PARTS = {"granularity": ["head", "neuron"]}
-OTHERS = {
-    "reinitialise": {**ASKS["unanimous"], "reinitialise": True},
-    "2:4": {**ASKS["unanimous"], "sparsity": 0.5, "granularity": "2:4"},
-    "block4x4": {**ASKS["unanimous"], "granularity": "block4x4"},
-    "parts": {**ASKS["unanimous"], **_PARTS},
-    "agreement": {**ASKS["joint"], **_PARTS, "criterion": "agreement"},
-    "dynamic": {"sparsity": 0.7, "method": "dynamic", "score_batches": 1},
-    "rigl": {"sparsity": 0.7, "method": "dynamic", "decision": "joint", "score_batches": 1},
-    "movement": {"sparsity": 0.7, "method": "movement"},
-    "movement_joint": {"sparsity": 0.7, "method": "movement", "decision": "joint"},
-    "movement_soft": {"sparsity": 0.7, "method": "movement", "mode": "soft"},
-    "platon": {"sparsity": 0.7, "method": "platon"},
-    "platon_joint": {"sparsity": 0.7, "method": "platon", "decision": "joint"},
-    "l0": {"sparsity": 0.7, "method": "l0"},
-    "rank": {"sparsity": 0.7, "method": "rank", "criterion": "fisher", "decision": "unanimous"},
-    "flop": {"sparsity": 0.7, "method": "flop"},
-    "group_lasso": {"sparsity": 0.7, "method": "group_lasso"},
-}
 FIRST, LATER = list(ASKS)[:6], list(ASKS)[6:]
 ORDER = ["dense", *(method for method in METHODS if method in FIRST[1:])]  # of a table
 COMMAND = ("--methods", ",".join(FIRST), "--seeds", "1,2")
@@ -62,33 +29,6 @@ PAGE = ("compare.html", "figures/comparison.png", "figures/comparison.svg")
 REPORTS = ("compare.json", "compare.md", *PAGE)
 
 
-def compared(recipe: dict, *words: str) -> SimpleNamespace:
-    """`hf-disparse compare`; counts trainings by their folder, and the backward passes torch was asked for in cells."""
-    folder = Path(recipe["output_dir"] + "-compare")
-    trainings, passes, place, train = Counter(), Counter(), [], DisparseTrainer.train
-
-    def training(self, *args, **kwargs):
-        place.append(str(Path(self.args.output_dir).relative_to(folder)))
-        trainings[place[-1]] += 1
-        return train(self, *args, **kwargs)
-
-    def counting(function):
-        def counted(*args, **kwargs):
-            passes[place[-1]] += place[-1].startswith("cells/")
-            return function(*args, **kwargs)
-
-        return counted
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DisparseTrainer, "train", training)
-        patch.setattr(torch.Tensor, "backward", counting(torch.Tensor.backward))
-        patch.setattr(torch.autograd, "grad", counting(torch.autograd.grad))
-        status, out, err = hf_disparse("compare", write_recipe(folder.parent, recipe), *words)
-    report = json.loads((folder / "compare.json").read_text()) if (folder / "compare.json").is_file() else None
-    seen = {"trainings": trainings, "passes": {Path(place).name: number for place, number in passes.items() if number}}
-    return SimpleNamespace(status=status, out=out, err=err, report=report, folder=folder, **seen)
-
-
 def figures(folder: Path) -> dict[str, dict]:
     """Cell -> its metrics, of all that are finished."""
     return {path.stem: json.loads(path.read_text())["metrics"] for path in Path(folder, "cells").glob("*.json")}
@@ -96,19 +36,7 @@ def figures(folder: Path) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> dict:
-    """A task of two classes, and one of regression whose correlations tell models apart; pruning asks for a quorum of 2."""
-    folder = tmp_path_factory.mktemp("inputs")
-    recipe = write_inputs(folder)
-    real = {"data": str(write_csv(folder / "real.csv", [0.1, 0.4, 1.0], rows=40, seed=5)), "columns": "text"}
-    real |= {"problem_type": "regression", "validation_fraction": 0.25, "metric": ["pearson", "spearmanr"]}
-    recipe["tasks"] = {"two": recipe["tasks"]["two"], "real": real}
-    recipe["pruning"] |= {"criterion": "fisher", "decision": "quorum", "quorum": 2}
-    return changed(recipe, "training.learning_rate", 1e-2)
-
-
-@pytest.fixture
-def recipe(inputs, tmp_path) -> dict:
-    return {**inputs, "output_dir": str(tmp_path / "run")}
+    return write_comparison(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")
@@ -131,65 +59,6 @@ def extended(finished, inputs, tmp_path_factory) -> tuple[SimpleNamespace, Simpl
     return methods, seeds
 
 
-# The grid
-
-
-def test_the_grid_goes_seed_by_seed_and_holds_no_cell_twice():
-    methods = ["dense", "random", "magnitude", "joint", "unanimous", "joint"]
-    cells = grid(methods, ["snip", "fisher", "snip"], [0.5, 0.7, 0.5], [3, 1, 3])
-    both = [(method, criterion) for method in ("joint", "unanimous") for criterion in ("snip", "fisher")]
-    once = [("random", ""), ("magnitude", ""), *both]
-    wanted = []
-    for seed in (3, 1):
-        wanted += [("dense", "", 0.0, seed), *((*c, 0.5, seed) for c in once), *((*c, 0.7, seed) for c in once)]
-    assert [(c.method, c.criterion, c.sparsity, c.seed) for c in cells] == wanted
-    assert len({cell.name for cell in cells}) == 2 * (1 + 2 * 6)
-
-
-def test_close_sparsities_have_files_of_their_own():
-    assert len({cell.name for cell in grid(["sum"], ["snip"], [0.7000001, 0.7000002], [1])}) == 2
-
-
-@pytest.mark.parametrize("method", [*ASKS, *OTHERS])
-def test_a_method_asks_for_its_criterion_and_decision(method):
-    (cell,) = grid([method], ["fisher"], [0.7], [1])
-    asked = cell.pruning({"decision": "quorum", "quorum": 2})
-    assert asked == {**(ASKS | OTHERS)[method], "keep_scores": False}
-    PruningConfig.from_dict(asked)  # which refuses a quorum where none is
-
-
-def test_every_method_is_tested_and_in_the_help():
-    assert set(METHODS) == (ASKS | OTHERS).keys() - {"quorum1", "2:4", "block4x4"}
-    status, out, _ = hf_disparse("compare", "--help")
-    said = re.sub(r"[\s│]+", " ", out)
-    assert status == 0 and "Example: hf-disparse compare " in said
-    assert "dense, random, magnitude, joint, sum, max, mean, quorum2 (or another number), unanimous" in said
-
-
-@pytest.mark.parametrize(
-    ("word", "said"),
-    [
-        ("--methods=dense,unanimus", "--methods: unknown method 'unanimus'; did you mean 'unanimous'"),
-        ("--methods=quorum0", "--methods: unknown method 'quorum0'"),
-        ("--methods=quorum3", "quorum: expected at most the number of tasks, 2, got 3"),
-        ("--methods= , ", "--methods: expected values with commas"),
-        ("--criteria=snipp", "--criteria: unknown criterion 'snipp'; did you mean 'snip'"),
-        *((f"--sparsities=0.5,{x}", "--sparsities: expected numbers in (0, 1)") for x in ("0", "1", "-0.5", "nan")),
-        ("--sparsities=half", "--sparsities: expected values with commas between them, got 'half'"),
-        ("--seeds=1,x", "--seeds: expected values with commas between them, got '1,x'"),
-        ("--seeds=-1", "seed: expected a whole number of at least 0 and below 2^32, got -1"),
-        ("--set=training.max_steps=-1", "recovery.max_steps: expected a number of steps"),  # as in a recipe of epochs
-        pytest.param("--set=pruning.target_modules=[nothing]", "matches target_modules"),
-        pytest.param("--set=pruning.start_step=4", "the last pruning is at step 4"),
-    ],
-)
-def test_what_cannot_be_compared_is_refused_before_anything_is_written(recipe, tmp_path, word, said):
-    path = write_recipe(tmp_path, recipe)
-    before = snapshot(tmp_path)
-    refused("compare", path, "--methods", "dense,joint", "--seeds", "1", word, names=(said,))
-    assert snapshot(tmp_path) == before
-
-
 # The budget: 4 steps, and 2 batches of each of 2 tasks to score
 
 
@@ -197,59 +66,6 @@ def test_every_cell_has_the_backward_passes_that_the_report_states(finished):
     assert finished.passes == dict.fromkeys(figures(finished.folder), 4 + 2 * 2) and len(finished.passes) == 12
     assert {row["backward_passes"] for row in finished.report["rows"]} == {8}
     assert "had 8 backward passes" in finished.out
-
-
-CUBIC = {"pruning.schedule": "cubic", "pruning.start_step": 0, "pruning.update_every": 2, "pruning.end_step": 4}
-ALL = CUBIC | {"pruning.score_batches": 3, "recovery.max_steps": 6, "recovery.distillation": 0.5}
-TWO, THREE = ({"training.gradient_accumulation_steps": n} for n in (2, 3))
-SEVEN = {"training.gradient_accumulation_steps": 7, "pruning.score_batches": 7}
-FINE = CUBIC | {"pruning.end_step": 5, "pruning.update_every": 1, "recovery.max_steps": 6, "pruning.sparsity": 0.01}
-
-
-@pytest.mark.parametrize(
-    ("changes", "trained", "voted"),
-    [
-        (TWO, 8 * 2 // 2 + 4, 4 * 2 + 2 * 2),
-        (ALL | TWO | {"recovery.loss_weighting": "pcgrad"}, 24, 6 * 2 + 2 * 3 * 2),  # updates at steps 2 and 4
-        (ALL | TWO | {"helpers": ["real"], "pruning.quorum": 1}, 18, 6 * 2 + 1 * 3 * 2),  # one task has a vote
-        (THREE, 5 * 3 + 1, 4 * 3 + 2 * 2),  # an epoch has 16 batches, so its sixth step has 1
-        (SEVEN, 7 + 7 + 2 + 7 + 7 + 2, 7 + 7 + 2 + 7 + 2 * 7),  # an epoch has 16 batches, so its third step has 2
-        ({"pruning.sparsity": 0.0}, 8, 4 + 2 * 2),
-        (FINE, 6 + 5 * 2 * 2, 6 + 4 * 2 * 2),  # the last update prunes no weight more, so it does not score
-    ],
-)
-def test_every_cell_states_the_backward_passes_that_it_had(recipe, changes, trained, voted):
-    """They are equal but for what does not make a whole step."""
-    for key, value in changes.items():
-        recipe = changed(recipe, key, value)
-    sparsity = str(changes.get("pruning.sparsity") or 0.6)
-    done = compared(recipe, "--methods", "dense,magnitude,sum", "--sparsities", sparsity, "--seeds", "1")
-    assert done.status == 0, done.err
-    stated = {cell["method"]: cell["backward_passes"] for cell in done.report["cells"]}
-    assert stated == {"dense": trained, "magnitude": trained, "sum": voted}
-    assert {name.split("-")[0]: passes for name, passes in done.passes.items()} == stated
-    least, most = sorted((trained, voted))
-    assert f"had {least}{f' to {most}' if least < most else ''} backward passes" in done.out
-
-
-@pytest.mark.parametrize(
-    ("pruning", "budget"),
-    [
-        ({"method": "movement"}, 4),
-        ({"method": "dynamic", "update_every": 1, "criterion": "snip"}, 4 + 2 * 3),  # the first mask and 2 exchanges
-        ({"method": "rank", "score_batches": 2}, 4 + 2 * 2),
-        ({"granularity": "2:4", "sparsity": 0.5, "criterion": "magnitude", "score_batches": 2}, 4 + 2 * 2),
-        ({"granularity": ["head"], "criterion": "agreement", "decision": "joint", "score_batches": 2}, 4 + 2 * 2),
-    ],
-)
-def test_a_recipe_of_any_method_can_be_compared_with_every_method(recipe, pruning, budget):
-    """At 50 %, so that a recipe of a pattern can. Dynamic scores once a step at most."""
-    whole = parse_recipe({**recipe, "pruning": pruning, "recovery": {"max_steps": 4}})
-    for cell in grid([*METHODS, "2:4"], ["snip"], [0.5], [1]):
-        own = recipe_of(whole, cell)
-        steps = own.values["recovery"]["max_steps"]
-        over = steps + 2 * scoring_batches(own.pruning, steps) - budget
-        assert own.pruning.sparsity == cell.sparsity and 0 <= over <= 2 * own.pruning.score_batches, cell.name
 
 
 # Results, and their reuse
@@ -264,20 +80,6 @@ def test_a_cell_is_what_train_makes_of_its_recipe(extended, recipe, method):
     cell = json.loads(path.read_text())
     assert cell["metrics"] == results["sparse"] and cell["examples"] == results["examples"]
     assert {**cell["pruned"], "target": ASKS[method]["sparsity"]} == results["sparsity"]
-
-
-def test_every_other_method_prunes_on_the_same_budget(inputs, tmp_path):
-    """Two tasks, 4 steps and one scoring of 2 batches: 8 passes. Dynamic's growth batches may not fit to the last one."""
-    recipe = {**inputs, "output_dir": str(tmp_path / "run")}
-    recipe["recovery"] = {**recipe.get("recovery", {}), "max_steps": 4}
-    done = compared(recipe, "--methods", ",".join(OTHERS), "--sparsities", "0.5", "--seeds", "1")
-    assert done.status == 0 and not done.report["failed"], done.err
-    rows = {row["method"]: row for row in done.report["rows"]}
-    assert rows.keys() == OTHERS.keys()
-    for cell in done.report["cells"]:
-        assert cell["backward_passes"] == pytest.approx(8, abs=1), cell["method"]
-        atol = {"rank": 0.12, "flop": 0.12}.get(cell["method"], 0.01)  # a budget of components
-        assert cell["pruned"]["prunable"] == pytest.approx(0.5, abs=atol), cell["method"]
 
 
 def test_the_methods_differ_and_a_quorum_of_one_is_unanimity(extended):
@@ -431,13 +233,6 @@ def test_one_seed_has_no_spread_and_without_dense_there_is_no_difference():
     assert row["spread"] == dict.fromkeys(("average", "two", "real")) and row["against_dense"] is None
     dense, joint = compare.tabulate(dict([*DENSE.items()][2:]) | JOINT)  # seed 4 against 1, 2, 3
     assert dense["spread"]["two"] is None and joint["spread"]["two"] is not None and joint["against_dense"] is None
-
-
-def parsed_table(text: str) -> list[list[str]]:
-    """The cells of a Markdown table, without the line of dashes."""
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    assert all(set(cell) <= set("-:") for cell in lines[1])
-    return [lines[0], *lines[2:]]
 
 
 def check_table(text: str, rows: list[dict]) -> None:

@@ -73,6 +73,9 @@ def tiny_bert_config() -> BertConfig:
     return CONFIGS["bert"]()
 
 
+DENSE = 2 * (4 * 16 * 16 + 2 * 16 * 32)  # numbers in the matrices of the tiny model
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token per white-space word of VOCABULARY, BERT's special tokens and pair layout."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="[UNK]"))
