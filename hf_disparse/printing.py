@@ -85,8 +85,10 @@ def print_guard(guard: dict) -> None:
 def print_plan(plan: dict) -> None:
     """What a dry run found."""
     table = new_table("task", "training examples", "validation examples", "left out, unlabelled")
+    validation = plan["examples"]["validation"]
     for task, rows in plan["examples"]["train"].items():
-        table.add_row(task, f"{rows:,}", f"{plan['examples']['validation'][task]:,}", f"{plan['unlabelled'][task]:,}")
+        judged = f"{validation[task]:,}" if task in validation else "none, a helper"
+        table.add_row(task, f"{rows:,}", judged, f"{plan['unlabelled'][task]:,}")
     Console().print(table)
     print(f"prunable weights: {plan['prunable']:,} of {plan['parameters']:,} parameters. Nothing was trained.")
 

@@ -186,6 +186,14 @@ def test_dry_run_checks_everything_and_writes_nothing(recipe, tmp_path):
     assert snapshot(tmp_path) == before
 
 
+def test_dry_run_shows_a_helper_which_is_not_evaluated(recipe, tmp_path):
+    helped = changed(recipe, "tasks.third", recipe["tasks"]["two"]) | {"helpers": ["third"]}
+    status, out, err = hf_disparse("train", write_recipe(tmp_path, helped), "--dry-run")
+    assert status == 0, err
+    (row,) = [line for line in out.splitlines() if "third" in line]
+    assert [cell.strip() for cell in row.strip("│").split("│")] == ["third", "24", "none, a helper", "0"]
+
+
 @pytest.mark.parametrize("name", sorted(typer.main.get_command(cli.app).commands))
 def test_help_has_an_example(name):
     status, out, _ = hf_disparse(name, "--help")
