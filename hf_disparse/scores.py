@@ -172,7 +172,8 @@ def accumulate(
 ) -> dict[str, Tensor]:
     """Sums `reduce(g)` over the steps, where g is the sum of a step's gradients: one task's, or all tasks' when joint.
 
-    Shapes: per step, one list of gradients (None: no part in the loss) per task, in the order of `like` -> as `like`.
+    Shapes: per step, one list of gradients (None: no part in the loss) per task, in the order of `like` -> as `like`. The lists
+    are emptied on the way.
     """
     total = {name: torch.zeros_like(tensor, dtype=_wide(tensor)) for name, tensor in like.items()}
     for step in steps:
@@ -180,6 +181,8 @@ def accumulate(
             used = [g for g in gradients if g is not None]
             if used:
                 total[name] += reduce(sum(used[1:], start=used[0]).to(total[name].dtype))
+        for gradients in step:  # zip holds on to them while the next batch makes its own
+            gradients.clear()
     return total
 
 

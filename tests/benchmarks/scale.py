@@ -74,6 +74,23 @@ def _status(key: str) -> int:
     return 1024 * int(line.split()[1])
 
 
+def activations(model: MultitaskModel, batch: dict) -> int:
+    """Bytes that a forward pass keeps for its backward pass, beside the weights."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(**batch).loss
+    del loss
+    return sum(kept.values())
+
+
 def loopback() -> int:
     """Bytes that were sent on this machine so far."""
     (line,) = [line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:")]
@@ -114,9 +131,9 @@ def measure(layers: int, width: int, tasks: int, batches: int) -> dict[str, floa
         "update": update,
         "traffic_formula": formula / 1e6,
         "traffic": traffic / 1e6 if several else 0.0,
-        "scoring_formula": 12 * size / 1e6,
+        "scoring_formula": ((12 if several else 8) * size + activations(model.eval(), one["task0"][0])) / 1e6,
         "scoring_memory": memory["scoring"] / 1e6,
-        "deciding_formula": 24 * size / 1e6,
+        "deciding_formula": 36 * size / 1e6,
         "deciding_memory": memory["deciding"] / 1e6,
     }
 
