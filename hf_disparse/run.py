@@ -174,6 +174,8 @@ def prepare(
             rows, left_out = tokenize(raw[split], task, tokenizer, recipe.model.max_length)
             data[split][name] = rows
             unlabelled[name] += left_out
+    if "validation" not in splits:
+        return tokenizer, data, unlabelled
     if any(recipe.arguments(phase, recipe.output_dir).load_best_model_at_end for phase in ("dense", "sparse")):
         data["selection"] = {}
         for name, rows in data["validation"].items():

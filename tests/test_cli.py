@@ -186,6 +186,17 @@ def test_dry_run_checks_everything_and_writes_nothing(recipe, tmp_path):
     assert snapshot(tmp_path) == before
 
 
+def test_one_split_is_prepared_as_beside_the_other(recipe, tmp_path):
+    recipe = run.read_recipe(write_recipe(tmp_path, recipe))
+    both = run.prepare(recipe)[1]
+    for split in ("train", "validation"):
+        alone = run.prepare(recipe, splits=(split,))[1]
+        assert {name: rows.to_list() for name, rows in alone.pop(split).items()} == {
+            name: rows.to_list() for name, rows in both[split].items()
+        }
+        assert not alone
+
+
 def test_dry_run_shows_a_helper_which_is_not_evaluated(recipe, tmp_path):
     helped = changed(recipe, "tasks.third", recipe["tasks"]["two"]) | {"helpers": ["third"]}
     status, out, err = hf_disparse("train", write_recipe(tmp_path, helped), "--dry-run")
