@@ -92,7 +92,7 @@ def test_every_name_of_the_analysis_is_in_the_reference_and_documented():
 def test_the_readme_s_script_runs_as_it_stands(tmp_path):
     script = next(block for block in blocks("README.md", "python") if "DisparseTrainer(" in block)
     shorter = script.replace("max_steps=200", "max_steps=8").replace(
-        "start_step=60, end_step=140, update_every=20", "end_step=4, update_every=2"
+        "start_step=60, end_step=140, update_every=20, score_batches=16", "end_step=4, update_every=2, score_batches=2"
     )
     assert shorter != script
     done = subprocess.run([sys.executable, "-c", shorter], cwd=tmp_path, capture_output=True, text=True, timeout=600)
