@@ -5,6 +5,7 @@ An adapter is on the encoder while its own task runs, and off for every other on
 """
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -86,7 +87,8 @@ class TaskAdapters:
             raise UserError(
                 f"adapter_config.init_lora_weights: expected a bool, gaussian, eva or orthogonal, {_STAYS}, got {str(start)[:100]}"
             )
-        with self._whole_or_not(task):
+        with self._whole_or_not(task), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are the point
             try:
                 on_meta = empty and config.peft_type.value not in _NOT_ON_META
                 with torch.device("meta") if on_meta else nullcontext():
