@@ -102,7 +102,10 @@ class MultitaskModel(TaskAdapters, UnsharedLayers, PreTrainedModel):
     def __init__(self, config: MultitaskConfig):
         super().__init__(config)
         if config.encoder_config is None or not config.tasks:
-            raise UserError("MultitaskConfig: expected an encoder_config and at least one task, got none")
+            raise UserError(
+                "MultitaskConfig: expected an encoder_config and at least one task, as in the folders that `train` writes, got none; "
+                "is this another kind of model?"
+            )
         self.encoder = AutoModel.from_config(config.encoder_config)
         if getattr(self.encoder, "pooler", None) is not None:
             self.encoder.pooler = None  # the heads have their own
