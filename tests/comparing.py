@@ -2,6 +2,8 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,18 +48,25 @@ OTHERS = {
 
 
 def compared(recipe: dict, *words: str) -> SimpleNamespace:
-    """`hf-disparse compare`; counts trainings by their folder, and the backward passes torch was asked for in cells."""
+    """`hf-disparse compare`; counts trainings by their folder, and the backward passes torch was asked for by cell."""
+    done = counted(recipe, *words)
+    done.passes = {Path(place).name: n for place, n in done.passes.items() if place.startswith("cells/")}
+    return done
+
+
+def counted(recipe: dict, *words: str, below: str = "", report: str = "compare.json") -> SimpleNamespace:
+    """`hf-disparse compare`; counts trainings and backward passes by their folder in `below`."""
     folder = Path(recipe["output_dir"] + "-compare")
     trainings, passes, place, train = Counter(), Counter(), [], DisparseTrainer.train
 
     def training(self, *args, **kwargs):
-        place.append(str(Path(self.args.output_dir).relative_to(folder)))
+        place.append(str(Path(self.args.output_dir).relative_to(folder / below)))
         trainings[place[-1]] += 1
         return train(self, *args, **kwargs)
 
     def counting(function):
         def counted(*args, **kwargs):
-            passes[place[-1]] += place[-1].startswith("cells/")
+            passes[place[-1]] += 1
             return function(*args, **kwargs)
 
         return counted
@@ -67,9 +76,24 @@ def compared(recipe: dict, *words: str) -> SimpleNamespace:
         patch.setattr(torch.Tensor, "backward", counting(torch.Tensor.backward))
         patch.setattr(torch.autograd, "grad", counting(torch.autograd.grad))
         status, out, err = hf_disparse("compare", write_recipe(folder.parent, recipe), *words)
-    report = json.loads((folder / "compare.json").read_text()) if (folder / "compare.json").is_file() else None
-    seen = {"trainings": trainings, "passes": {Path(place).name: number for place, number in passes.items() if number}}
-    return SimpleNamespace(status=status, out=out, err=err, report=report, folder=folder, **seen)
+    found = json.loads((folder / report).read_text()) if (folder / report).is_file() else None
+    seen = {"trainings": trainings, "passes": passes}
+    return SimpleNamespace(status=status, out=out, err=err, report=found, folder=folder, **seen)
+
+
+@contextmanager
+def stopping(folder: str, step: int, end: type[BaseException] | BaseException) -> Iterator[None]:
+    """Trainings whose folder ends so end at a step, too, by raising `end`."""
+    training_step = DisparseTrainer.training_step
+
+    def step_or_end(trainer, *args):
+        if trainer.args.output_dir.endswith(folder) and trainer.state.global_step == step:
+            raise end
+        return training_step(trainer, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DisparseTrainer, "training_step", step_or_end)
+        yield
 
 
 def write_comparison(folder: Path) -> dict:

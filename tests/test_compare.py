@@ -15,7 +15,7 @@ from hf_disparse.cells import METHODS, Cell
 from hf_disparse.recipes import parse_recipe
 from hf_disparse.trainer.methods import saliency
 from tests.cli_helpers import changed, hf_disparse, refused, snapshot, without, write_csv
-from tests.comparing import ASKS, compared, parsed_table, write_comparison
+from tests.comparing import ASKS, compared, parsed_table, stopping, write_comparison
 from tests.tiny import VOCABULARY
 
 torch.set_num_threads(1)
@@ -176,19 +176,9 @@ def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(recipe, finished
         ("cells/magnitude-0.7-seed2", 7, SystemExit(137), 2, 6),
     ],
 )
-def test_what_was_stopped_goes_on_to_the_same_figures(
-    recipe, finished, monkeypatch, place, step, end, done, checkpoint
-):
+def test_what_was_stopped_goes_on_to_the_same_figures(recipe, finished, place, step, end, done, checkpoint):
     """By Ctrl-C, which says how far it is, and by an exit that nobody hears of, as when a process is killed."""
-    training_step = DisparseTrainer.training_step
-
-    def stopping(trainer, *args):
-        if trainer.args.output_dir.endswith(f"-compare/{place}") and trainer.state.global_step == step:
-            raise end
-        return training_step(trainer, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DisparseTrainer, "training_step", stopping)
+    with stopping(f"-compare/{place}", step, end):
         stopped = compared(recipe, *FEW)
     assert stopped.report is None and len(figures(stopped.folder)) == done
     interrupted = stopped.status == 130 and f"stopped; {done} of 3 cells are done" in stopped.err

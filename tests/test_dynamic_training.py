@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 from hf_disparse import DynamicConfig, MultitaskModel, PruningCallback, PruningConfig, find_masks, prunable_parameters
 from hf_disparse.methods.dynamic import allocate
 from tests.test_dynamic import brute_force
-from tests.test_resume import STEPS, DieAt, Died
+from tests.test_resume import STEPS, DieAt, Died, killed_and_resumed
 from tests.test_trainer import BINARY, Watch, arguments, assert_same, multitask_trainer, plain_model, weights
 from tests.tiny import tiny_model, tiny_tokenizer, tokenized_rows
 
@@ -200,11 +200,7 @@ def undisturbed(request, tmp_path_factory):
 @pytest.mark.parametrize("step", [4, 7, 12, 13, 19])
 def test_a_killed_run_ends_in_the_bits_of_the_undisturbed_one(tmp_path, undisturbed, step):
     config, expected, masks, passes = undisturbed
-    with pytest.raises(Died):
-        multitask_trainer(tmp_path, config, callbacks=[DieAt(step)], **STEPS).train()
-    trainer = multitask_trainer(tmp_path, config, **STEPS)
-    torch.manual_seed(99)  # what the new process did before must not matter
-    trainer.train(resume_from_checkpoint=True)
+    trainer = killed_and_resumed(tmp_path, config, step, **STEPS)
     assert_same(expected, weights(trainer.model))
     assert_same(masks, trainer.pruner.masks)
     assert trainer.backward_passes == passes

@@ -26,7 +26,7 @@ from hf_disparse.schedule import sparsity_at
 from hf_disparse.trainer import guard
 from hf_disparse.trainer.guard import worst_drop
 from tests.guarding import FIELDS, GUARDED, zeros
-from tests.test_resume import STEPS, DieAt, Died
+from tests.test_resume import STEPS, killed_and_resumed
 from tests.test_trainer import BINARY, assert_same, multitask_trainer, weights
 from tests.tiny import three_datasets, tiny_model
 
@@ -295,11 +295,7 @@ def test_a_killed_guarded_run_ends_in_the_bits_of_the_undisturbed_one(tmp_path, 
     plant(monkeypatch, {12: {"three": 7.0}, 20: {"two": 6.0}} if step == 14 else {12: {"three": 7.0}})
     whole = multitask_trainer(tmp_path / "whole", GUARDED, **STEPS)
     whole.train()
-    with pytest.raises(Died):
-        multitask_trainer(tmp_path, GUARDED, callbacks=[DieAt(step)], **STEPS).train()
-    trainer = multitask_trainer(tmp_path, GUARDED, **STEPS)
-    torch.manual_seed(99)
-    trainer.train(resume_from_checkpoint=True)
+    trainer = killed_and_resumed(tmp_path, GUARDED, step, **STEPS)
     assert_same(weights(whole.model), weights(trainer.model))
     assert_same(whole.pruner.masks, trainer.pruner.masks)
     assert whole.pruner.guard.report() == trainer.pruner.guard.report() and trainer.pruner.guard.stopped["step"] == 8

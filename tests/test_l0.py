@@ -19,7 +19,7 @@ from hf_disparse.methods.l0 import (
 )
 from hf_disparse.trainer.checkpoints import PRUNING_STATE_NAME
 from hf_disparse.trainer.methods import L0
-from tests.test_resume import STEPS, DieAt, Died
+from tests.test_resume import STEPS, DieAt, Died, killed_and_resumed
 from tests.test_trainer import Watch, assert_same, multitask_trainer, weights
 
 SHARE = dict(sparsity=0.8, start_step=2, end_step=14, gate_learning_rate=0.5)
@@ -219,11 +219,7 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize("step", [1, 2, 7, 11, 14, 17])
 def test_a_killed_run_ends_in_the_bits_of_the_undisturbed_one(tmp_path, undisturbed, step):
     steps = STEPS | {"save_steps": 1 if step == 1 else 2}
-    with pytest.raises(Died):
-        multitask_trainer(tmp_path, L0Config(**SHARE), callbacks=[DieAt(step)], **steps).train()
-    trainer = multitask_trainer(tmp_path, L0Config(**SHARE), **steps)
-    torch.manual_seed(99)
-    trainer.train(resume_from_checkpoint=True)
+    trainer = killed_and_resumed(tmp_path, L0Config(**SHARE), step, **steps)
     assert_same(undisturbed[0], weights(trainer.model))
     assert_same(undisturbed[1], trainer.pruner.masks)
 

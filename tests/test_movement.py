@@ -11,7 +11,7 @@ from hf_disparse import DisparseTrainer, MovementConfig, MultitaskModel, UserErr
 from hf_disparse.methods.movement import above, accumulate, soft_step
 from hf_disparse.schedule import sparsity_at, update_steps
 from hf_disparse.trainer.checkpoints import PRUNING_STATE_NAME
-from tests.test_resume import STEPS, DieAt, Died
+from tests.test_resume import STEPS, DieAt, Died, killed_and_resumed
 from tests.test_trainer import Watch, arguments, assert_same, multitask_trainer, weights
 from tests.tiny import three_datasets, tiny_model, tiny_tokenizer
 
@@ -205,11 +205,7 @@ def undisturbed(request, tmp_path_factory):
 @pytest.mark.parametrize("step", [5, 8, 10, 16, 19])
 def test_a_killed_run_ends_in_the_bits_of_the_undisturbed_one(tmp_path, undisturbed, step):
     config, expected, masks = undisturbed
-    with pytest.raises(Died):
-        multitask_trainer(tmp_path, config, callbacks=[DieAt(step)], **STEPS).train()
-    trainer = multitask_trainer(tmp_path, config, **STEPS)
-    torch.manual_seed(99)
-    trainer.train(resume_from_checkpoint=True)
+    trainer = killed_and_resumed(tmp_path, config, step, **STEPS)
     assert_same(expected, weights(trainer.model))
     assert_same(masks, trainer.pruner.masks)
 

@@ -3,19 +3,18 @@
 import json
 import math
 import shutil
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from hf_disparse import DisparseTrainer, run
+from hf_disparse import run
 from hf_disparse.race import Cell, exact
 from hf_disparse.recipes import parse_recipe
 from hf_disparse.trainer.methods import saliency
 from tests.cli_helpers import changed, hf_disparse, snapshot, without, write_recipe
-from tests.comparing import parsed_table
+from tests.comparing import counted, parsed_table, stopping
 from tests.racing import CELLS, COMMAND, write_race
 
 torch.set_num_threads(1)
@@ -32,30 +31,7 @@ def inputs(tmp_path_factory) -> dict:
 
 
 def raced(recipe: dict, *words: str) -> SimpleNamespace:
-    """`hf-disparse compare`; counts trainings by their folder, and the backward passes torch was asked for in each."""
-    folder = Path(recipe["output_dir"] + "-compare")
-    trainings, passes, place, train = Counter(), Counter(), [], DisparseTrainer.train
-
-    def training(self, *args, **kwargs):
-        place.append(str(Path(self.args.output_dir).relative_to(folder / "equal-budget")))
-        trainings[place[-1]] += 1
-        return train(self, *args, **kwargs)
-
-    def counting(function):
-        def counted(*args, **kwargs):
-            passes[place[-1]] += 1
-            return function(*args, **kwargs)
-
-        return counted
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DisparseTrainer, "train", training)
-        patch.setattr(torch.Tensor, "backward", counting(torch.Tensor.backward))
-        patch.setattr(torch.autograd, "grad", counting(torch.autograd.grad))
-        status, out, err = hf_disparse("compare", write_recipe(folder.parent, recipe), *words)
-    report = json.loads((folder / REPORTS[0]).read_text()) if (folder / REPORTS[0]).is_file() else None
-    seen = {"trainings": trainings, "passes": passes}
-    return SimpleNamespace(status=status, out=out, err=err, report=report, folder=folder, **seen)
+    return counted(recipe, *words, below="equal-budget", report=REPORTS[0])
 
 
 def figures(report: dict) -> dict[Cell, dict]:
@@ -256,16 +232,8 @@ def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(recipe, finished
     ("place", "step", "done"),
     [("dense-task-real-seed2", 2, 2), ("cells/task-two-0.9-seed2", 3, 1), ("cells/shared-0.7-seed2", 7, 4)],
 )
-def test_what_was_stopped_goes_on_to_the_same_figures(recipe, finished, monkeypatch, place, step, done):
-    training_step = DisparseTrainer.training_step
-
-    def stopping(trainer, *args):
-        if trainer.args.output_dir.endswith(f"/equal-budget/{place}") and trainer.state.global_step == step:
-            raise KeyboardInterrupt
-        return training_step(trainer, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DisparseTrainer, "training_step", stopping)
+def test_what_was_stopped_goes_on_to_the_same_figures(recipe, finished, place, step, done):
+    with stopping(f"/equal-budget/{place}", step, KeyboardInterrupt):
         stopped = raced(recipe, *FEW)
     assert stopped.status == 130 and f"stopped; {done} of 5 cells are done" in stopped.err and stopped.report is None
     again = same_in_the_end(recipe, finished)

@@ -21,7 +21,7 @@ from hf_disparse import (
 from hf_disparse.low_rank import low_rank_modules
 from hf_disparse.trainer.methods import Flop
 from tests.test_compact import close, logits, same
-from tests.test_resume import DieAt, Died
+from tests.test_resume import DieAt, Died, killed_and_resumed
 from tests.test_trainer import BINARY, arguments, assert_same, multitask_trainer, plain_model, weights
 from tests.tiny import DENSE, tiny_model, tiny_tokenizer, tokenized_rows
 
@@ -79,11 +79,7 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize("step", [3, 8, 14])
 def test_a_killed_run_ends_in_the_bits_of_the_undisturbed_one(step, undisturbed, tmp_path):
     config = RankConfig(sparsity=0.6, **CUBIC)
-    with pytest.raises(Died):
-        multitask_trainer(tmp_path, config, callbacks=[DieAt(step)], **STEPS).train()
-    again = multitask_trainer(tmp_path, config, **STEPS)
-    torch.manual_seed(99)
-    again.train(resume_from_checkpoint=True)
+    again = killed_and_resumed(tmp_path, config, step, **STEPS)
     assert_same(undisturbed[0], weights(again.model))
     assert_same(undisturbed[1], again.pruner.masks)
 
@@ -246,10 +242,6 @@ def gated(tmp_path_factory):
 @pytest.mark.parametrize("step", [3, 8])
 def test_a_killed_run_with_gates_ends_in_the_same_bits(step, gated, tmp_path):
     config = FlopConfig(sparsity=0.6, end_step=9)
-    with pytest.raises(Died):
-        multitask_trainer(tmp_path, config, callbacks=[DieAt(step)], **STEPS).train()
-    again = multitask_trainer(tmp_path, config, **STEPS)
-    torch.manual_seed(99)
-    again.train(resume_from_checkpoint=True)
+    again = killed_and_resumed(tmp_path, config, step, **STEPS)
     assert_same(gated[0], weights(again.model))
     assert_same(gated[1], again.pruner.masks)

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from hf_disparse import DynamicConfig, MultitaskConfig, MultitaskModel, PruningConfig, UserError, prunable_parameters
 from hf_disparse.trainer.reinitialise import reinitialise
-from tests.test_resume import STEPS, DieAt, Died
+from tests.test_resume import STEPS, killed_and_resumed
 from tests.test_trainer import Watch, assert_same, multitask_trainer, weights
 from tests.tiny import CONFIGS, three_tasks, tiny_model
 
@@ -114,11 +114,7 @@ def test_parts_stay_pruned_when_the_encoder_is_drawn_anew(tmp_path, granularity)
 def test_a_killed_run_draws_once_and_ends_in_the_bits_of_the_undisturbed_one(tmp_path, step):
     whole = multitask_trainer(tmp_path / "whole", CUBIC, **STEPS | {"max_steps": 14})
     whole.train()
-    with pytest.raises(Died):
-        multitask_trainer(tmp_path, CUBIC, callbacks=[DieAt(step)], **STEPS | {"max_steps": 14}).train()
-    trainer = multitask_trainer(tmp_path, CUBIC, **STEPS | {"max_steps": 14})
-    torch.manual_seed(99)
-    trainer.train(resume_from_checkpoint=True)
+    trainer = killed_and_resumed(tmp_path, CUBIC, step, **STEPS | {"max_steps": 14})
     assert_same(weights(whole.model), weights(trainer.model))
     assert_same(whole.pruner.masks, trainer.pruner.masks)
 

@@ -11,6 +11,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from hf_disparse import (
+    DisparseTrainer,
     PruningCallback,
     PruningConfig,
     UserError,
@@ -41,6 +42,16 @@ class DieAt(TrainerCallback):
             raise Died
 
 
+def killed_and_resumed(folder, config, step: int, **changes) -> DisparseTrainer:
+    """The trainer that has ended a run which died at `step`; a fresh one, as of another process."""
+    with pytest.raises(Died):
+        multitask_trainer(folder, config, callbacks=[DieAt(step)], **changes).train()
+    trainer = multitask_trainer(folder, config, **changes)
+    torch.manual_seed(99)  # what the new process did before must not matter
+    trainer.train(resume_from_checkpoint=True)
+    return trainer
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     trainer = multitask_trainer(tmp_path_factory.mktemp("whole"), CUBIC, **STEPS)
@@ -51,11 +62,7 @@ def undisturbed(tmp_path_factory):
 # 4 and 8 prune at that step; 7, 10 resume across a pruning step; 14 and 19 are in the second epoch.
 @pytest.mark.parametrize("step", [4, 7, 8, 10, 12, 14, 19])
 def test_a_killed_run_ends_in_the_bits_of_the_undisturbed_one(tmp_path, undisturbed, step):
-    with pytest.raises(Died):
-        multitask_trainer(tmp_path, CUBIC, callbacks=[DieAt(step)], **STEPS).train()
-    trainer = multitask_trainer(tmp_path, CUBIC, **STEPS)
-    torch.manual_seed(99)  # what the new process did before must not matter
-    trainer.train(resume_from_checkpoint=True)
+    trainer = killed_and_resumed(tmp_path, CUBIC, step, **STEPS)
     expected, masks, metrics = undisturbed
     assert_same(expected, weights(trainer.model))
     assert_same(masks, trainer.pruner.masks)
