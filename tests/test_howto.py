@@ -82,3 +82,4 @@ def test_the_python_of_the_how_to_runs_from_top_to_bottom(tmp_path, monkeypatch)
             names["model"] = tiny_model([TaskConfig(name="stars", columns="text", labels=list("12345"))])
         block = block.replace("start_step=100", "start_step=2")  # of four steps
         exec(compile(block, f"docs/howto.md, piece {number}", "exec"), names)
+    assert set(names["similarity"]) == set(RUNS["seven"])
