@@ -27,10 +27,10 @@ _WHOLE = {
     "random": {"criterion": "random"},
     "magnitude": {"criterion": "magnitude"},
     "agreement": {"criterion": "agreement", "decision": "joint", "granularity": ["head", "neuron"]},
-    "dynamic": {"method": "dynamic", "score_batches": 1},
-    "rigl": {"method": "dynamic", "decision": "joint", "score_batches": 1},
-    "movement": {"method": "movement"},
-    "movement_joint": {"method": "movement", "decision": "joint"},
+    "dynamic": {"method": "dynamic"},
+    "rigl": {"method": "dynamic", "decision": "joint"},
+    "movement": {"method": "movement", "mode": "hard"},
+    "movement_joint": {"method": "movement", "mode": "hard", "decision": "joint"},
     "movement_soft": {"method": "movement", "mode": "soft"},
     "platon": {"method": "platon"},
     "platon_joint": {"method": "platon", "decision": "joint"},
@@ -39,7 +39,11 @@ _WHOLE = {
     "group_lasso": {"method": "group_lasso"},
 }
 METHODS = ("dense", *dict.fromkeys((*list(_WHOLE)[:2], *_DECISIONS, *_WHOLE)))  # in the order of tables
-_OF_ANY_METHOD = ("target_modules", "exclude_modules", "score_batches")  # what every row takes from the recipe
+_OF_ANY_METHOD = (
+    "target_modules",
+    "exclude_modules",
+    "score_batches",
+)  # what a row of another method takes from the recipe
 
 
 @dataclass(frozen=True)
@@ -70,15 +74,17 @@ class Cell:
         return f"dense-seed{self.seed}"
 
     def pruning(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The section `pruning` of the cell, `values` being that of the recipe."""
+        """The section `pruning` of the cell, `values` being that of the recipe, whose settings are for rows of its method."""
         own = {"sparsity": self.sparsity, "keep_scores": False}
         of_any_method = {key: values[key] for key in _OF_ANY_METHOD if key in values}
         if self.method == "dense":
             return of_any_method | own
         fields = _WHOLE.get(self.method) or _fields(self.method) | {"criterion": self.criterion}
-        by_scores = PruningConfig.method
-        if fields.get("method", by_scores) == values.get("method", by_scores) == by_scores:
-            return values | {"decision": "unanimous", "quorum": 1} | fields | own
+        method, of_recipe = (section.get("method", PruningConfig.method) for section in (fields, values))
+        if method == of_recipe:  # the decision is the row's
+            return {key: value for key, value in values.items() if key not in ("decision", "quorum")} | fields | own
+        if method == "dynamic":  # scores at every exchange
+            of_any_method.pop("score_batches", None)
         return of_any_method | fields | own
 
 

@@ -18,11 +18,12 @@ from hf_disparse.analysis.report import missing_libraries, write_comparison
 from hf_disparse.analysis.values import method_name
 from hf_disparse.cells import METHODS, Cell, recipe_of
 from hf_disparse.config import UserError, one_line
+from hf_disparse.dense import expect_dense
 from hf_disparse.distributed import from_main, is_main, processes
 from hf_disparse.faults import writing
 from hf_disparse.recipes import Recipe
-from hf_disparse.run import PHASE_NAME, environment, prepare, rehearse, say, sizes, train_phase
-from hf_disparse.run_folder import claim, read_json, refuse_others, write_whole
+from hf_disparse.run import environment, prepare, rehearse, say, sizes, train_phase
+from hf_disparse.run_folder import PHASE_NAME, claim, read_json, refuse_others, write_whole
 from hf_disparse.tasks import average
 
 JSON_NAME, MARKDOWN_NAME = "compare.json", "compare.md"
@@ -78,6 +79,8 @@ def run_cells(recipe: Recipe, recipes: Mapping[Any, Recipe], folder: Path, most:
     """
     todo = from_main(lambda: [cell for cell in recipes if not cell_file(folder, cell).is_file()])
     failed, hopeless = {}, {}
+    for cell in todo:
+        expect_dense(recipes[cell], folder / cell.start)
     if todo:
         data_of = _DataBySeed(recipe)
         for cell in most:

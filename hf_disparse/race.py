@@ -79,6 +79,7 @@ class Race:
         granularity, drops = recipe.pruning.granularity, recipe.pruning.max_drop
         require(granularity == ("weight",), "pruning.granularity", "weight, for that is a budget's unit", granularity)
         require(drops is None, "pruning.max_drop", "nothing where all have the sparsity they are named by", drops)
+        require(recipe.dense_from is None, "dense_from", "nothing with --protocol equal-budget", recipe.dense_from)
         for sparsity in self.sparsities:
             require(0 < sparsity < 1, "--sparsities", "numbers in (0, 1)", sparsity)
         for budget in self.budgets:

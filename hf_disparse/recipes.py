@@ -25,7 +25,18 @@ from hf_disparse.config import (
 from hf_disparse.tasks.glue import glue_fields
 from hf_disparse.trainer import DisparseTrainingArguments
 
-SECTIONS = ("model", "tasks", "helpers", "teachers", "pruning", "training", "recovery", "seed", "output_dir")
+SECTIONS = (
+    "model",
+    "tasks",
+    "helpers",
+    "teachers",
+    "pruning",
+    "training",
+    "recovery",
+    "seed",
+    "output_dir",
+    "dense_from",
+)
 
 # TrainingArguments checks few types and bounds; what it lets pass ends deep inside torch.
 _LEAST = {
@@ -81,6 +92,7 @@ class Recipe:
         teachers: task -> the model to distil from, where it is not the run's dense model.
         training: fields of (Disparse)TrainingArguments for the dense and the sparse phase.
         recovery: those that differ in the sparse phase.
+        dense_from: the folder of a run or a comparison whose dense model is taken, rather than trained anew.
         values: the recipe as plain data, overrides applied: what a run folder remembers.
     """
 
@@ -93,12 +105,18 @@ class Recipe:
     recovery: dict[str, Any]
     seed: int
     output_dir: str
+    dense_from: str | None
     values: dict[str, Any]
 
     def arguments(self, phase: str, folder: str | Path) -> DisparseTrainingArguments:
         """The training arguments of the `dense` or the `sparse` phase, with checkpoints in `folder`."""
         values = self.training if phase == "dense" else {**self.training, **self.recovery}
         return _arguments(values, str(folder), self.seed)
+
+    @property
+    def chooses_best(self) -> bool:
+        """Whether half of the validation data chooses the best model, and only the other half is for metrics."""
+        return any(self.arguments(phase, self.output_dir).load_best_model_at_end for phase in ("dense", "sparse"))
 
 
 def public(recipe: Recipe) -> dict[str, Any]:
@@ -167,6 +185,9 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
     seed, output_dir = values.get("seed", 0), values["output_dir"]
     require(is_count(seed, 0) and seed < 2**32, "seed", "a whole number of at least 0 and below 2^32", seed)
     require(isinstance(output_dir, str) and bool(output_dir), "output_dir", "a folder", output_dir)
+    dense_from = values.get("dense_from")
+    good = dense_from is None or (isinstance(dense_from, str) and bool(dense_from))
+    require(good, "dense_from", "the folder of a run or of a comparison", dense_from)
     training, recovery = sections["training"], sections["recovery"]
     _check_training(training, "training")
     _check_training(recovery, "recovery")
@@ -181,6 +202,7 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
         recovery=recovery,
         seed=seed,
         output_dir=str(Path(output_dir).expanduser()),  # as TrainingArguments does it with the phases' folders
+        dense_from=dense_from,
         values=values,
     )
     votes = len(recipe.tasks) - len(recipe.helpers)

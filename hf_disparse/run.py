@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 
 import hf_disparse
 from hf_disparse.config import UserError, one_line, require
+from hf_disparse.dense import expect_dense, take_dense
 from hf_disparse.distributed import from_main, is_main
 from hf_disparse.export.card import RESULTS_NAME, losses_of_log, write_card
 from hf_disparse.faults import writing
@@ -31,13 +32,12 @@ from hf_disparse.low_rank import dense_size
 from hf_disparse.masks import sparsity_report
 from hf_disparse.model import MultitaskModel, prunable_parameters
 from hf_disparse.recipes import Recipe, public, read_recipe
-from hf_disparse.run_folder import RECIPE_NAME, claim, find_json, refuse_others, write_whole
+from hf_disparse.run_folder import PHASE_NAME, RECIPE_NAME, claim, find_json, refuse_others, write_whole
 from hf_disparse.stored_scores import SCORES_FOLDER
 from hf_disparse.tasks import average, load_task, resolve, tokenize
 from hf_disparse.trainer import DisparseTrainer, last_whole_checkpoint
 from hf_disparse.trainer.checkpoints import sync
 
-PHASE_NAME = "phase.json"
 Splits = dict[str, dict[str, Dataset]]
 
 
@@ -52,6 +52,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     if results := find_json(folder / RESULTS_NAME):
         say(f"{folder} is finished: nothing is left to train")
         return results
+    expect_dense(recipe, folder / "dense")
     start = time.perf_counter()
     tokenizer, data, unlabelled = prepare(recipe)
     seconds = {"data": time.perf_counter() - start}
@@ -100,6 +101,7 @@ def _finish(recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerBase, re
 def plan(recipe: Recipe) -> dict[str, Any]:
     """Everything `train` does before the first step: loads data and encoder, checks them, trains and writes nothing."""
     refuse_others(Path(recipe.output_dir), recipe)
+    expect_dense(recipe, Path(recipe.output_dir, "dense"))
     tokenizer, data, unlabelled = prepare(recipe)
     model = rehearse(recipe, tokenizer, data)
     return {
@@ -176,7 +178,7 @@ def prepare(
             unlabelled[name] += left_out
     if "validation" not in splits:
         return tokenizer, data, unlabelled
-    if any(recipe.arguments(phase, recipe.output_dir).load_best_model_at_end for phase in ("dense", "sparse")):
+    if recipe.chooses_best:
         data["selection"] = {}
         for name, rows in data["validation"].items():
             require(
@@ -212,6 +214,8 @@ def train_phase(
     Args:
         start: the folder of the finished dense phase, for the sparse one.
     """
+    if phase == "dense":
+        take_dense(recipe, folder)
     if done := find_json(folder / PHASE_NAME):
         return done
     model = load_model(start) if start else new_model(recipe)

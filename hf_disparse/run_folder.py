@@ -16,6 +16,7 @@ from hf_disparse.faults import writing
 from hf_disparse.recipes import Recipe
 
 RECIPE_NAME = "recipe.yaml"
+PHASE_NAME = "phase.json"  # in the folder of a finished phase
 
 
 def refuse_others(folder: Path, recipe: Recipe) -> None:

@@ -1,12 +1,13 @@
 """The cells of `hf-disparse compare`: which there are, and that all have the same budget."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
-from hf_disparse import PruningConfig
-from hf_disparse.cells import METHODS, grid, recipe_of, scoring_batches
+from hf_disparse import DynamicConfig, PlatonConfig, PruningConfig
+from hf_disparse.cells import METHODS, Cell, grid, recipe_of, scoring_batches
 from hf_disparse.recipes import parse_recipe
 from tests.cli_helpers import changed, hf_disparse, refused, snapshot, write_recipe
 from tests.comparing import ASKS, OTHERS, compared, write_comparison
@@ -42,8 +43,8 @@ def test_close_sparsities_have_files_of_their_own():
 def test_a_method_asks_for_its_criterion_and_decision(method):
     (cell,) = grid([method], ["fisher"], [0.7], [1])
     asked = cell.pruning({"decision": "quorum", "quorum": 2})
-    assert asked == {**(ASKS | OTHERS)[method], "keep_scores": False}
-    PruningConfig.from_dict(asked)  # which refuses a quorum where none is
+    expected = {**(ASKS | OTHERS)[method], "keep_scores": False}
+    assert PruningConfig.from_dict(asked) == PruningConfig.from_dict(expected)
 
 
 def test_every_method_is_tested_and_in_the_help():
@@ -132,6 +133,22 @@ def test_a_recipe_of_any_method_can_be_compared_with_every_method(recipe, prunin
         steps = own.values["recovery"]["max_steps"]
         over = steps + 2 * scoring_batches(own.pruning, steps) - budget
         assert own.pruning.sparsity == cell.sparsity and 0 <= over <= 2 * own.pruning.score_batches, cell.name
+
+
+def test_a_row_of_the_recipes_method_has_the_recipes_settings_and_others_have_their_defaults(recipe):
+    settings = {"criterion": "snip", "allocation": "global", "drop": "disentangled", "score_batches": 3}
+    pruning = {"method": "dynamic", "sparsity": 0.5, "decision": "quorum", "quorum": 2, **settings}
+    whole = parse_recipe({**recipe, "pruning": pruning, "recovery": {"max_steps": 40}})
+    rows = {
+        cell.method: recipe_of(whole, cell).pruning
+        for cell in grid(["dynamic", "rigl", "platon"], ["snip"], [0.6], [1])
+    }
+    own = DynamicConfig(sparsity=0.6, seed=1, **settings)
+    assert rows["dynamic"] == own and rows["rigl"] == replace(own, decision="joint")
+    assert rows["platon"] == PlatonConfig(sparsity=0.6, seed=1, score_batches=3)  # which it takes none of
+    pruning = {"sparsity": 0.5, "score_batches": 3}
+    by_scores = parse_recipe({**recipe, "pruning": pruning, "recovery": {"max_steps": 40}})
+    assert recipe_of(by_scores, Cell("dynamic", "", 0.6, 1)).pruning == DynamicConfig(sparsity=0.6, seed=1)
 
 
 def test_every_other_method_prunes_on_the_same_budget(inputs, tmp_path):

@@ -35,6 +35,7 @@ LAYER = {
     "run": 10,
     "run_folder": 10,
     "cells": 10,
+    "dense": 10,
     "compare": 10,
     "race": 10,
     "analyze": 10,

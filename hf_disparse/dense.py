@@ -1,0 +1,61 @@
+"""The dense model of another run, `dense_from`: trained once, pruned in many ways. Layer 10."""
+
+import shutil
+from pathlib import Path
+
+from hf_disparse.config import UserError, require
+from hf_disparse.distributed import from_main
+from hf_disparse.faults import writing
+from hf_disparse.recipes import Recipe, read_recipe
+from hf_disparse.run_folder import PHASE_NAME, RECIPE_NAME
+from hf_disparse.trainer.checkpoints import sync
+
+_MAY_DIFFER = {"pruning", "recovery", "teachers", "seed", "output_dir", "dense_from"}
+
+
+def expect_dense(recipe: Recipe, folder: Path) -> None:
+    """Refuses a `dense_from` without the model that `folder` is to hold, unless it does already; writes nothing."""
+    if recipe.dense_from:
+        from_main(lambda: (folder / PHASE_NAME).is_file() or _find(recipe))
+
+
+def take_dense(recipe: Recipe, folder: Path) -> None:
+    """Copies the dense model that `dense_from` names to `folder`, whole or not at all, unless it is there already."""
+    if recipe.dense_from:
+        from_main(lambda: (folder / PHASE_NAME).is_file() or _copy(_find(recipe), folder))
+
+
+def _find(recipe: Recipe) -> Path:
+    """The folder of the dense model that `dense_from` names: of a run, or of a comparison's model with the recipe's seed.
+
+    Raises:
+        UserError: no run is there, its dense phase was another one, or it is not finished.
+    """
+    source = Path(recipe.dense_from).expanduser()
+    if not (source / RECIPE_NAME).is_file():
+        raise UserError(
+            f"dense_from: expected the folder of a run or of a comparison, which holds {RECIPE_NAME}, got {source}"
+        )
+    theirs, mine = read_recipe(source / RECIPE_NAME), recipe.values
+    keys = {*theirs.values, *mine} - _MAY_DIFFER
+    if recipe.arguments("dense", recipe.output_dir).distils:
+        keys.add("teachers")
+    others = sorted(key for key in keys if theirs.values.get(key) != mine.get(key))
+    if theirs.chooses_best != recipe.chooses_best:  # its metrics are of other examples
+        others.append("load_best_model_at_end")
+    require(not others, "dense_from", f"a run that has the same {', '.join(others)}", str(source))
+    names = [f"dense-seed{recipe.seed}", *(["dense"] if theirs.seed == recipe.seed else [])]
+    for name in names:
+        if (source / name / PHASE_NAME).is_file():
+            return source / name
+    raise UserError(f"dense_from: expected a finished dense model of seed {recipe.seed} in {source}, got none")
+
+
+def _copy(source: Path, folder: Path) -> None:
+    """Without its checkpoints."""
+    part = folder.with_name(folder.name + ".part")
+    with writing(folder):
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(source, part, ignore=shutil.ignore_patterns("checkpoint-*"))
+        sync(part)
+        part.rename(folder)
