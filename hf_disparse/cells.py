@@ -39,11 +39,8 @@ _WHOLE = {
     "group_lasso": {"method": "group_lasso"},
 }
 METHODS = ("dense", *dict.fromkeys((*list(_WHOLE)[:2], *_DECISIONS, *_WHOLE)))  # in the order of tables
-_OF_ANY_METHOD = (
-    "target_modules",
-    "exclude_modules",
-    "score_batches",
-)  # what a row of another method takes from the recipe
+# What a row takes from a recipe of another method.
+_OF_ANY_METHOD = ("target_modules", "exclude_modules", "score_batches")
 
 
 @dataclass(frozen=True)

@@ -79,8 +79,8 @@ def run_cells(recipe: Recipe, recipes: Mapping[Any, Recipe], folder: Path, most:
     """
     todo = from_main(lambda: [cell for cell in recipes if not cell_file(folder, cell).is_file()])
     failed, hopeless = {}, {}
-    for cell in todo:
-        expect_dense(recipes[cell], folder / cell.start)
+    for start, cell in {cell.start: cell for cell in todo}.items():
+        expect_dense(recipes[cell], folder / start)
     if todo:
         data_of = _DataBySeed(recipe)
         for cell in most:
