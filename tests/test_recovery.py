@@ -91,6 +91,15 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path):
     assert losses[0] > 0.1 and abs(losses[1]) < 1e-6
 
 
+def test_a_teacher_is_asked_in_the_precision_of_training(tmp_path):
+    model, teacher, seen = tiny_model(), tiny_model(seed=1), []
+    for one in (model, teacher):
+        linear = one.encoder.encoder.layer[0].output.dense
+        linear.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    trainer_of(tmp_path, teacher, model, bf16=True, distillation=0.5, max_steps=1).train()
+    assert seen == [torch.bfloat16] * 2
+
+
 def test_one_teacher_of_all_tasks_and_one_for_each_teach_the_same(tmp_path):
     """And a teacher is left as it was: same weights, no gradients, no dropout."""
     teacher, single, plain = tiny_model(seed=5), {}, {}

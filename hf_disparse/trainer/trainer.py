@@ -157,7 +157,8 @@ class DisparseTrainer(Trainer):
         labels = inputs.get("labels")
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if teacher is not None:
-            loss = distilled(loss, outputs, teacher, {**inputs, "labels": labels}, self.tasks[task], self.args)
+            with self.accelerator.autocast():  # what Accelerate does by itself is for our model, not for teachers
+                loss = distilled(loss, outputs, teacher, {**inputs, "labels": labels}, self.tasks[task], self.args)
         weight = self.tasks[task].weight
         if self._weighting == "uncertainty":
             weight *= self._uncertainty_weight(task, loss)
