@@ -191,7 +191,7 @@ def _gradients(model, task, loader, parameters, num_batches, loss_fn, scale, ave
     seen, sharded = 0, any(isinstance(p, DTensor) for p in parameters.values())
     for batch in islice(_again_and_again(loader) if num_batches else loader, num_batches):
         seen += 1
-        with _scoring(model, parameters), torch.enable_grad():
+        with evaluating(model, parameters), torch.enable_grad():
             loss = loss_fn(model, batch) * scale
             if sharded:
                 gradients = _by_backward(model, loss, parameters)
@@ -240,10 +240,10 @@ def _again_and_again(loader: Iterable[Batch]) -> Iterator[Batch]:
 
 
 @contextmanager
-def _scoring(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+def evaluating(model: nn.Module, parameters: Mapping[str, nn.Parameter] | None = None) -> Iterator[None]:
     """Eval mode, for dropout would score a random part of the encoder, and gradients of frozen weights too."""
     training = [module for module in model.modules() if module.training]
-    frozen = [p for p in parameters.values() if not p.requires_grad]
+    frozen = [p for p in (parameters or {}).values() if not p.requires_grad]
     model.eval()
     for p in frozen:
         p.requires_grad_(True)

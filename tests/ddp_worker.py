@@ -37,6 +37,7 @@ METHODS = {
     "agreement": PruningConfig(
         sparsity=0.5, granularity="neuron", criterion="agreement", decision="joint", score_batches=2
     ),
+    "reconstructed": PruningConfig(sparsity=0.8, reconstruct=True, **CUBIC),
     "movement": MovementConfig(**RISING),
     "movement soft": MovementConfig(mode="soft", score_learning_rate=0.5, penalty=4.0, **RISING),
     "movement joint": MovementConfig(decision="joint", **RISING),

@@ -76,6 +76,7 @@ WRONG = {
     "pruning.target_modules": st.one_of(truth, whole, some_dict, st.just([]), st.sampled_from(["[", "(", "*", "(?P<", "(?R)", "(" * 3000, "((a{999}){999}){9}"])),
     "pruning.seed": st.one_of(no_whole, nothing, below(0), st.integers(2**32)),
     "pruning.max_drop": st.one_of(texts, truth, dates, below(0), st.integers(101), st.just({}), st.just({"two": "x"})),
+    "pruning.reconstruct": st.one_of(no_truth, nothing),
     "pruning.reinitialise": st.one_of(no_truth, nothing),
     "pruning.keep_scores": st.one_of(no_truth, nothing),
     "training": no_mapping,

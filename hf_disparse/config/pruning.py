@@ -22,7 +22,6 @@ SCHEDULES = ("one_shot", "cubic")
 GRANULARITIES = ("weight", "head", "neuron", "layer", "channel", "rank")
 PART_CRITERIA = ("taylor", "agreement")  # they judge a part as one, and no weight
 _PATTERN = re.compile(r"(?P<n>[1-9]\d{0,4}):(?P<m>[1-9]\d{0,4})|block(?P<rows>[1-9]\d{0,4})x(?P<columns>[1-9]\d{0,4})")
-REINITIALISING = ("saliency",)  # the methods of which nothing but masks is left after the last update
 GROWING_SCHEDULES = ("one_shot", "cubic")  # from no sparsity to all of it, so that a step can be undone
 
 
@@ -49,6 +48,8 @@ class PruningConfig(Config):
         seed: of the random criterion and of the order of the scoring batches.
         max_drop: how many points (0 to 100, the mean of its metrics) pruning may cost a task, one number for all or task
             -> number. A step that costs more is undone and pruning ends. For a `DisparseTrainer` with evaluation data.
+        reconstruct: after each change of the masks, fit what is left of every matrix (and its bias) by least squares to what
+            the matrix did before, on the scoring batches.
         reinitialise: draw the encoder's weights anew after the last update and train them within its masks: a control.
         keep_scores: store every task's scores of the last update in `scores/` of the Trainer's folder, 4 bytes a prunable
             weight and task, for `decide_again`.
@@ -76,6 +77,7 @@ class PruningConfig(Config):
     exclude_modules: str | tuple[str, ...] | None = None
     seed: int = 0
     max_drop: float | dict[str, float] | None = None
+    reconstruct: bool = False
     reinitialise: bool = False
     keep_scores: bool = False
 
@@ -103,9 +105,15 @@ class PruningConfig(Config):
         self._check_modules()
         self._check_max_drop()
         self._check_keep_scores()
-        require(isinstance(self.reinitialise, bool), "reinitialise", "true or false", self.reinitialise)
+        for key in ("reconstruct", "reinitialise"):
+            value = getattr(self, key)
+            require(isinstance(value, bool), key, "true or false", value)
+            fits = not value or self.method == PruningConfig.method
+            require(fits, key, f"false with method {self.method}", True)
+        fits = not self.reconstruct or "layer" not in self.granularity
+        require(fits, "reconstruct", "false where layers are pruned, which leaves nothing to fit", True)
         if self.reinitialise:
-            require(self.method in REINITIALISING, "reinitialise", f"false with method {self.method}", True)
+            require(not self.reconstruct, "reconstruct", "false with reinitialise, which draws the weights anew", True)
             require(self.max_drop is None, "reinitialise", "false with max_drop, which measures trained weights", True)
 
     def _check_schedule(self) -> None:

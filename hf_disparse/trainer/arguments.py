@@ -97,7 +97,7 @@ def check_fsdp(trainer: Trainer) -> None:
     require(config.criterion not in PART_CRITERIA, "pruning.criterion", "one of weights with FSDP", config.criterion)
     whole = not {"layer", "channel"} & set(config.granularity)
     require(whole, "pruning.granularity", "weights, patterns, heads or neurons with FSDP", config.granularity)
-    for key in ("max_drop", "reinitialise"):
+    for key in ("max_drop", "reconstruct", "reinitialise"):
         value = getattr(config, key)
         require(value is None or value is False, f"pruning.{key}", "nothing with FSDP; use DDP (torchrun)", value)
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from hf_disparse.config import PruningConfig, UserError
 from hf_disparse.distributed import average, processes, require_same
 from hf_disparse.masks import MaskHooks, apply_masks, find_masks
 from hf_disparse.model import MultitaskModel, prunable_parameters
+from hf_disparse.reconstruction import reconstruct
 from hf_disparse.schedule import update_steps
 from hf_disparse.scores import GRADIENT_CRITERIA, Batch, LossFunction, gradients, model_loss, score
 from hf_disparse.sharded import decide_on_main, is_sharded, place, reshard
@@ -228,6 +230,7 @@ class PruningCallback(TrainerCallback):
             optimizer=optimizer,
             gradients=partial(self._gradients, model, parameters, progress),
         )
+        before = {name: p.detach().clone() for name, p in parameters.items()} if self.config.reconstruct else {}
         if is_sharded(parameters):
             decided = self._decide_sharded(model, now)
         else:
@@ -235,9 +238,18 @@ class PruningCallback(TrainerCallback):
             require_same(masks if decided is None else decided, step)
         if decided is not None:
             self._hold(model, {**held, **decided})
+            if self.config.reconstruct:
+                self._reconstruct(model, before, progress)
         if self.config.reinitialise and step == self.last_update:
             reinitialise(model.base_model, self.config.seed, optimizer)
             apply_masks(model, self.masks or {})
+
+    def _reconstruct(self, model: nn.Module, before: Mapping[str, Tensor], progress: bool) -> None:
+        """Fits what is left to what the weights did `before`, on the scoring batches of all tasks."""
+        batches = [batch for loader in self.loaders.values() for batch in islice(loader, self.config.score_batches)]
+        masks = {name: self.masks[name] for name in before}
+        mean = average if processes() > 1 else None
+        reconstruct(model, masks, before, batches, loss_fn=self._loss_fn, average=mean, progress=progress)
 
     def _decide_sharded(self, model: nn.Module, now: Update) -> Mapping[str, Tensor] | None:
         """As the method's `update`, on the main process, which alone sees whole scores."""
