@@ -18,7 +18,6 @@ from hf_disparse.config import UserError
 from hf_disparse.scores import Average, Batch, LossFunction, evaluating
 
 _LAYER = re.compile(r"(?P<list>.+?)\.(?P<number>\d+)\.(?P<linear>.+)\.weight")
-Hidden = list[Tensor]  # one per batch
 Calls = dict[nn.Module, list[tuple[Tensor, Tensor]]]
 
 
@@ -81,7 +80,7 @@ def reconstruct(
 ) -> None:
     """Fits, in place, what `masks` keep, and the biases beside it, to the outputs that the matrices had before pruning.
 
-    Takes a forward pass over the batches and about ten through each layer, and memory for two hidden states of each batch.
+    Takes about seven forward passes over the batches, and memory for two hidden states of each batch.
 
     Args:
         masks: {name: (out, in) bools} of weights of Linear modules in the layers of `model`, zero where they are False.
@@ -91,15 +90,16 @@ def reconstruct(
         progress: show a bar over the layers.
 
     Raises:
-        UserError: the model does not hand hidden states from layer to layer as the encoders of transformers do.
+        UserError: no batches, or a model that does not hand hidden states from layer to layer as transformers' encoders do.
     """
+    if not batches:
+        raise UserError("pruning.reconstruct: expected batches to fit the matrices on, got none")
     layers = _layers(model, masks)
     with evaluating(model):
         hidden, calls = _record(model, [layer for layer, _ in layers], batches, loss_fn)
         pruned = list(hidden)
-        for number, (layer, linears) in enumerate(
-            tqdm(layers, desc="fitting layers", disable=not progress, leave=False)
-        ):
+        bar = tqdm(layers, desc="fitting layers", disable=not progress, leave=False)
+        for number, (layer, linears) in enumerate(bar):
             modules = {layer.get_submodule(name): name for name in linears}
             whole = {f"{name}.weight": before[full] for name, full in linears.items()}
             whole |= {f"{name}.bias": m.bias.clone() for m, name in modules.items() if m.bias is not None}
@@ -120,7 +120,11 @@ def _fit(
     streams: Iterable[tuple[Call, Tensor, Tensor]],
     average: Average | None,
 ) -> None:
-    """Fits Linear modules that have the same inputs, `times` in a run; streams are (call, hidden states now, hidden states before pruning)."""
+    """Fits Linear modules that have the same inputs, `times` in a run of the layer.
+
+    Args:
+        streams: (call, hidden states that enter the layer now, those before pruning), batch by batch.
+    """
     sums: list[Tensor] = []
     for call, now, then in streams:
         first = next(iter(keep))
@@ -158,7 +162,7 @@ def _layers(model: nn.Module, masks: Iterable[str]) -> list[tuple[nn.Module, dic
 
 def _record(
     model: nn.Module, layers: Sequence[nn.Module], batches: Iterable[Batch], loss_fn: LossFunction
-) -> tuple[Hidden, list[list[Call]]]:
+) -> tuple[list[Tensor], list[list[Call]]]:
     """The hidden states that enter the first layer, and how each layer is called: batch by batch, layer by layer."""
     hidden, calls = [], []
     for batch in batches:

@@ -229,8 +229,10 @@ def test_what_leaves_nothing_to_fit_is_refused(make, words):
         make()
 
 
-def test_a_matrix_outside_of_the_layers_and_layers_that_repeat_are_refused():
+def test_no_batches_a_matrix_outside_of_the_layers_and_layers_that_repeat_are_refused():
     model = tiny_model()
+    with pytest.raises(UserError, match="expected batches to fit the matrices on, got none"):
+        reconstruct(model, {}, {}, [], loss_fn=model_loss)
     outside = {"encoder.embeddings.word.weight": torch.ones(2, 2, dtype=torch.bool)}
     with pytest.raises(UserError, match="expected matrices of the layers of one encoder, got encoder"):
         reconstruct(model, outside, {}, some_batches(1), loss_fn=model_loss)
