@@ -18,7 +18,7 @@ _DECISIONS = {
     "mean": {"decision": "mean_rank"},
     "quorum2": {"decision": "quorum", "quorum": 2},
     "unanimous": {"decision": "unanimous"},
-    "reinitialise": {"decision": "unanimous", "reinitialise": True},
+    "reinitialise": {"decision": "unanimous", "reinitialise": True, "reconstruct": False},
     "rank": {"method": "rank", "decision": "unanimous"},
     "parts": {"decision": "unanimous", "granularity": ["head", "neuron"]},
 }

@@ -232,7 +232,10 @@ def test_the_config_round_trips_and_is_chosen_by_its_method(tmp_path):
     [
         ({"allocation": "erdos"}, "allocation: expected one of erk, uniform, global, got 'erdos'"),
         ({"drop": "random"}, "drop: expected one of magnitude, disentangled, got 'random'"),
-        ({"drop": "disentangled"}, "drop: expected magnitude with criterion magnitude .set criterion: disparse"),
+        (
+            {"criterion": "magnitude", "drop": "disentangled"},
+            "drop: expected magnitude with criterion magnitude .set criterion: disparse",
+        ),
         ({"drop_fraction": 1}, r"drop_fraction: expected a number in \[0, 1\), got 1"),
         ({"drop_fraction": True}, "drop_fraction: expected a number"),
         ({"schedule": "cubic", "end_step": 9}, "schedule: expected one of constant with method dynamic, got 'cubic'"),

@@ -15,6 +15,8 @@ from tests.test_resume import STEPS, DieAt, Died, killed_and_resumed
 from tests.test_trainer import BINARY, Watch, arguments, assert_same, multitask_trainer, plain_model, weights
 from tests.tiny import tiny_model, tiny_tokenizer, tokenized_rows
 
+RIGL = {"criterion": "magnitude", "allocation": "erk", "score_batches": 1}  # as its authors start
+
 
 class Log(TrainerCallback):
     """Copies of weights, masks and optimizer state around every update: one before the pruner, one after."""
@@ -122,7 +124,7 @@ def test_an_update_in_training_equals_numpy_on_plain_gradients(tmp_path, decisio
             if state.global_step == 5:
                 seen["after"] = {n: m.numpy().ravel() for n, m in trainer.pruner.masks.items()}
 
-    config = DynamicConfig(sparsity=0.8, update_every=2, end_step=8, decision=decision)
+    config = DynamicConfig(sparsity=0.8, update_every=2, end_step=8, decision=decision, **RIGL)
     trainer = multitask_trainer(tmp_path, config, callbacks=[Plain()], max_steps=10)
     trainer.train()
     fraction = 0.25 * (1 + math.cos(math.pi * 4 / 8))
@@ -141,7 +143,7 @@ def test_an_update_in_training_equals_numpy_on_plain_gradients(tmp_path, decisio
 
 
 def test_grown_weights_start_at_zero_without_history_and_kept_ones_keep_theirs(tmp_path):
-    _, steps = logged(tmp_path, DynamicConfig(sparsity=0.7, update_every=3), max_steps=12)
+    _, steps = logged(tmp_path, DynamicConfig(sparsity=0.7, update_every=3, **RIGL), max_steps=12)
     grown_in_all = 0
     for step in (3, 6):
         before, after = steps[step]
@@ -162,7 +164,7 @@ def test_grown_weights_start_at_zero_without_history_and_kept_ones_keep_theirs(t
 
 
 def test_without_exchange_it_is_a_static_mask_that_takes_no_backward_pass(tmp_path):
-    trainer, steps = logged(tmp_path, DynamicConfig(sparsity=0.9, update_every=1, drop_fraction=0), max_steps=6)
+    trainer, steps = logged(tmp_path, DynamicConfig(sparsity=0.9, update_every=1, drop_fraction=0, **RIGL), max_steps=6)
     for _, after in steps.values():
         assert_same(after["masks"], steps[0][1]["masks"])
     assert trainer.pruner.backward_passes == 0
@@ -188,7 +190,7 @@ def test_given_masks_are_where_it_starts_and_are_brought_to_the_budget(tmp_path,
     assert shared > 0.3 * expected
 
 
-@pytest.fixture(scope="module", params=[{}, {"criterion": "snip", "drop": "disentangled", "allocation": "global"}])
+@pytest.fixture(scope="module", params=[RIGL, {"drop": "disentangled"}])
 def undisturbed(request, tmp_path_factory):
     config = DynamicConfig(sparsity=0.8, update_every=4, **request.param)
     trainer = multitask_trainer(tmp_path_factory.mktemp("whole"), config, **STEPS)
