@@ -129,6 +129,7 @@ def test_a_model_without_results_has_a_card_that_claims_none(tmp_path):
         ({}, "by what all tasks can spare, each task judging by the criterion `disparse`"),
         ({"decision": "quorum", "quorum": 2}, "by what fewer than 2 tasks want, each task judging"),
         ({"decision": "joint", "criterion": "snip"}, "by the criterion `snip` of the summed loss of all tasks"),
+        ({"reconstruct": True}, "each task judging by the criterion `disparse`. What was left was then fitted"),
         ({"criterion": "magnitude"}, "by the criterion `magnitude`, which is the same for all tasks"),
         ({"method": "dynamic"}, "dropped by magnitude, grown where any task wants it most"),
         ({"method": "dynamic", "decision": "joint"}, "dropped by magnitude, grown where the summed loss wants it most"),
@@ -143,6 +144,6 @@ def test_it_says_by_what_the_method_at_hand_pruned(tmp_path, pruning, said):
     tiny_model().save_pretrained(tmp_path)
     PruningConfig.from_dict({"sparsity": 0.5, **pruning}).save_pretrained(tmp_path)
     text = write_card(tmp_path).text
-    sentence = text[text.index("50 % of the ") : text.index(".\n")]
+    sentence = text[text.index("50 % of the ") :].partition("\n")[0]
     assert said in sentence
     assert ("each task judging" in text) == ("each task judging" in said)

@@ -49,7 +49,7 @@ class PruningConfig(Config):
         max_drop: how many points (0 to 100, the mean of its metrics) pruning may cost a task, one number for all or task
             -> number. A step that costs more is undone and pruning ends. For a `DisparseTrainer` with evaluation data.
         reconstruct: after each change of the masks, fit what is left of every matrix (and its bias) by least squares to what
-            the matrix did before, on the scoring batches.
+            the matrix did before, on the scoring batches, up to 8 of a task.
         reinitialise: draw the encoder's weights anew after the last update and train them within its masks: a control.
         keep_scores: store every task's scores of the last update in `scores/` of the Trainer's folder, 4 bytes a prunable
             weight and task, for `decide_again`.

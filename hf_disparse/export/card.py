@@ -188,6 +188,8 @@ def _summary(name: str, model: MultitaskModel, results: Mapping[str, Any], pruni
                 f"{kept} of the prunable weights are pruned, {judged}. {100 * pruning.sparsity:g} % of the {what} were asked "
                 f"for, but at {undone} the task {stopped['task']} lost {stopped['drop']:.1f} points, more than it may."
             )
+        if pruning.reconstruct:
+            how += " What was left was then fitted to what the whole matrices did, by least squares."
     apart = [f"{task} ({config.peft_type.value})" for task, config in model.adapters.items()]
     if apart:
         how += f" On the encoder, which is frozen, these tasks have PEFT adapters of their own: {', '.join(apart)}."

@@ -26,6 +26,8 @@ from hf_disparse.trainer.methods.base import Stream
 from hf_disparse.trainer.reinitialise import reinitialise
 from hf_disparse.trainer.rules import check_pattern, gone_layers, prunable_sites, pruned_fractions
 
+_FIT_BATCHES = 8  # of a task at most, to reconstruct on: docs/glue.md shows that 4 are nearly as good
+
 
 class PruningCallback(TrainerCallback):
     """Prunes the model of any Trainer on the schedule of `config` and keeps pruned weights at exactly zero.
@@ -245,8 +247,9 @@ class PruningCallback(TrainerCallback):
             apply_masks(model, self.masks or {})
 
     def _reconstruct(self, model: nn.Module, before: Mapping[str, Tensor], progress: bool) -> None:
-        """Fits what is left to what the weights did `before`, on the scoring batches of all tasks."""
-        batches = [batch for loader in self.loaders.values() for batch in islice(loader, self.config.score_batches)]
+        """Fits what is left to what the weights did `before`, on scoring batches of all tasks."""
+        count = min(self.config.score_batches, _FIT_BATCHES)
+        batches = [batch for loader in self.loaders.values() for batch in islice(loader, count)]
         masks = {name: self.masks[name] for name in before}
         mean = average if processes() > 1 else None
         reconstruct(model, masks, before, batches, loss_fn=self._loss_fn, average=mean, progress=progress)
