@@ -24,10 +24,7 @@ from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainerCallbac
 
 from hf_disparse import (
     DisparseTrainer,
-    L0Config,
-    MovementConfig,
     MultitaskModel,
-    PlatonConfig,
     TaskConfig,
     decide,
     find_masks,
@@ -94,37 +91,17 @@ def benchmark_score(rounds: int) -> None:
 
 
 class StepTimes(TrainerCallback):
-    """Seconds from the end of one training step to the end of the next, but for the first two."""
+    """Seconds of every training step but the first two."""
 
     def __init__(self):
-        self.seconds, self._last = [], 0.0
+        self.seconds, self._start = [], 0.0
+
+    def on_step_begin(self, *args, **kwargs):
+        self._start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        now = time.perf_counter()
         if state.global_step > 2:
-            self.seconds.append(now - self._last)
-        self._last = now
-
-
-def training_steps(cls, model: nn.Module, rows, **extra) -> list[float]:
-    """The seconds of ten steps of that Trainer but for the first two."""
-    times = StepTimes()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder, max_steps=10, per_device_train_batch_size=BATCH, bf16=True, use_cpu=True, save_strategy="no",
-            logging_strategy="no", report_to="none", disable_tqdm=True,
-        )  # fmt: skip
-        tokenizer = AutoTokenizer.from_pretrained(resolve(ENCODER))
-        trainer = cls(model, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[times], **extra)
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    gc.collect()
-    return times.seconds
-
-
-def training_rows() -> Dataset:
-    row = {"input_ids": torch.randint(1000, 20000, (TOKENS,)).tolist(), "attention_mask": [1] * TOKENS, "labels": 1}
-    return Dataset.from_list([row] * 64)
+            self.seconds.append(time.perf_counter() - self._start)
 
 
 def benchmark_step(rounds: int) -> None:
@@ -134,46 +111,35 @@ def benchmark_step(rounds: int) -> None:
     with_prune = new_model()
     for name, keep in masks.items():
         prune.custom_from_mask(with_prune.get_submodule(name.removesuffix(".weight")), "weight", keep)
-    dense, rows = new_model(), training_rows()
+    dense = new_model()
+    tokenizer = AutoTokenizer.from_pretrained(resolve(ENCODER))
+    row = {"input_ids": torch.randint(1000, 20000, (TOKENS,)).tolist(), "attention_mask": [1] * TOKENS, "labels": 1}
+    rows = Dataset.from_list([row] * 64)
+    folder = tempfile.mkdtemp()
+
+    def steps(cls, model: nn.Module, rows, **extra) -> list[float]:
+        arguments = TrainingArguments(
+            folder, max_steps=10, per_device_train_batch_size=BATCH, bf16=True, use_cpu=True, save_strategy="no",
+            logging_strategy="no", report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+        times = StepTimes()
+        trainer = cls(model, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[times], **extra)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        gc.collect()
+        return times.seconds
+
     # With a single head MultitaskModel needs no task name, so that the plain Trainer trains it.
     ratio = side_by_side(
         {
-            "dense": lambda: training_steps(Trainer, dense, rows),
-            "sparse": lambda: training_steps(DisparseTrainer, model, {"task": rows}, masks=masks),
-            "prune": lambda: training_steps(Trainer, with_prune, rows),
+            "dense": lambda: steps(Trainer, dense, rows),
+            "sparse": lambda: steps(DisparseTrainer, model, {"task": rows}, masks=masks),
+            "prune": lambda: steps(Trainer, with_prune, rows),
         },
         rounds,
     )
     report("sparse step of DisparseTrainer / dense step of Trainer", ratio["sparse"], "at most 1.05")
     report("step with torch.nn.utils.prune / dense step of Trainer", ratio["prune"], "for comparison")
-
-
-def benchmark_methods(rounds: int) -> None:
-    """A step of the methods that score while they train against the plain Trainer's dense step."""
-    rows = training_rows()
-    during = {"end_step": 10, "update_every": 10}  # one update, at the end
-    methods = {
-        "movement": MovementConfig(**during),
-        "movement, soft": MovementConfig(mode="soft", **during),
-        "platon": PlatonConfig(**during),
-        "l0": L0Config(end_step=10),
-    }
-    dense = new_model()
-    models = {name: new_model() for name in methods}
-    ratio = side_by_side(
-        {"dense": lambda: training_steps(Trainer, dense, rows)}
-        | {
-            name: lambda n=name: training_steps(DisparseTrainer, models[n], {"task": rows}, pruning_config=methods[n])
-            for name in methods
-        },
-        rounds,
-    )
-    for name in methods:
-        report(
-            f"step of {name} / dense step of Trainer",
-            ratio[name],
-            "at most 1.10" if name == "movement" else "for comparison",
-        )
 
 
 def benchmark_decide(rounds: int) -> None:
@@ -202,7 +168,7 @@ def decide_child(tasks: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("decide", "score", "step", "methods"))
+    parser.add_argument("--only", choices=("score", "step", "decide"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--decide-child", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -213,12 +179,7 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, batch {BATCH}, {TOKENS} tokens; medians of {options.rounds} rounds"
     )
-    benchmarks = {
-        "decide": benchmark_decide,
-        "score": benchmark_score,
-        "step": benchmark_step,
-        "methods": benchmark_methods,
-    }
+    benchmarks = {"decide": benchmark_decide, "score": benchmark_score, "step": benchmark_step}
     for name, run in benchmarks.items():
         if options.only in (None, name):
             run(options.rounds)
