@@ -17,7 +17,7 @@ from hf_disparse.masks import MaskHooks, apply_masks, find_masks
 from hf_disparse.model import MultitaskModel, prunable_parameters
 from hf_disparse.reconstruction import reconstruct
 from hf_disparse.schedule import update_steps
-from hf_disparse.scores import GRADIENT_CRITERIA, Batch, LossFunction, gradients, model_loss, score
+from hf_disparse.scores import GRADIENT_CRITERIA, Average, Batch, LossFunction, gradients, model_loss, score
 from hf_disparse.sharded import decide_on_main, is_sharded, place, reshard
 from hf_disparse.stored_scores import SCORES_FOLDER, keep_scores
 from hf_disparse.trainer.guard import Guard
@@ -246,13 +246,17 @@ class PruningCallback(TrainerCallback):
             reinitialise(model.base_model, self.config.seed, optimizer)
             apply_masks(model, self.masks or {})
 
+    @property
+    def _average(self) -> Average | None:
+        """None in one process, whose gradients need no copy."""
+        return average if processes() > 1 else None
+
     def _reconstruct(self, model: nn.Module, before: Mapping[str, Tensor], progress: bool) -> None:
         """Fits what is left to what the weights did `before`, on scoring batches of all tasks."""
         count = min(self.config.score_batches, _FIT_BATCHES)
         batches = [batch for loader in self.loaders.values() for batch in islice(loader, count)]
         masks = {name: self.masks[name] for name in before}
-        mean = average if processes() > 1 else None
-        reconstruct(model, masks, before, batches, loss_fn=self._loss_fn, average=mean, progress=progress)
+        reconstruct(model, masks, before, batches, loss_fn=self._loss_fn, average=self._average, progress=progress)
 
     def _decide_sharded(self, model: nn.Module, now: Update) -> Mapping[str, Tensor] | None:
         """As the method's `update`, on the main process, which alone sees whole scores."""
@@ -281,7 +285,7 @@ class PruningCallback(TrainerCallback):
             joint=joint,
             weights=self._weights,
             loss_fn=self._loss_fn,
-            average=average if processes() > 1 else None,
+            average=self._average,
             seed=self.config.seed,
             progress=progress,
         )
@@ -312,7 +316,7 @@ class PruningCallback(TrainerCallback):
             joint=joint,
             weights=self._weights,
             loss_fn=self._loss_fn,
-            average=average if processes() > 1 else None,
+            average=self._average,
             progress=progress,
         )
 
