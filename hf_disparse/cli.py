@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -379,5 +380,8 @@ def _quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # of loading and saving weights; training has its own
     datasets.logging.set_verbosity_error()
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without the line of code it came from
+    if _rank():
+        warnings.simplefilter("ignore")
     if _rank() or not sys.stderr.isatty():
         datasets.disable_progress_bars()

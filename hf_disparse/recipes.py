@@ -2,6 +2,7 @@
 
 import re
 import types
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
@@ -24,6 +25,7 @@ from hf_disparse.config import (
 )
 from hf_disparse.tasks.glue import glue_fields
 from hf_disparse.trainer import DisparseTrainingArguments
+from hf_disparse.trainer.arguments import cpu_has_bfloat16
 
 SECTIONS = (
     "model",
@@ -90,8 +92,8 @@ class Recipe:
     Args:
         helpers: tasks that train the dense model only: they are not evaluated, have no vote, and lose their heads.
         teachers: task -> the model to distil from, where it is not the run's dense model.
-        training: fields of (Disparse)TrainingArguments for the dense and the sparse phase.
-        recovery: those that differ in the sparse phase.
+        training: fields of (Disparse)TrainingArguments for the dense and the sparse phase, without a bfloat16 that this CPU lacks.
+        recovery: those that differ in the sparse phase, as well.
         dense_from: the folder of a run or a comparison whose dense model is taken, rather than trained anew.
         values: the recipe as plain data, overrides applied: what a run folder remembers.
     """
@@ -191,6 +193,7 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
     training, recovery = sections["training"], sections["recovery"]
     _check_training(training, "training")
     _check_training(recovery, "recovery")
+    training, recovery = _in_float32_if_faster(training, recovery)
     tasks = _tasks(values["tasks"])
     recipe = Recipe(
         model=ModelConfig.from_dict(values["model"], "model"),
@@ -296,6 +299,21 @@ def _check_training(values: dict[str, Any], where: str) -> None:
         require(any(_is_a(value, kind) for kind in kinds), f"{where}.{key}", expected, value)
         least = _LEAST.get(key)
         require(least is None or value is None or value >= least, f"{where}.{key}", f"at least {least}", value)
+
+
+def _in_float32_if_faster(training: dict[str, Any], recovery: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both sections without a bfloat16 that this CPU lacks, with a warning: recipes travel, and one that takes minutes elsewhere
+    would take hours here."""
+    on_cpu = {**training, **recovery}.get("use_cpu")
+    asked = [key for key in ("bf16", "bf16_full_eval") if training.get(key) or recovery.get(key)]
+    if not on_cpu or not asked or cpu_has_bfloat16():
+        return training, recovery
+    warnings.warn(
+        f"training.{asked[0]}: this CPU has no instructions for bfloat16, without which float32 is ten times as fast: "
+        "computing in float32",
+        stacklevel=3,
+    )
+    return tuple({key: value for key, value in section.items() if key not in asked} for section in (training, recovery))
 
 
 def _choices(hint: Any) -> list[str]:

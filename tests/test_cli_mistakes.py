@@ -1,5 +1,11 @@
 """What a user reads whose recipe asks for the impossible, before anything is written."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -94,3 +100,15 @@ def test_texts_longer_than_the_encoder_has_positions(recipe, tmp_path):
     assert hf_disparse("train", write_recipe(tmp_path, long), "--dry-run")[0] == 0
     long = changed(long, "model.max_length", 65)
     refused("train", write_recipe(tmp_path, long), names=("model.max_length", "64", "65", "'two'", "lower it"))
+
+
+def test_bfloat16_on_a_cpu_without_it_is_one_line_and_float32(recipe, tmp_path):
+    path = write_recipe(tmp_path, changed(recipe, "training.bf16", True))
+    command = [sys.executable, "-m", "hf_disparse", "train", path, "--no-analysis"]
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}  # as on a CPU that knows no more
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "bf16" in line]
+    assert len(lines) == 1 and lines[0].startswith("warning: training.bf16: this CPU has no instructions"), done.stderr
+    results = json.loads(Path(recipe["output_dir"], "results.json").read_text())
+    assert "bf16" not in results["recipe"]["arguments"]["training"]

@@ -1,14 +1,18 @@
 """Recipes: what they read, what they refuse, and that nothing but a clear UserError comes out of a bad one."""
 
 import copy
+import platform
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_disparse.config import UserError
-from hf_disparse.recipes import parse_recipe, read_recipe
+from hf_disparse.recipes import parse_recipe, public, read_recipe
+from hf_disparse.trainer.arguments import cpu_has_bfloat16
 
 VALID = {
     "model": {"encoder": "some/encoder", "max_length": 16},
@@ -261,7 +265,34 @@ def test_bf16_on_a_machine_without_gpu_says_what_to_set(monkeypatch):
     said = refusal(parse_recipe, changed("training", bf16=True, use_cpu=False))
     assert said.startswith("training.bf16: ")
     assert "training.use_cpu: true" in said and "training.bf16: false" in said
-    assert parse_recipe(changed("training", bf16=True)).training["bf16"]
+
+
+@pytest.mark.parametrize("section", ["training", "recovery"])
+@pytest.mark.parametrize("key", ["bf16", "bf16_full_eval"])
+def test_a_cpu_without_bfloat16_computes_in_float32_and_says_so(monkeypatch, section, key):
+    values = changed(section, **{key: True})
+    monkeypatch.setattr("hf_disparse.recipes.cpu_has_bfloat16", lambda: False)
+    with pytest.warns(UserWarning, match=rf"^training\.{key}: this CPU has no .* computing in float32$"):
+        recipe = parse_recipe(values)
+    for phase in ("dense", "sparse"):
+        assert not getattr(recipe.arguments(phase, "x"), key)
+    assert recipe.values == values, "the run can go on where there is bfloat16"
+    assert not public(recipe)["arguments"][section].get(key), "a card must not say that bfloat16 was used"
+
+
+@pytest.mark.filterwarnings("error")
+def test_bfloat16_is_used_where_the_cpu_has_it(monkeypatch):
+    monkeypatch.setattr("hf_disparse.recipes.cpu_has_bfloat16", lambda: True)
+    recipe = parse_recipe(changed("training", bf16=True))
+    assert recipe.arguments("dense", "x").bf16 and recipe.arguments("sparse", "x").bf16
+
+
+def test_whether_a_cpu_has_bfloat16_is_what_its_flags_say():
+    """oneDNN, which torch asks, multiplies bfloat16 from AVX-512 on."""
+    flags = Path("/proc/cpuinfo")
+    if not flags.is_file() or platform.machine() != "x86_64" or not torch.backends.mkldnn.is_available():
+        pytest.skip("needs Linux on x86-64 and a torch with oneDNN")
+    assert cpu_has_bfloat16() == ("avx512bw" in flags.read_text())
 
 
 # Fuzzing
