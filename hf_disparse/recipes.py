@@ -311,7 +311,7 @@ def _in_float32_if_faster(training: dict[str, Any], recovery: dict[str, Any]) ->
     warnings.warn(
         f"training.{asked[0]}: this CPU has no instructions for bfloat16, without which float32 is ten times as fast: "
         "computing in float32",
-        stacklevel=3,
+        stacklevel=1,  # of this line, so that it is said once whoever parses how many recipes
     )
     return tuple({key: value for key, value in section.items() if key not in asked} for section in (training, recovery))
 

@@ -20,6 +20,7 @@ from hf_disparse.decision import Masks
 from hf_disparse.recipes import read_recipe
 from hf_disparse.run import prepare
 from hf_disparse.tasks import MultitaskCollator, TaskBatchSampler, TaskDataset
+from hf_disparse.trainer.arguments import cpu_has_bfloat16
 from hf_disparse.trainer.rules import decide_by
 
 CRITERIA, DECISIONS = ("snip", "disparse", "fisher"), ("unanimous", "sum", "max", "mean_rank", "joint")
@@ -58,7 +59,7 @@ def main() -> None:
     parameters = prunable_parameters(model)
 
     def loss(model, batch):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bfloat16()):
             return model(**batch).loss
 
     table = Table("criterion", "decision", *[f"{n} batches" for n in options.batches], title=f"{options.sparsity:.0%}")
