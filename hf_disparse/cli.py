@@ -27,6 +27,7 @@ from hf_disparse.printing import (
     print_results,
     print_sparsity,
 )
+from hf_disparse.tasks import average_name
 
 _GRACE = 10.0  # seconds
 
@@ -167,7 +168,7 @@ def evaluate(
         for metric, value in metrics.items():
             table.add_row(task, metric, f"{value:.1f}")
     table.add_section()
-    table.add_row("average", "", f"{result['average']:.1f}")
+    table.add_row(average_name(result["tasks"]), "", f"{result['average']:.1f}")
     Console().print(table)
     print_sparsity(result["sparsity"])
 

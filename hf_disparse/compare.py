@@ -24,7 +24,7 @@ from hf_disparse.faults import writing
 from hf_disparse.recipes import Recipe
 from hf_disparse.run import environment, prepare, rehearse, say, sizes, train_phase
 from hf_disparse.run_folder import PHASE_NAME, claim, read_json, refuse_others, write_whole
-from hf_disparse.tasks import average
+from hf_disparse.tasks import average, average_name
 
 JSON_NAME, MARKDOWN_NAME = "compare.json", "compare.md"
 
@@ -217,7 +217,7 @@ def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         sparsity = f"{100 * row['sparsity']:g} %" if row["sparsity"] else "0"
         difference = f"{row['against_dense']:+.1f}" if row["sparsity"] and row["against_dense"] is not None else ""
         lines.append([method_name(row), sparsity, *values, difference, str(len(row["seeds"]))])
-    return ["method", "sparsity", *tasks, "average", "against dense", "seeds"], lines
+    return ["method", "sparsity", *tasks, average_name(tasks), "against dense", "seeds"], lines
 
 
 def caption(report: dict[str, Any]) -> str:

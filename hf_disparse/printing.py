@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from hf_disparse.tasks import average_name
+
 
 def close_bars() -> None:
     """What is said after a bar belongs on a line of its own."""
@@ -48,7 +50,9 @@ def print_results(results: dict, folder: str) -> None:
             table.add_row(task, metric, shown, f"{dense:.1f}", f"{sparse:.1f}", f"{sparse - dense:+.1f}")
     dense, sparse = results["dense"]["average"], results["sparse"]["average"]
     table.add_section()
-    table.add_row("average", "", "", f"{dense:.1f}", f"{sparse:.1f}", f"{sparse - dense:+.1f}")
+    table.add_row(
+        average_name(results["dense"]["tasks"]), "", "", f"{dense:.1f}", f"{sparse:.1f}", f"{sparse - dense:+.1f}"
+    )
     Console().print(table)
     print_sparsity(results["sparsity"])
     if "guard" in results:
@@ -154,7 +158,7 @@ def _watershed(found: Mapping[str, Any]) -> str:
 
 def _print_curve(curve: Mapping[str, Any]) -> None:
     tasks = list(curve["points"][0]["metrics"])
-    table = new_table("sparsity", *tasks, "average")
+    table = new_table("sparsity", *tasks, average_name(tasks))
     for point in curve["points"]:
         name = f"{100 * point['sparsity']:g} %" + (", recovered" if point["recovered"] else "")
         table.add_row(name, *[f"{point['metrics'][task]:.1f}" for task in tasks], f"{point['average']:.1f}")

@@ -23,7 +23,7 @@ from hf_disparse.faults import writing
 from hf_disparse.recipes import Recipe, parse_recipe
 from hf_disparse.run import environment
 from hf_disparse.run_folder import read_json, refuse_others, write_whole
-from hf_disparse.tasks import average
+from hf_disparse.tasks import average, average_name
 
 FOLDER_NAME, JSON_NAME, MARKDOWN_NAME = "equal-budget", "equal-budget.json", "equal-budget.md"
 _STRETCHED = ("max_steps", "warmup_steps", "logging_steps", "eval_steps", "save_steps")  # fractions below 1 stay
@@ -300,7 +300,7 @@ def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         values = [shown(row, name) + sparsities.get(name, "") for name in (*tasks, "average")]
         difference = "" if row["against_ensemble"] is None else f"{row['against_ensemble']:+.1f}"
         lines.append([model, f"{100 * row['budget']:g} %", *values, difference, str(len(row["seeds"]))])
-    return ["model", "budget", *tasks, "average", "against ensemble", "seeds"], lines
+    return ["model", "budget", *tasks, average_name(tasks), "against ensemble", "seeds"], lines
 
 
 def caption(report: dict[str, Any]) -> str:

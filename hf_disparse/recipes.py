@@ -1,11 +1,11 @@
 """A recipe: one YAML file that is one complete run. Layer 10."""
 
-import re
 import types
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
+from itertools import product
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -23,6 +23,7 @@ from hf_disparse.config import (
     one_line,
     require,
 )
+from hf_disparse.recipe_yaml import parse_yaml
 from hf_disparse.tasks.glue import glue_fields
 from hf_disparse.trainer import DisparseTrainingArguments
 from hf_disparse.trainer.arguments import cpu_has_bfloat16
@@ -157,7 +158,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = (), output_dir: str
         UserError: no such file, no YAML, an unknown or missing key, a value that is refused.
     """
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+        values = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: expected a recipe, but reading it fails: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, too
@@ -211,8 +212,14 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
     votes = len(recipe.tasks) - len(recipe.helpers)
     if recipe.pruning.quorum > votes:
         raise UserError(f"pruning.quorum: expected at most the number of tasks, {votes}, got {recipe.pruning.quorum}")
-    for phase in ("dense", "sparse"):
-        _check_best_metric(recipe, recipe.arguments(phase, output_dir).metric_for_best_model)
+    dense, sparse = (recipe.arguments(phase, output_dir) for phase in ("dense", "sparse"))
+    for arguments in (dense, sparse):
+        _check_best_metric(recipe, arguments.metric_for_best_model)
+    _check_teachers(recipe, dense.distils, sparse.distils)
+    if "temperature" not in (dense.task_sampling, sparse.task_sampling):
+        for section, key in product(("training", "recovery"), ("sampling_temperature", "sampling_cap")):
+            value = sections[section].get(key)
+            require(value is None, f"{section}.{key}", "nothing without task_sampling: temperature", value)
     return recipe
 
 
@@ -222,6 +229,20 @@ def _check_keys(values: dict, where: str, depth: int) -> None:
         require(isinstance(key, str) and key.isprintable(), where, "plain text as every key", key)
         if depth > 1 and isinstance(inner, dict):
             _check_keys(inner, key if where == "recipe" else f"{where}.{key}", depth - 1)
+
+
+def _check_teachers(recipe: Recipe, dense: bool, sparse: bool) -> None:
+    """Refuses teachers that teach nothing, and a dense phase that would learn from nobody; each flag is whether a phase distils."""
+    if recipe.teachers and not (dense or sparse):
+        raise UserError(
+            "teachers: expected recovery.distillation or recovery.distillation_hidden above 0, got none that asks them"
+        )
+    untaught = [task for task in recipe.tasks if task not in recipe.teachers]
+    if dense and untaught:
+        raise UserError(
+            f"training.distillation: expected a teacher of '{untaught[0]}' in the section 'teachers', for the dense phase has no "
+            "other, got none; put distillation into recovery, where the dense model is the teacher"
+        )
 
 
 def _check_best_metric(recipe: Recipe, metric: str | None) -> None:
@@ -246,6 +267,8 @@ def _tasks(values: Any) -> dict[str, tuple[TaskConfig, DataConfig]]:
     for name, entry in values.items():
         where = f"tasks.{name}"
         require(isinstance(entry, dict), where, "a mapping of fields to values", entry)
+        if None not in (entry.get("validation_split"), entry.get("validation_fraction")):
+            raise UserError(f"{where}: expected validation_split or validation_fraction, got both")
         if "glue" in entry:
             own = {key: value for key, value in entry.items() if key != "glue"}
             entry = {**glue_fields(entry["glue"], f"{where}.glue"), **own}
@@ -356,7 +379,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise UserError(f"--set {override}: expected section.key=value, such as pruning.sparsity=0.9")
     try:
-        value = yaml.load(text, Loader=_Loader)
+        value = parse_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"--set {override}: expected a value in YAML, got {text!r}") from None
     places = [values]
@@ -374,29 +397,3 @@ def _override(values: dict[str, Any], override: str) -> None:
             require(isinstance(place, dict), where, "a mapping", place)
     for place in places:
         place[keys[-1]] = value
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 2e-5 is a number (in YAML 1.1, which PyYAML reads, it is a string); a key stands once."""
-
-
-# Before PyYAML's own, for which 2:4 is a number to base 60.
-_Loader.yaml_implicit_resolvers = {
-    first: [("tag:yaml.org,2002:str", re.compile(r"^\d+:\d+$")), *known] if first in set("123456789") else known
-    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
-    merge = "tag:yaml.org,2002:merge"  # `<<: *anchor`, whose keys the mapping's own ones replace
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
-    twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
-    if twice is not None:
-        raise yaml.constructor.ConstructorError(None, None, f"the key '{twice}' stands twice", node.start_mark)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)

@@ -11,6 +11,7 @@ import platform
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,10 +32,12 @@ from hf_disparse.faults import writing
 from hf_disparse.low_rank import dense_size
 from hf_disparse.masks import sparsity_report
 from hf_disparse.model import MultitaskModel, prunable_parameters
+from hf_disparse.pretrained import load_model, load_pretrained
 from hf_disparse.recipes import Recipe, public, read_recipe
 from hf_disparse.run_folder import PHASE_NAME, RECIPE_NAME, claim, find_json, refuse_others, write_whole
 from hf_disparse.stored_scores import SCORES_FOLDER
 from hf_disparse.tasks import average, load_task, resolve, tokenize
+from hf_disparse.teachers import teachers_of, try_teachers
 from hf_disparse.trainer import DisparseTrainer, last_whole_checkpoint
 from hf_disparse.trainer.checkpoints import sync
 
@@ -119,7 +122,7 @@ def evaluate(model_name: str, recipe_path: str | None = None, overrides=()) -> d
         {"tasks": {name: {metric: value}}, "average": x, "sparsity": {denominator: fraction}}, metrics in 0 to 100.
     """
     source, recipe = open_run(model_name, recipe_path, overrides)
-    model = _load_pretrained(model_name, MultitaskModel, source)
+    model = load_pretrained(model_name, MultitaskModel, source)
     judge_as(recipe, model)
     tokenizer, data, _ = prepare(recipe, source, splits=("validation",))
     with TemporaryDirectory() as folder:  # a Trainer makes its output folder, and evaluation leaves nothing behind
@@ -165,16 +168,15 @@ def prepare(
         that chooses its best model has half of the validation data in a split `selection`, for that and nothing else.
     """
     where = "tokenizer" if tokenizer_name else "model.encoder"
-    tokenizer = _load_pretrained(where, AutoTokenizer, tokenizer_name or resolve(recipe.model.encoder))
+    tokenizer = load_pretrained(where, AutoTokenizer, tokenizer_name or resolve(recipe.model.encoder))
     data: Splits = {split: {} for split in splits}
     unlabelled = dict.fromkeys(recipe.tasks, 0)
     for name, (task, source) in recipe.tasks.items():
-        raw = dict(zip(("train", "validation"), load_task(task, source, recipe.seed), strict=True))
-        for split in splits:
-            if split == "validation" and name in recipe.helpers:
-                continue
-            rows, left_out = tokenize(raw[split], task, tokenizer, recipe.model.max_length)
-            data[split][name] = rows
+        wanted = [split for split in splits if split == "train" or name not in recipe.helpers]
+        if not wanted:
+            continue
+        for split, raw in zip(wanted, load_task(task, source, recipe.seed, wanted), strict=True):
+            data[split][name], left_out = tokenize(raw, task, tokenizer, recipe.model.max_length)
             unlabelled[name] += left_out
     if "validation" not in splits:
         return tokenizer, data, unlabelled
@@ -219,7 +221,8 @@ def train_phase(
     if done := find_json(folder / PHASE_NAME):
         return done
     model = load_model(start) if start else new_model(recipe)
-    trainer = new_trainer(recipe, phase, folder, model, tokenizer, data, _teachers(recipe, phase, start))
+    teachers = teachers_of(recipe, phase, tokenizer, partial(load_model, start) if start else None)
+    trainer = new_trainer(recipe, phase, folder, model, tokenizer, data, teachers)
     checkpoint = from_main(lambda: last_whole_checkpoint(folder))
     say(f"{phase} training, {_steps(trainer)} steps" + (f", resumed from {checkpoint}" if checkpoint else ""))
     begin = time.perf_counter()
@@ -247,16 +250,6 @@ def train_phase(
     with writing(folder):
         from_main(lambda: write_whole(folder / PHASE_NAME, json.dumps(result)))
     return result
-
-
-def _teachers(recipe: Recipe, phase: str, dense: Path | None) -> dict[str, MultitaskModel] | MultitaskModel | None:
-    """The recipe's teachers, or for the sparse phase the dense model, if there is something to learn from them."""
-    if not recipe.arguments(phase, recipe.output_dir).distils:
-        return None
-    if recipe.teachers:
-        names = recipe.teachers.items()
-        return {task: _load_pretrained(f"teachers.{task}", MultitaskModel, resolve(name)) for task, name in names}
-    return load_model(dense) if dense else None
 
 
 def say(line: str) -> None:
@@ -298,11 +291,12 @@ def rehearse(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Splits) -
     model = new_model(recipe)
     _check_length(recipe, model, data)
     for phase in ("dense", "sparse"):
-        teachers = _teachers(recipe, phase, None) or (model if phase == "sparse" else None)
+        teachers = teachers_of(recipe, phase, tokenizer, (lambda: model) if phase == "sparse" else None)
         with TemporaryDirectory() as folder:
             trainer = new_trainer(recipe, phase, folder, model, tokenizer, data, teachers)
             state = TrainerState(max_steps=_steps(trainer))
             trainer.pruner.on_train_begin(trainer.args, state, trainer.control, model=model)
+            try_teachers(trainer)
     return model
 
 
@@ -352,25 +346,7 @@ def new_model(recipe: Recipe) -> MultitaskModel:
     """The recipe's pretrained encoder with fresh heads, the same for the same seed."""
     set_seed(recipe.seed)
     tasks = [task for task, _ in recipe.tasks.values()]
-    return _load_pretrained("model.encoder", MultitaskModel, resolve(recipe.model.encoder), "from_encoder", tasks)
-
-
-def load_model(folder: str | Path) -> MultitaskModel:
-    """The model that a phase has finished."""
-    return _load_pretrained("output_dir", MultitaskModel, str(folder))
-
-
-def _load_pretrained(where: str, cls, name: str, method: str = "from_pretrained", *arguments):
-    """`cls.from_pretrained(name)`; a model that is not there or does not load is the user's to mend."""
-    if Path(name).is_absolute() and not Path(name).is_dir():
-        raise UserError(f"{where}: expected a Hub id or a folder, but there is no folder {name}")
-    try:
-        return getattr(cls, method)(name, *arguments)
-    except UserError:
-        raise
-    except Exception as error:  # transformers, tokenizers, safetensors and the Hub raise a dozen kinds here
-        got = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"{where}: expected a model that loads from {name}, got {got}") from error
+    return load_pretrained("model.encoder", MultitaskModel, resolve(recipe.model.encoder), "from_encoder", tasks)
 
 
 def environment() -> dict[str, Any]:

@@ -130,8 +130,10 @@ def test_a_run_killed_in_a_phase_goes_on_from_its_checkpoint_to_the_same_bits(co
 
 
 def test_a_helper_trains_the_dense_model_and_is_gone(recipe, tmp_path):
-    """Its head is not published, and it has neither a row nor a vote."""
-    helped = changed(recipe, "tasks.third", recipe["tasks"]["two"]) | {
+    """Its head is not published, it has neither a row nor a vote, and its data is for training only."""
+    data = shutil.copy(recipe["tasks"]["two"]["data"], tmp_path / "third.csv")
+    third = {"data": str(data), "columns": ["text"], "labels": ["no", "yes"]}  # no validation split to be found
+    helped = changed(recipe, "tasks.third", third) | {
         "helpers": ["third"],
         "output_dir": str(tmp_path / "helped"),
     }
@@ -144,6 +146,7 @@ def test_a_helper_trains_the_dense_model_and_is_gone(recipe, tmp_path):
     model = AutoModel.from_pretrained(helped["output_dir"])
     assert list(model.heads) == list(model.tasks) == ["two", "three"]
     assert "scoring third" not in err and "scoring two" in err
+    data.unlink()
     assert hf_disparse("evaluate", helped["output_dir"])[0] == 0
 
 
@@ -308,13 +311,14 @@ def test_training_stops_at_a_loss_that_is_not_finite_and_keeps_the_last_checkpoi
 
 @pytest.fixture
 def with_label(recipe, tmp_path):
-    """Writes a recipe with a regression task `real` one of whose eight labels is the given one."""
+    """Writes a recipe with a regression task `real` one of whose eight labels to train on is the given one."""
 
     def write(label: float) -> str:
-        rows = {"text": ["w1 w2"] * 8, "label": [0.5] * 7 + [label]}
+        rows = {"text": ["w1 w2"] * 12, "label": [0.5] * 7 + [label, 0.1, 0.2, 0.3, 0.4]}
         pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "real.parquet")
         task = {"data": str(tmp_path / "real.parquet"), "columns": "text", "problem_type": "regression"}
-        return write_recipe(tmp_path, changed(recipe, "tasks.real", {**task, "validation_split": "train"}))
+        parts = {"train_split": "train[:8]", "validation_split": "train[8:]"}
+        return write_recipe(tmp_path, changed(recipe, "tasks.real", {**task, **parts}))
 
     return write
 

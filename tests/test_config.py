@@ -68,6 +68,7 @@ def test_pruning_config_refuses_nonsense_with_key_expected_and_got(values, words
     [
         ({"name": "a.b"}, "name: expected letters"),
         ({"name": ""}, "name: expected letters"),
+        ({"name": "average"}, "name: expected another name"),
         ({"columns": []}, "columns: expected a name"),
         ({"columns": ["a", "b", "c"]}, "columns: expected at most 2"),
         ({"columns": ["a", "a"]}, "columns: expected names that differ"),

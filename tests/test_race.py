@@ -84,7 +84,7 @@ def test_the_budgets_by_default_are_those_of_the_curve_that_an_ensemble_can_meet
 
 def test_a_single_task_model_is_the_recipe_with_that_task_and_the_shared_one_has_its_steps_for_every_task(recipe):
     recipe = changed(recipe, "tasks.third", recipe["tasks"]["two"]) | {"helpers": ["third"], "teachers": {"two": "x"}}
-    recipe |= {"recovery": {"max_steps": 6, "warmup_steps": 0.25}}
+    recipe |= {"recovery": {"max_steps": 6, "warmup_steps": 0.25, "distillation": 0.5}}
     recipe["training"] |= {"warmup_steps": 3, "eval_steps": 2, "eval_strategy": "steps", "load_best_model_at_end": True}
     contest = checked(recipe)
     single, shared = (recipe_of(contest, Cell(task, 0.8, 7)) for task in ("real", None))

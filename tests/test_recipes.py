@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hf_disparse.config import UserError
 from hf_disparse.recipes import parse_recipe, public, read_recipe
 from hf_disparse.trainer.arguments import cpu_has_bfloat16
+from tests.cli_helpers import changed as replaced
 
 VALID = {
     "model": {"encoder": "some/encoder", "max_length": 16},
@@ -258,6 +259,57 @@ def test_what_transformers_refuses_is_one_line():
     said = refusal(parse_recipe, changed("training", load_best_model_at_end=True))
     assert said.startswith("training: TrainingArguments refuses these values: ") and "load_best_model_at_end" in said
     assert len(said.splitlines()) == 1 and len(said) < 400
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"teachers": {"two": "x"}},
+            "teachers: expected recovery.distillation or recovery.distillation_hidden above 0",
+        ),
+        (
+            {"training.distillation": 0.5},
+            "training.distillation: expected a teacher of 'two' in the section 'teachers'",
+        ),
+        (
+            {"training.distillation": 0.5, "teachers": {"two": "x"}},
+            "training.distillation: expected a teacher of 'real'",
+        ),
+        (
+            {"training.sampling_cap": 9},
+            "training.sampling_cap: expected nothing without task_sampling: temperature, got 9",
+        ),
+        ({"recovery.sampling_temperature": 2}, "recovery.sampling_temperature: expected nothing without task_sampling"),
+        (
+            {"tasks.two.validation_split": "test", "tasks.two.validation_fraction": 0.1},
+            "tasks.two: expected validation_split or validation_fraction, got both",
+        ),
+    ],
+)
+def test_what_would_be_ignored_is_refused(changes, expected):
+    recipe = VALID
+    for path, value in changes.items():
+        recipe = replaced(recipe, path, value)
+    said = refusal(parse_recipe, recipe)
+    assert said.startswith(expected) and len(said.splitlines()) == 1, said
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"recovery.distillation": 0.5},
+        {"recovery.distillation_hidden": 1, "teachers": {"two": "x"}},
+        {"training.distillation": 0.5, "teachers": {"two": "x", "real": "y"}},
+        {"training.sampling_cap": 9, "recovery.task_sampling": "temperature"},
+        {"tasks.two.glue": "mnli", "tasks.two.validation_fraction": 0.1},  # in place of the split that mnli comes with
+    ],
+)
+def test_what_is_of_use_in_one_phase_passes(changes):
+    recipe = VALID
+    for path, value in changes.items():
+        recipe = replaced(recipe, path, value)
+    parse_recipe(recipe)
 
 
 def test_bf16_on_a_machine_without_gpu_says_what_to_set(monkeypatch):

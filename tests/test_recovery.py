@@ -46,6 +46,11 @@ def bert(classes: int, **changes) -> BertForSequenceClassification:
     return BertForSequenceClassification(config)
 
 
+def relabelled(labels: list[str]) -> list[TaskConfig]:
+    """The three tasks, the first one's classes in another order or with other names."""
+    return [TaskConfig(name="two", columns="text", labels=labels), *three_tasks()[1:]]
+
+
 def watch(trainer, look) -> None:
     """Calls `look(model, batch, loss)` for every training batch before the weights change."""
     compute = trainer.compute_loss
@@ -144,6 +149,11 @@ def test_evaluation_and_scores_are_of_the_labels(tmp_path):
         (lambda: None, "expected a teacher of task 'two', got none; pass teachers="),
         (lambda: {"three": bert(3), "real": bert(1)}, "expected a teacher of task 'two', got none"),
         (lambda: tiny_model(three_tasks()[:2]), "expected a teacher of task 'real', got none"),
+        (
+            lambda: tiny_model(relabelled(["yes", "no"])),
+            r"teachers.two: expected a teacher with the labels .*'no', 'yes'",
+        ),
+        (lambda: {"two": tiny_model(relabelled(["a", "b"])), "three": bert(3), "real": bert(1)}, "teachers.two: "),
         (lambda: dict.fromkeys(("two", "three", "real"), bert(5)), r"classes of task '\w+', got logits of \(4, 5\)"),
     ],
 )

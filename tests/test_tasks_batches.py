@@ -16,7 +16,15 @@ from scipy.stats import binom
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
 
 from hf_disparse.config import METRICS, TaskConfig, UserError
-from hf_disparse.tasks import MultitaskCollator, TaskBatchSampler, TaskDataset, TaskMetric, average, compute_metrics
+from hf_disparse.tasks import (
+    MultitaskCollator,
+    TaskBatchSampler,
+    TaskDataset,
+    TaskMetric,
+    average,
+    average_name,
+    compute_metrics,
+)
 from tests.tiny import tiny_tokenizer
 
 SAMPLINGS = ("proportional", "temperature", "round_robin")
@@ -303,6 +311,11 @@ def test_correlation_with_a_constant_or_nan_is_zero(logits):
 
 def test_matthews_correlation_of_one_class_is_zero():
     assert metrics_of(one_hot([1, 1, 1], 2), [0, 1, 0], "matthews_correlation") == {"matthews_correlation": 0.0}
+
+
+def test_what_the_average_leaves_out_is_in_its_name():
+    assert average_name(["a", "wnli", "b"]) == "average without wnli"
+    assert average_name(["WNLI"]) == average_name(["a", "b"]) == average_name(iter("ab")) == "average"
 
 
 def test_average_is_that_of_the_tasks_and_leaves_wnli_out():

@@ -10,7 +10,8 @@ import pytest
 from datasets import Dataset
 
 from hf_disparse.config import DataConfig, TaskConfig, UserError
-from hf_disparse.tasks import load_task, resolve
+from hf_disparse.tasks import load_task, resolve, tokenize
+from tests.tiny import tiny_tokenizer
 
 GLUE = Path(__file__).parents[2] / "shared" / "glue"
 TASK = TaskConfig(name="t", columns="text", labels=("no", "yes"))
@@ -45,11 +46,12 @@ def package(tmp_path, monkeypatch):
 
 
 def load(path, task=TASK, **fields):
-    return load_task(task, DataConfig(**{"data": str(path), "validation_split": "train", **fields}))
+    """The training examples."""
+    return load_task(task, DataConfig(data=str(path), **fields), splits=["train"])[0]
 
 
 def texts(path, **fields):
-    return load(path, **fields)[0]["text"][:]
+    return load(path, **fields)["text"][:]
 
 
 def refused(call, *args, **kwargs) -> str:
@@ -115,7 +117,7 @@ def test_csv_json_and_parquet_files_give_the_same_rows(tmp_path):
     frame.to_json(tmp_path / "a.json", orient="records")
     frame.to_parquet(tmp_path / "a.parquet")
     for path in tmp_path.iterdir():
-        assert load(path)[0][:] == rows, path.name
+        assert load(path)[:] == rows, path.name
 
 
 def test_encoding_is_an_option_and_the_wrong_one_says_so(tmp_path):
@@ -130,8 +132,18 @@ def test_encoding_is_an_option_and_the_wrong_one_says_so(tmp_path):
 def test_only_an_empty_csv_cell_is_missing(tmp_path):
     path = tmp_path / "none.csv"
     path.write_text("text,label\nNA,None\nnull,null\nb,\n")
-    assert load(path)[0][:] == {"text": ["NA", "null", "b"], "label": ["None", "null", None]}
-    assert load(path, options={"keep_default_na": True})[0]["label"][:] == [None] * 3
+    assert load(path)[:] == {"text": ["NA", "null", "b"], "label": ["None", "null", None]}
+    assert load(path, options={"keep_default_na": True})["label"][:] == [None] * 3
+
+
+def test_a_csv_file_with_a_field_more_than_its_header_is_not_shifted(tmp_path):
+    path = tmp_path / "trailing.csv"
+    path.write_text("text,label\na,no,\nb,yes,\n")  # as spreadsheets write it
+    assert load(path)[:] == {"text": ["a", "b"], "label": ["no", "yes"]}
+    path = tmp_path / "unquoted.csv"
+    path.write_text("text,label\nwell, yes,1\nhm, no,0\n")
+    with pytest.raises(UserError, match=r"expected one of no, yes .* got ' yes'"):
+        tokenize(load(path), TASK, tiny_tokenizer(), 16)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +234,7 @@ def test_wrong_slice_is_a_user_error(numbered, part):
 def test_missing_split_names_the_closest_and_the_way_out(numbered):
     message = refused(load, numbered, train_split="trian")
     assert message == "tasks.t.train_split: there is no split 'trian'; did you mean 'train'?"
-    message = refused(load, numbered, validation_split="dev")
+    message = refused(load_task, TASK, DataConfig(data=str(numbered), validation_split="dev"))
     assert "tasks.t.validation_split: there is no split 'dev'; expected one of: train" in message
     assert "validation_fraction" in message
 
@@ -245,13 +257,56 @@ def test_validation_fraction_that_leaves_nothing_to_train_on_is_a_user_error(num
 
 def test_caps_take_a_seeded_sample_without_repeats(numbered):
     def capped(seed):
-        data = DataConfig(data=str(numbered), validation_split="train", max_train_rows=8, max_validation_rows=99)
+        parts = dict(train_split="train[:15]", validation_split="train[15:]")
+        data = DataConfig(data=str(numbered), **parts, max_train_rows=8, max_validation_rows=99)
         return [rows["text"][:] for rows in load_task(TASK, data, seed)]
 
     train, validation = capped(0)
     assert len(set(train)) == 8 and train != [str(i) for i in range(8)]
-    assert validation == [str(i) for i in range(20)]
+    assert validation == [str(i) for i in range(15, 20)]
     assert capped(0)[0] == train and capped(1)[0] != train
+
+
+@pytest.mark.parametrize("empty", [None, -1])
+def test_a_cap_counts_examples_with_a_label(tmp_path, empty):
+    rows = {"text": [str(i) for i in range(40)], "label": [i % 2 if i % 4 == 0 else empty for i in range(40)]}
+    Dataset.from_dict(rows).to_json(tmp_path / "some.jsonl")
+    capped = load(tmp_path / "some.jsonl", max_train_rows=6)
+    everything = load(tmp_path / "some.jsonl").shuffle(seed=0)
+    assert sum(label not in (None, -1) for label in capped["label"]) == 6
+    assert capped["label"][-1] not in (None, -1) and capped[:] == everything[: len(capped)]
+    data, left_out = tokenize(capped, TASK, tiny_tokenizer(), 16)
+    assert (len(data), left_out) == (6, len(capped) - 6)
+    assert len(load(tmp_path / "some.jsonl", max_train_rows=11)) == 40, "there are ten"
+
+
+@pytest.mark.parametrize(
+    ("train", "validation"),
+    [("train", "train"), ("train", "train[90%:]"), ("train[:50%]", "train[9:]"), ("train[-3:]", "train[17:18]")],
+)
+def test_rows_that_are_trained_on_are_not_validated_on(numbered, train, validation):
+    data = DataConfig(data=str(numbered), train_split=train, validation_split=validation)
+    message = refused(load_task, TASK, data)
+    assert message.startswith("tasks.t.validation_split: expected rows that are not trained on, got ")
+    assert f"got {validation} beside train_split {train}; slice both" in message and "validation_fraction" in message
+
+
+@pytest.mark.parametrize(("train", "validation"), [("train[:90%]", "train[90%:]"), ("train[5:]", "train[:5]")])
+def test_slices_that_share_no_row_make_two_splits(numbered, train, validation):
+    data = DataConfig(data=str(numbered), train_split=train, validation_split=validation)
+    ours, theirs = (rows["text"][:] for rows in load_task(TASK, data))
+    assert sorted(ours + theirs, key=int) == [str(i) for i in range(20)]
+
+
+def test_a_split_that_nobody_asks_for_need_not_be_there(tmp_path):
+    for split, text in (("train", "a"), ("validation", "b")):
+        Dataset.from_dict({"text": [text], "label": [0]}).to_json(tmp_path / f"{split}.jsonl")
+    data = DataConfig(data=str(tmp_path))
+    assert [rows["text"][:] for rows in load_task(TASK, data)] == [["a"], ["b"]]
+    (tmp_path / "train.jsonl").unlink()
+    (rows,) = load_task(TASK, data, splits=["validation"])
+    assert rows["text"][:] == ["b"]
+    assert "there is no split 'train'" in refused(load_task, TASK, data)
 
 
 # folders

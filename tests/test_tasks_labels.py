@@ -54,6 +54,7 @@ def refused(call, *args, **kwargs) -> str:
         ([0.5, 2.0], ("0.5", "2"), [0, 1]),
         ([True, False], ("True", "False"), [0, 1]),
         ([True, False], ("true", "false"), [0, 1]),
+        (["1", "0"], ("no", "yes"), [1, 0]),  # ids in a column of texts
     ],
 )
 def test_class_is_read_by_name_else_by_id(values, labels, ids):
@@ -68,6 +69,8 @@ def test_class_is_read_by_name_else_by_id(values, labels, ids):
         (["yes", "no", "maybe"], ("no", "yes"), [1, 0]),  # a class that no row has
         (["0", "1"], ("no", "yes"), [0, 1]),  # no name in common: the ids are all there is
         (["2", "1"], ("1", "2"), [1, 0]),
+        (["Yes", "NO"], ("no", "yes"), [1, 0]),
+        (["Yes", "yes"], ("yes", "no", "Yes"), [2, 0]),
     ],
 )
 def test_class_label_of_another_order_is_followed_by_name(names, labels, ids):
@@ -82,7 +85,7 @@ def test_class_label_of_another_order_is_followed_by_name(names, labels, ids):
         ([0.5], ("no", "yes"), None, "got 0.5"),
         (["Yes"], ("no", "yes"), None, "got 'Yes'"),
         ([""], ("no", "yes"), None, "got ''"),
-        (["1"], ("no", "yes"), None, "got '1'"),
+        (["2"], ("no", "yes"), None, "got '2'"),
         ([[1]], ("no", "yes"), None, "got [1]"),
         ([5], ("1", "2"), None, "expected one of 1, 2 in column 'label', got 5"),
         ([0], ("1", "2"), None, "got 0"),  # no id of a class that is named by another number

@@ -42,6 +42,9 @@ class TaskConfig(Config):
     def __post_init__(self):
         good_name = isinstance(self.name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name)
         require(bool(good_name), "name", "letters, digits, '_' and '-'", self.name)
+        require(
+            self.name != "average", "name", "another name, for that is what the mean over tasks is called", self.name
+        )
         if self.problem_type not in list(METRICS):  # a list, for what YAML gives may not be hashable
             raise UserError(f"problem_type: unknown value {self.problem_type!r}{closest(self.problem_type, METRICS)}")
         strings(self, "columns", allow_empty=False)
@@ -79,7 +82,7 @@ class DataConfig(Config):
         subset: name of the data set's configuration, such as `rte` of `nyu-mll/glue`.
         train_split, validation_split: names of the splits, in the slicing syntax of `datasets`.
         validation_fraction: instead of a validation split, hold out this seeded random part of the training split.
-        max_train_rows, max_validation_rows: cap, applied after a seeded shuffle.
+        max_train_rows, max_validation_rows: cap on the labelled rows, applied after a seeded shuffle.
         options: further arguments of `datasets.load_dataset`, such as `{encoding: latin-1}` for a CSV file.
     """
 

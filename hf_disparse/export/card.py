@@ -17,7 +17,7 @@ from hf_disparse.config import PRUNING_CONFIG_NAME, PruningConfig, TaskConfig
 from hf_disparse.export.folder import CONFIG_NAME, WEIGHTS_NAME, load, read_json
 from hf_disparse.masks import sparsity_report
 from hf_disparse.model import MultitaskConfig, MultitaskModel, prunable_parameters
-from hf_disparse.tasks import average
+from hf_disparse.tasks import average, average_name
 
 CARD_NAME, RESULTS_NAME = "README.md", "results.json"
 _TOKENS, _ROUNDS, _LOG_ROWS = 64, 7, 12
@@ -268,9 +268,8 @@ def _metrics(results: Mapping[str, Any]) -> str:
             dense = before["tasks"][task][metric] if before else None
             rows.append((task, source, str(examples.get(task, "")), metric, *numbers(dense, sparse)))
     if len(results["sparse"]["tasks"]) > 1:
-        rows.append(
-            ("average", "", "", "", *numbers(before["average"] if before else None, results["sparse"]["average"]))
-        )
+        averages = numbers(before["average"] if before else None, results["sparse"]["average"])
+        rows.append((average_name(results["sparse"]["tasks"]), "", "", "", *averages))
     said = ' "Dense" is the same model before it was pruned; the sparse one was trained on.' if before else ""
     return f"## Metrics\n\nOn validation data, 0 to 100.{said}\n\n{_table(rows)}"
 

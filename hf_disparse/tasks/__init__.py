@@ -2,7 +2,7 @@
 
 from hf_disparse.tasks.batches import MultitaskCollator, TaskBatchSampler, TaskDataset
 from hf_disparse.tasks.data import load_task, resolve, tokenize
-from hf_disparse.tasks.metrics import TaskMetric, average, compute_metrics
+from hf_disparse.tasks.metrics import TaskMetric, average, average_name, compute_metrics
 
 __all__ = [
     "MultitaskCollator",
@@ -10,6 +10,7 @@ __all__ = [
     "TaskDataset",
     "TaskMetric",
     "average",
+    "average_name",
     "compute_metrics",
     "load_task",
     "resolve",

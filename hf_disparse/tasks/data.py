@@ -1,6 +1,8 @@
 """From what a user names to tokenized examples: finding the data, checking columns and labels, tokenizing."""
 
 import importlib.util
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
@@ -12,8 +14,9 @@ from hf_disparse.tasks import demo
 from hf_disparse.tasks.labels import LabelEncoder, show
 
 # Of a CSV file only an empty cell is missing: "None" and "NA" are a class's name or a text more often than not, and
-# pandas would turn them into examples without a label, which then go unnoticed.
-_CSV = {"keep_default_na": False, "na_values": [""]}
+# pandas would turn them into examples without a label, which then go unnoticed. Nor is the first column an index where
+# rows have one field more than the header has names: pandas would take every other column for its neighbour.
+_CSV = {"keep_default_na": False, "na_values": [""], "index_col": False}
 _BUILDERS = {
     ".csv": ("csv", _CSV),
     ".tsv": ("csv", {**_CSV, "sep": "\t"}),
@@ -21,6 +24,7 @@ _BUILDERS = {
     ".jsonl": ("json", {}),
     ".parquet": ("parquet", {}),
 }
+Split = tuple[Dataset, str, range]
 _NO_OPTIONS = {
     "path": "use data",
     "name": "use subset",
@@ -55,24 +59,42 @@ def resolve(reference: str) -> str:
     return str(path)
 
 
-def load_task(task: TaskConfig, data: DataConfig, seed: int = 0) -> tuple[Dataset, Dataset]:
-    """Loads the raw training and validation examples of a task, capped, with their columns checked.
+def load_task(
+    task: TaskConfig, data: DataConfig, seed: int = 0, splits: Sequence[str] = ("train", "validation")
+) -> tuple[Dataset, ...]:
+    """Loads the raw examples of a task, capped, with their columns checked: one Dataset for each of `splits`.
 
     Raises:
-        UserError: data, file, split or column that is not there, or a split without examples.
+        UserError: data, file, split or column that is not there, a split without examples, or one that is validated on
+            and trained on.
     """
-    train = _load_split(task, data, "train_split")
-    if data.validation_fraction is None:
-        validation = _load_split(task, data, "validation_split")
+    if data.validation_fraction is not None:
+        rows, _, _ = _load_split(task, data, "train_split")
+        found = dict(zip(("train", "validation"), _hold_out(rows, task, data.validation_fraction, seed), strict=True))
     else:
-        train, validation = _hold_out(train, task, data.validation_fraction, seed)
-    train = _cap(train, data.max_train_rows, seed)
-    validation = _cap(validation, data.max_validation_rows, seed)
-    for split, rows in (("training", train), ("validation", validation)):
-        _check_columns(rows, task)
+        loaded = {split: _load_split(task, data, f"{split}_split") for split in splits}
+        if len(loaded) == 2:
+            _refuse_overlap(task, data, loaded["train"], loaded["validation"])
+        found = {split: rows for split, (rows, _, _) in loaded.items()}
+    capped = []
+    for split in splits:
+        _check_columns(found[split], task)
+        rows = _cap(found[split], task, getattr(data, f"max_{split}_rows"), seed)
         if len(rows) == 0:
-            raise UserError(f"tasks.{task.name}: expected at least one {split} example, got none from {data.data}")
-    return train, validation
+            which = "training" if split == "train" else split
+            raise UserError(f"tasks.{task.name}: expected at least one {which} example, got none from {data.data}")
+        capped.append(rows)
+    return tuple(capped)
+
+
+def _refuse_overlap(task: TaskConfig, data: DataConfig, train: Split, validation: Split) -> None:
+    """Metrics on rows that were trained on say nothing."""
+    (_, name, ours), (_, other, theirs) = train, validation
+    if name == other and max(ours.start, theirs.start) < min(ours.stop, theirs.stop):
+        raise UserError(
+            f"tasks.{task.name}.validation_split: expected rows that are not trained on, got {data.validation_split} beside "
+            f"train_split {data.train_split}; slice both, such as train[90%:] and train[:90%], or set validation_fraction"
+        )
 
 
 def _check_columns(rows: Dataset, task: TaskConfig) -> None:
@@ -96,20 +118,22 @@ def _hold_out(rows: Dataset, task: TaskConfig, fraction: float, seed: int) -> tu
     return parts["train"], parts["test"]
 
 
-def _load_split(task: TaskConfig, data: DataConfig, key: str) -> Dataset:
-    """The rows of the split that the field `key` of `data` names."""
+def _load_split(task: TaskConfig, data: DataConfig, key: str) -> Split:
+    """The rows of the split that the field `key` of `data` names, its name, and which of its rows they are."""
     where, split = f"tasks.{task.name}", getattr(data, key)
     splits = _load_demo(data, where) if data.data.startswith("demo:") else _load_splits(data, where)
     name = split.partition("[")[0]
     if name not in splits:
         way_out = ", or set validation_fraction" if key == "validation_split" else ""
         raise UserError(f"{where}.{key}: there is no split '{name}'{closest(name, splits)}{way_out}")
+    rows = splits[name]
     if name == split:
-        return splits[name]
+        return rows, name, range(len(rows))
     try:
-        return _slice(splits[name], split[len(name) :])
+        part = _positions(len(rows), split[len(name) :])
     except ValueError:
         raise UserError(f"{where}.{key}: expected a split such as train[:80%], got '{split}'") from None
+    return rows.select(part), name, part
 
 
 def _load_demo(data: DataConfig, where: str) -> DatasetDict:
@@ -156,23 +180,28 @@ def _load_splits(data: DataConfig, where: str) -> DatasetDict:
         ) from None
 
 
-def _slice(rows: Dataset, part: str) -> Dataset:
-    """`[from:to]` in rows or per cent, as in the split syntax of `datasets`."""
+def _positions(size: int, part: str) -> range:
+    """`[from:to]` of `size` rows, in rows or per cent, as in the split syntax of `datasets`."""
     if not (part.startswith("[") and part.endswith("]") and part.count(":") == 1):
         raise ValueError(part)
 
     def position(text: str, default: int) -> int:
         if not text:
             return default
-        at = round(len(rows) * int(text[:-1]) / 100) if text.endswith("%") else int(text)
-        return min(max(at + len(rows) if at < 0 else at, 0), len(rows))
+        at = round(size * int(text[:-1]) / 100) if text.endswith("%") else int(text)
+        return min(max(at + size if at < 0 else at, 0), size)
 
     first, last = part[1:-1].split(":")
-    return rows.select(range(position(first, 0), position(last, len(rows))))
+    return range(position(first, 0), position(last, size))
 
 
-def _cap(rows: Dataset, most: int | None, seed: int) -> Dataset:
-    return rows if most is None or most >= len(rows) else rows.shuffle(seed=seed).select(range(most))
+def _cap(rows: Dataset, task: TaskConfig, most: int | None, seed: int) -> Dataset:
+    """The first rows of a seeded shuffle, up to `most` with a label; those without one stay among them, to be counted."""
+    if most is None or most >= len(rows):
+        return rows
+    rows, labels = rows.shuffle(seed=seed), LabelEncoder(task, rows.features[task.label_column])
+    labelled = accumulate(not labels.missing(value) for value in rows.with_format(None)[task.label_column])
+    return rows.select(range(next((i for i, n in enumerate(labelled, 1) if n == most), len(rows))))
 
 
 def tokenize(

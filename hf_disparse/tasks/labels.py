@@ -17,8 +17,8 @@ class LabelEncoder:
 
     Args:
         task: the classes and the problem type.
-        feature: the column's feature. Where a `ClassLabel`, alone or in a list, shares names with the task, its ids are
-            read as its own names, for a data set may order them otherwise or have more of them.
+        feature: the column's feature. Where a `ClassLabel`, alone or in a list, shares names with the task, in whatever
+            case, its ids are read as its own names, for a data set may order them otherwise or have more of them.
     """
 
     def __init__(self, task: TaskConfig, feature: Any = None):
@@ -27,9 +27,12 @@ class LabelEncoder:
         self._lower = {name.lower(): i for i, name in enumerate(task.labels)}
         feature = getattr(feature, "feature", feature)  # of a list
         self._holds_ids = isinstance(feature, ClassLabel)
-        self._names = feature.names if self._holds_ids and set(feature.names) & set(task.labels) else None
+        self._names = feature.names if self._holds_ids and self._shares(feature.names) else None
         numerals = any(re.fullmatch(r"[+-]?\d+(\.\d+)?", name) for name in task.labels)
         self._takes_ids = self._names is None and not numerals
+
+    def _shares(self, names: list[str]) -> bool:
+        return any(name.lower() in self._lower for name in names)
 
     def missing(self, value: Any) -> bool:
         """True for no label at all: None, NaN, -1 unless it names a class, the labels of no words."""
@@ -54,11 +57,17 @@ class LabelEncoder:
         is_id = isinstance(value, int) and not isinstance(value, bool)
         if self._names and is_id and 0 <= value < len(self._names):
             value = self._names[value]
+            if value not in self.ids and value.lower() in self._lower:
+                return self._lower[value.lower()]
         if isinstance(value, (str, int, float)) and str(value) in self.ids:
             return self.ids[str(value)]
         # A CSV file's "true" and "yes,no" arrive as bools; "true" is a name, and only failing that True is class 1.
         if isinstance(value, bool) and str(value).lower() in self._lower:
             return self._lower[str(value).lower()]
+        if (
+            self._takes_ids and isinstance(value, str) and value.isdecimal()
+        ):  # a column that some text made one of texts
+            value = int(value)
         if self._takes_ids and isinstance(value, int) and 0 <= value < len(self.ids):
             return int(value)
         raise self._error(value, f"one of {self._listed()}" + f" or an id in 0..{len(self.ids) - 1}" * self._takes_ids)

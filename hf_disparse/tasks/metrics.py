@@ -1,6 +1,7 @@
 """GLUE's metrics and the like: an `evaluate.Metric` that needs no network, by scikit-learn and scipy."""
 
 import math
+from collections.abc import Iterable
 
 import datasets
 import evaluate
@@ -99,5 +100,14 @@ def average(values: dict[str, dict[str, float]]) -> float:
     Args:
         values: task -> metric -> value.
     """
-    counted = {task: v for task, v in values.items() if task.lower() != "wnli"} or values
-    return float(np.mean([np.mean(list(metrics.values())) for metrics in counted.values()]))
+    return float(np.mean([np.mean(list(values[task].values())) for task in _counted(values)]))
+
+
+def average_name(tasks: Iterable[str]) -> str:
+    """What the average is called where these tasks stand beside it."""
+    left_out = set(tasks := list(tasks)) - set(_counted(tasks))
+    return "average" + (f" without {', '.join(sorted(left_out))}" if left_out else "")
+
+
+def _counted(tasks: Iterable[str]) -> list[str]:
+    return [task for task in tasks if task.lower() != "wnli"] or list(tasks)

@@ -7,19 +7,24 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from hf_disparse.config import TaskConfig, UserError
+from hf_disparse.config import TaskConfig, UserError, require
 from hf_disparse.losses import distillation_loss, hidden_loss
 from hf_disparse.model import MultitaskModel
 from hf_disparse.trainer.arguments import DisparseTrainingArguments
 
 
 def check_teachers(
-    teachers, args: TrainingArguments, is_multitask: bool, tasks: Iterable[str] | None
+    teachers, args: TrainingArguments, tasks: Mapping[str, TaskConfig], trained: Iterable[str]
 ) -> Mapping[str, nn.Module]:
-    """Task -> teacher, ready to be asked; empty if there is nothing to learn from them."""
+    """Task -> teacher, ready to be asked; empty if there is nothing to learn from them.
+
+    Args:
+        tasks: those of the model; empty for a model that does not know any.
+        trained: the names of those that have training data.
+    """
     if not getattr(args, "distils", False):
         return {}
-    if not is_multitask:
+    if not tasks:
         raise UserError("training.distillation: expected a MultitaskModel, whose tasks are known, got another model")
     if isinstance(teachers, MultitaskModel):
         teachers = {task: teachers for task in teachers.tasks}
@@ -27,15 +32,24 @@ def check_teachers(
     if not isinstance(teachers, Mapping):
         got = type(teachers).__name__
         raise UserError(f"teachers: expected a MultitaskModel or a dict of task -> model, got {got}")
-    for task in tasks or ():
-        if task not in teachers:
-            raise UserError(f"training.distillation: expected a teacher of task '{task}', got none; pass teachers=")
-        if isinstance(teachers[task], MultitaskModel) and task not in teachers[task].tasks:
-            has = ", ".join(teachers[task].tasks)
-            raise UserError(f"teachers: expected a teacher of task '{task}', got a model of {has}")
+    for name in trained:
+        if name not in teachers:
+            raise UserError(f"training.distillation: expected a teacher of task '{name}', got none; pass teachers=")
+        if isinstance(teachers[name], MultitaskModel):
+            _check_task(tasks[name], teachers[name].tasks)
     for teacher in teachers.values():
         teacher.to(args.device).eval()
     return teachers
+
+
+def _check_task(task: TaskConfig, taught: Mapping[str, TaskConfig]) -> None:
+    """Refuses a teacher that was taught something else: classes in another order would teach the opposite."""
+    if task.name not in taught:
+        has = ", ".join(taught)
+        raise UserError(f"teachers: expected a teacher of task '{task.name}', got a model of {has}")
+    for key in ("problem_type", "labels"):
+        expected, got = getattr(task, key), getattr(taught[task.name], key)
+        require(got == expected, f"teachers.{task.name}", f"a teacher with the {key} {expected!r} of the task", got)
 
 
 def distilled(

@@ -81,7 +81,6 @@ class DisparseTrainer(Trainer):
         )
         self.is_multitask = isinstance(self.model, MultitaskModel)
         self.tasks = self.model.tasks if self.is_multitask else {}
-        self._teachers = check_teachers(teachers, self.args, self.is_multitask, train_dataset)
         self.loss_means: dict[str, float] = {}  # running, with loss_weighting="uncertainty"
         self._trained = 0  # backward passes
         self._surgery = GradientSurgery() if self._weighting == "pcgrad" else None
@@ -90,6 +89,7 @@ class DisparseTrainer(Trainer):
         if self.is_multitask:
             check_datasets(self.tasks, train_dataset=train_dataset, eval_dataset=eval_dataset)
             self.data_collator = MultitaskCollator(processing_class, self.tasks, pad=data_collator)
+        self._teachers = check_teachers(teachers, self.args, self.tasks, train_dataset or ())
         judges = (train_dataset or self.tasks) if self.is_multitask else ["train"]  # a head without data has no say
         self.pruner = PruningCallback(
             pruning_config,

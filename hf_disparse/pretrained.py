@@ -1,0 +1,24 @@
+"""Models and tokenizers by name, whatever is wrong with them said in a line. Layer 10."""
+
+from pathlib import Path
+
+from hf_disparse.config import UserError, one_line
+from hf_disparse.model import MultitaskModel
+
+
+def load_model(folder: str | Path) -> MultitaskModel:
+    """The model that a phase has finished."""
+    return load_pretrained("output_dir", MultitaskModel, str(folder))
+
+
+def load_pretrained(where: str, cls, name: str, method: str = "from_pretrained", *arguments):
+    """`cls.from_pretrained(name)`; a model that is not there or does not load is the user's to mend."""
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise UserError(f"{where}: expected a Hub id or a folder, but there is no folder {name}")
+    try:
+        return getattr(cls, method)(name, *arguments)
+    except UserError:
+        raise
+    except Exception as error:  # transformers, tokenizers, safetensors and the Hub raise a dozen kinds here
+        got = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{where}: expected a model that loads from {name}, got {got}") from error

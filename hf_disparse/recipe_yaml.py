@@ -1,0 +1,41 @@
+"""YAML as people write it. Layer 10."""
+
+import re
+from typing import Any
+
+import yaml
+
+
+def parse_yaml(text: str) -> Any:
+    """What a recipe or a value of `--set` says.
+
+    Raises:
+        yaml.YAMLError, ValueError, RecursionError: it does not parse.
+    """
+    return yaml.load(text, Loader=_Loader)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 2e-5 is a number (in YAML 1.1, which PyYAML reads, it is a string); a key stands once."""
+
+
+# Before PyYAML's own, for which 2:4 is a number to base 60.
+_Loader.yaml_implicit_resolvers = {
+    first: [("tag:yaml.org,2002:str", re.compile(r"^\d+:\d+$")), *known] if first in set("123456789") else known
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
+    merge = "tag:yaml.org,2002:merge"  # `<<: *anchor`, whose keys the mapping's own ones replace
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
+    twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+    if twice is not None:
+        raise yaml.constructor.ConstructorError(None, None, f"the key '{twice}' stands twice", node.start_mark)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)

@@ -1,0 +1,116 @@
+"""Teachers of a recipe: who teaches what, and that one who cannot is refused before the dense phase."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertModel, set_seed
+
+from hf_disparse import MultitaskModel
+from hf_disparse.recipes import parse_recipe
+from hf_disparse.run import prepare
+from hf_disparse.teachers import teachers_of
+from tests.cli_helpers import changed, hf_disparse, refused, snapshot, without, write_recipe
+from tests.tiny import tiny_bert_config, tiny_tokenizer
+
+torch.set_num_threads(1)
+
+
+def write_encoder(folder: Path, **changes) -> Path:
+    set_seed(1)
+    config = tiny_bert_config()
+    for key, value in changes.items():
+        setattr(config, key, value)
+    BertModel(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def teacher(recipe: dict, folder: Path, task: str = "two") -> Path:
+    """The finished run of one task of the recipe."""
+    for other in set(recipe["tasks"]) - {task}:
+        recipe = without(recipe, f"tasks.{other}")
+    folder.mkdir()
+    path = write_recipe(folder, recipe)
+    assert hf_disparse("train", path, "--output_dir", folder / "run", "--no-analysis")[0] == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def two(inputs, tmp_path_factory) -> Path:
+    return teacher(inputs, tmp_path_factory.mktemp("teachers") / "two")
+
+
+def test_who_is_not_named_is_the_dense_model_and_a_folder_is_loaded_once(recipe, two, monkeypatch):
+    loaded = []
+    load = MultitaskModel.from_pretrained
+    monkeypatch.setattr(MultitaskModel, "from_pretrained", lambda name: loaded.append(name) or load(name))
+    recipe = changed(changed(recipe, "recovery.distillation", 0.5), "teachers", {"two": str(two)})
+    recipe = changed(recipe, "tasks.again", recipe["tasks"]["two"])
+    recipe["teachers"]["again"] = str(two)
+    parsed, dense = parse_recipe(recipe), object()
+    found = teachers_of(parsed, "sparse", tiny_tokenizer(), lambda: dense)
+    assert set(found) == {"two", "again", "three"} and found["two"] is found["again"] and found["three"] is dense
+    assert loaded == [str(two)]
+    assert teachers_of(parsed, "dense", tiny_tokenizer(), None) is None
+
+
+def test_a_run_learns_from_the_teacher_of_one_task_and_its_dense_model_for_the_other(recipe, two, tmp_path):
+    results = []
+    for name, more in (("own", {}), ("taught", {"teachers": {"two": str(two)}}), ("alone", None)):
+        values = changed(recipe, "recovery.distillation", 0.0 if more is None else 1.0) | (more or {})
+        values |= {"output_dir": str(tmp_path / name)}
+        assert hf_disparse("train", write_recipe(tmp_path, values), "--no-analysis")[0] == 0
+        results.append(json.loads((tmp_path / name / "results.json").read_text()))
+    weights = [MultitaskModel.from_pretrained(tmp_path / name) for name in ("own", "taught", "alone")]
+    heads = [{task: model.heads[task].state_dict() for task in ("two", "three")} for model in weights]
+    assert results[0]["dense"] == results[1]["dense"] == results[2]["dense"]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert any(not torch.equal(v, heads[other]["two"][k]) for k, v in heads[one]["two"].items())
+
+
+@pytest.mark.parametrize(
+    ("encoder", "key", "names"),
+    [
+        (
+            {"num_hidden_layers": 3},
+            "distillation_hidden",
+            ("training.distillation_hidden", "our hidden states", "got 4"),
+        ),
+        ({"hidden_size": 32}, "distillation_hidden", ("training.distillation_hidden", "width 32")),
+        ({"vocab_size": 9}, "distillation", ("teachers.two", "index out of range")),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused_before_anything_is_written(recipe, tmp_path, encoder, key, names):
+    other = changed(recipe, "model.encoder", str(write_encoder(tmp_path / "encoder")))
+    theirs = teacher(other, tmp_path / "theirs")
+    model = MultitaskModel.from_encoder(write_encoder(tmp_path / "odd", **encoder), list(_tasks(other)))
+    model.save_pretrained(theirs)
+    taught = changed(changed(recipe, f"recovery.{key}", 1), "teachers", {"two": str(theirs)})
+    path = write_recipe(tmp_path, taught)
+    before = snapshot(tmp_path)
+    refused("train", path, names=names)
+    assert snapshot(tmp_path) == before
+
+
+def _tasks(recipe: dict):
+    return [task for name, (task, _) in parse_recipe(recipe).tasks.items() if name == "two"]
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(recipe, two, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["another"])
+    taught = changed(changed(recipe, "recovery.distillation", 0.5), "teachers", {"two": str(two)})
+    parsed = parse_recipe(taught)
+    with pytest.raises(
+        Exception, match=r"^teachers.two: expected a teacher with the encoder's vocabulary, got another"
+    ):
+        teachers_of(parsed, "sparse", tokenizer, lambda: None)
+    assert prepare(parsed)[0].get_vocab() == tiny_tokenizer().get_vocab()
+
+
+def test_a_teacher_whose_classes_are_in_another_order_is_refused(recipe, two, tmp_path):
+    taught = changed(changed(recipe, "recovery.distillation", 1.0), "teachers", {"two": str(two)})
+    path = write_recipe(tmp_path, changed(taught, "tasks.two.labels", ["yes", "no"]))
+    refused("train", path, "--dry-run", names=("teachers.two", "('yes', 'no')", "('no', 'yes')"))
