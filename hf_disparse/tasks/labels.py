@@ -64,12 +64,10 @@ class LabelEncoder:
         # A CSV file's "true" and "yes,no" arrive as bools; "true" is a name, and only failing that True is class 1.
         if isinstance(value, bool) and str(value).lower() in self._lower:
             return self._lower[str(value).lower()]
-        if (
-            self._takes_ids and isinstance(value, str) and value.isdecimal()
-        ):  # a column that some text made one of texts
-            value = int(value)
-        if self._takes_ids and isinstance(value, int) and 0 <= value < len(self.ids):
-            return int(value)
+        # An id may come as a text, from a column that another value made one of texts.
+        number = int(value) if isinstance(value, str) and value.isdecimal() else value
+        if self._takes_ids and isinstance(number, int) and 0 <= number < len(self.ids):
+            return int(number)
         raise self._error(value, f"one of {self._listed()}" + f" or an id in 0..{len(self.ids) - 1}" * self._takes_ids)
 
     def _listed(self) -> str:
