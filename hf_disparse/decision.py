@@ -3,7 +3,8 @@
 Words: *scores* are {parameter name: tensor >= 0}, higher is more important. A *mask* is {parameter name: bool tensor},
 True = keep. N is the number of prunable weights, T the number of tasks. Layer 4; knows torch only.
 
-The rule (docs/concepts.md derives it). Let R_t(w) be the rank of weight w for task t, 0 = most important, ties by position.
+The rule (docs/concepts.md derives it). Let R_t(w) be the rank of weight w for task t, 0 = most important, ties by position, and
+N where the score is 0: what a task has no use for it can spare.
 Task t alone would keep {w : R_t(w) < k}; pruning only what *all* tasks can spare keeps the union over tasks, which is
 {w : min_t R_t(w) < k}. So the mask keeps the weights with the smallest min_t R_t(w), cut at the budget: no search for k,
 no ties left over, one int32 buffer however many tasks there are. A quorum of m replaces the minimum by the m-th smallest.
@@ -47,7 +48,7 @@ def decide(
         raise ValueError(f"quorum: expected a whole number in 1..T, got {quorum!r}")
 
     def smallest_ranks(best: list[Tensor] | None, scores: Tensor, live: Tensor | None) -> list[Tensor]:
-        return smallest(best or [], ranks(scores, live), quorum)
+        return smallest(best or [], wishes(scores, live), quorum)
 
     def cost(best: list[Tensor], tasks: int) -> Tensor:
         if quorum > tasks:
@@ -78,10 +79,19 @@ def decide_mean_rank(
     """Keeps the weights with the smallest rank on average over the tasks. See `decide`."""
 
     def add_ranks(total, scores, live):
-        rank = ranks(scores, live).long()  # int64: T ranks of up to 2^31 are added
+        rank = wishes(scores, live).long()  # int64: T ranks of up to 2^31 are added
         return rank if total is None else total.add_(rank)
 
     return _stream(task_scores, sparsity, active, add_ranks, lambda total, tasks: total, cut)
+
+
+def wishes(scores: Tensor, live: Tensor | None = None) -> Tensor:
+    """The R_t of the rule: as `ranks`, but N where the score is 0, and N + 1 for what is not `live`.
+
+    Shapes: scores (N,) floating, live (N,) bool or None -> (N,) int32.
+    """
+    rank = ranks(scores, live).masked_fill_(scores == 0, len(scores))
+    return rank if live is None else rank.masked_fill_(~live, len(scores) + 1)
 
 
 def ranks(scores: Tensor, live: Tensor | None = None) -> Tensor:

@@ -12,11 +12,11 @@ from hf_disparse.decision import keep_smallest, ranks
 
 def brute_force(scores: list[np.ndarray], sparsity: float, quorum: int, active: np.ndarray | None = None) -> np.ndarray:
     """The rule as its definition says it: raise the common k until the weights that at least `quorum` tasks rank among
-    their k best exceed the budget, then fill up by position from those that enter next."""
+    their k best exceed the budget, then fill up by position from those that enter next, or if nobody wants more, from the rest."""
     size = len(scores[0])
     active = np.ones(size, bool) if active is None else active
     budget = size - round(sparsity * size)
-    orders = [sorted(range(size), key=lambda i: (not active[i], -s[i], i)) for s in scores]
+    orders = [sorted((i for i in range(size) if s[i] > 0 and active[i]), key=lambda i: (-s[i], i)) for s in scores]
     kept = np.zeros(size, bool)
     for k in range(size + 1):
         votes = np.zeros(size, int)
@@ -28,7 +28,9 @@ def brute_force(scores: list[np.ndarray], sparsity: float, quorum: int, active: 
             kept[entering[: budget - kept.sum()]] = True
             return kept
         kept = wanted
-    raise AssertionError("active weights do not fill the budget")
+    others = np.flatnonzero(active & ~kept)
+    kept[others[: budget - kept.sum()]] = True
+    return kept
 
 
 # Few distinct values make ties the rule rather than the exception; 0 is the most frequent score of a real model.
@@ -67,6 +69,18 @@ def test_what_active_pruned_stays_pruned_and_does_not_compete(rows, data):
         kept = rule(scores, target / 12, active={"w": torch.tensor(active)})["w"].numpy()
         assert (~kept).sum() == target
         assert not kept[~active].any()
+
+
+def test_a_task_without_an_opinion_has_no_vote():
+    """Zeros, where a head has no gradient, must not take the first weights of the encoder for themselves."""
+    opinion, none = torch.rand(1000, generator=torch.Generator().manual_seed(0)) + 0.1, torch.zeros(1000)
+    for rule in (decide, decide_sum, decide_max, decide_mean_rank):
+        alone = rule({"a": {"w": opinion}}, 0.9)["w"]
+        for others in ({"b": {"w": none}}, {"b": {"w": none}, "c": {"w": -none}}):
+            assert torch.equal(rule({"a": {"w": opinion}, **others}, 0.9)["w"], alone), rule.__name__
+    few = torch.where(torch.arange(1000) >= 990, opinion, 0.0)  # wants ten weights, and no more
+    kept = decide({"a": {"w": opinion}, "b": {"w": few}}, 0.9)["w"]
+    assert kept[990:].all() and opinion[kept].sum() >= opinion.topk(90).values.sum()
 
 
 def test_a_weight_that_one_task_needs_survives_unanimous_pruning_but_not_the_sum():

@@ -37,7 +37,7 @@ def by_hand(scores: np.ndarray, n: int, m: int, decision: str, quorum: int, acti
             for task in range(len(scores)):
                 order = sorted(places, key=lambda p: (not active[row, p], -scores[task, row, p], p))
                 for rank, place in enumerate(order):
-                    ranks[place].append(rank)
+                    ranks[place].append(rank if scores[task, row, place] else m)
             cost = {
                 "unanimous": lambda p: (min(ranks[p]), sum(ranks[p])),  # noqa: B023
                 "quorum": lambda p: (sorted(ranks[p])[quorum - 1], sum(ranks[p])),  # noqa: B023

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hf_disparse.decision import Masks, TaskScores, keep_smallest, ranks, smallest
+from hf_disparse.decision import Masks, TaskScores, keep_smallest, smallest, wishes
 
 Shapes = Mapping[str, Sequence[int]]
 Counts = dict[tuple[str, ...], int]
@@ -64,7 +64,7 @@ def round_to(shares: Mapping[str, float], count: int) -> dict[str, int]:
 def select(task_scores: TaskScores, among: Masks, counts: Counts, quorum: int = 1) -> Masks:
     """True for the `counts` weights of each group, of those in `among`, that at least `quorum` tasks want most.
 
-    R_t(w) is the rank of w for task t among the eligible weights of its group, 0 = highest score; the chosen ones have the
+    R_t(w) is the rank of w for task t among the eligible weights of its group, 0 = highest score, last where it is 0; the chosen ones have the
     smallest m-th smallest R_t(w) over the tasks, m the quorum: min_t R_t(w) for unanimous pruning. First mask: of all
     weights. Drop: the live ones that stay, RigL's ArgTopK(-|w|, k) of one task's |w| if those are the scores.
 
@@ -85,7 +85,7 @@ def select(task_scores: TaskScores, among: Masks, counts: Counts, quorum: int = 
             flat, eligible = (torch.cat([t[name].detach().reshape(-1) for name in group]) for t in (scores, among))
             if not torch.isfinite(flat).all():
                 raise ValueError(f"scores: expected finite numbers, got NaN or infinity for task '{task}' in {group}")
-            best[group] = smallest(best[group], ranks(flat, eligible), quorum)
+            best[group] = smallest(best[group], wishes(flat, eligible), quorum)
     if quorum > tasks:
         raise ValueError(f"quorum: expected a whole number in 1..{tasks} (the number of tasks), got {quorum}")
     chosen = {}

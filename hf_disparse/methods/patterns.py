@@ -22,7 +22,7 @@ def decide_n_of_m(
 ) -> Masks:
     """Keeps exactly N of every M consecutive weights of a row (of the input dimension).
 
-    Let r_t(w) be the rank of w for task t in its group of M, 0 = most important, ties by position. The group keeps the N
+    Let r_t(w) be the rank of w for task t in its group of M, 0 = most important, ties by position, M where the score is 0. The group keeps the N
     weights with the smallest
 
     - `unanimous`: min_t r_t(w); `quorum`: `quorum`-th smallest r_t(w); both then by sum_t r_t(w), for many tie;
@@ -53,7 +53,7 @@ def decide_n_of_m(
                 add = torch.maximum if decision == "max" else torch.add
                 total[name] = add(total[name], one) if name in total else one
                 continue
-            rank = ranks_in_groups(one, m, None if active is None else active[name])
+            rank = ranks_in_groups(one, m, None if active is None else active[name]).masked_fill_(one == 0, m)
             total[name] = total[name] + rank if name in total else rank
             best[name] = smallest(best.get(name, []), rank, quorum)
     if not tasks:
@@ -64,7 +64,7 @@ def decide_n_of_m(
     for name in list(total):
         value = -total.pop(name) if ranked else total.pop(name)
         if decision in ("unanimous", "quorum"):
-            value = value.long() - best.pop(name)[-1].long() * (tasks * m + 1)  # a sum of ranks is below T M
+            value = value.long() - best.pop(name)[-1].long() * (tasks * m + 1)  # a sum of ranks is at most T M
         masks[name] = ranks_in_groups(value, m, None if active is None else active[name]) < n
         if active is not None and (masks[name] & ~active[name].bool()).any():
             raise ValueError(f"active: expected at least {n} of every {m} weights, got fewer in a group of '{name}'")
