@@ -6,7 +6,7 @@ A function here is called by all processes, at the same point of the same progra
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -45,6 +45,13 @@ def average(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         for tensor in tensors:
             tensor.div_(processes())
     return tensors
+
+
+def share(tensors: Iterable[Tensor]) -> None:
+    """Gives all processes the bits of rank 0, in place."""
+    if processes() > 1:
+        for tensor in tensors:
+            distributed.broadcast(tensor.detach(), src=0)
 
 
 def add_up(count: int) -> int:

@@ -1,10 +1,11 @@
-"""What pruning leaves of a matrix, fitted to what the whole matrix did: least squares, without a backward pass. Layer 5.
+"""What pruning leaves of a matrix, fitted to what it did right before: least squares, without a backward pass. Layer 5.
 
 Layer after layer: the inputs are those that the pruned encoder has so far, the outputs to meet are those it had before it was
 pruned, so that a matrix makes up for what is lost before it, too.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,8 @@ Calls = dict[nn.Module, list[tuple[Tensor, Tensor]]]
 def fit(gram: Tensor, cross: Tensor, weight: Tensor, keep: Tensor, damping: float = 0.01) -> Tensor:
     """The W, zero where `keep` is False, that minimises |X W^T - Y|^2 + d |W - weight|^2, d = damping * mean(diag(X^T X)).
 
-    Every row has its own solution, over the columns M that it keeps: w_M = (X_M^T X_M + d)^-1 (X_M^T y + d weight_M).
+    Every row has its own solution, over the columns M that it keeps: w_M = (X_M^T X_M + d)^-1 (X_M^T y + d weight_M). Rows that
+    keep the same ones, as where heads or neurons went, share the root of X_M^T X_M + d.
     Source: SparseGPT, Frantar and Alistarh 2023 (arXiv 2301.00774), eq. 2 and its dampening, here towards the weight.
 
     Shapes: gram X^T X (in, in), cross X^T Y (in, out), weight and keep (out, in) -> (out, in), float64 but for `keep`.
@@ -32,11 +34,15 @@ def fit(gram: Tensor, cross: Tensor, weight: Tensor, keep: Tensor, damping: floa
     strength = damping * gram.diagonal().mean().clamp_min(1e-12)  # of inputs that are all zero the weight remains
     gram = gram + strength * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     cross = cross + strength * weight.T
+    alike: dict[bytes, list[int]] = {}
+    for row, columns in enumerate(keep.cpu().numpy()):
+        alike.setdefault(columns.tobytes(), []).append(row)
     fitted = torch.zeros_like(weight)
-    for row, columns in enumerate(keep):
-        own = columns.nonzero().squeeze(1)
-        root = torch.linalg.cholesky(gram[own][:, own])
-        fitted[row, own] = torch.cholesky_solve(cross[own, row, None], root).squeeze(1)
+    for rows in alike.values():
+        own = keep[rows[0]].nonzero()  # (columns, 1)
+        these = torch.tensor(rows, device=own.device)
+        root = torch.linalg.cholesky(gram[own, own.T])
+        fitted[these, own] = torch.cholesky_solve(cross[own, these], root)
     return fitted
 
 
@@ -68,6 +74,14 @@ class Call:
 
 
 @torch.no_grad()
+def check(model: nn.Module, names: Iterable[str], batch: Batch, loss_fn: LossFunction) -> None:
+    """Refuses now what `reconstruct` would refuse once the masks of these weights are there; takes a forward pass."""
+    layers = [layer for layer, _ in _layers(model, names)]
+    with evaluating(model):
+        _record(model, layers, [batch], loss_fn)
+
+
+@torch.no_grad()
 def reconstruct(
     model: nn.Module,
     masks: Mapping[str, Tensor],
@@ -90,7 +104,8 @@ def reconstruct(
         progress: show a bar over the layers.
 
     Raises:
-        UserError: no batches, or a model that does not hand hidden states from layer to layer as transformers' encoders do.
+        UserError: no batches, or a model that does not hand hidden states from layer to layer as transformers' encoders do, or
+            whose layers share a matrix.
     """
     if not batches:
         raise UserError("pruning.reconstruct: expected batches to fit the matrices on, got none")
@@ -107,7 +122,7 @@ def reconstruct(
             for times, group in _groups(_watch(modules, calls[0][number].run, layer, pruned[0])):
                 keep = {module: masks[linears[modules[module]]] for module in group}
                 _fit(layer, keep, times, whole, streams, average)
-            for i, call in enumerate(calls):
+            for i, call in enumerate(calls if number < len(layers) - 1 else ()):
                 hidden[i] = call[number].run(layer, hidden[i], whole)
                 pruned[i] = call[number].run(layer, pruned[i])
 
@@ -155,6 +170,10 @@ def _layers(model: nn.Module, masks: Iterable[str]) -> list[tuple[nn.Module, dic
         odd = next((name for name, match in found.items() if match is None), f"{len(lists)} lists of layers")
         raise UserError(f"pruning.reconstruct: expected matrices of the layers of one encoder, got {odd}")
     layers = [(layer, {}) for layer in model.get_submodule(lists.pop())]
+    uses = Counter(id(p) for layer, _ in layers for _, p in layer.named_parameters(remove_duplicate=False))
+    for name in found:
+        if uses[id(model.get_parameter(name))] > 1:
+            raise UserError(f"pruning.reconstruct: expected matrices that no other module shares, got {name}")
     for name, match in found.items():
         layers[int(match["number"])][1][match["linear"]] = name
     return layers

@@ -189,7 +189,7 @@ def accumulate(
 def _gradients(model, task, loader, parameters, num_batches, loss_fn, scale, average) -> Iterator[list[Tensor | None]]:
     """Yields, batch by batch, the gradients of `scale` times the task's loss with respect to `parameters`."""
     seen, sharded = 0, any(isinstance(p, DTensor) for p in parameters.values())
-    for batch in islice(_again_and_again(loader) if num_batches else loader, num_batches):
+    for batch in islice(again_and_again(loader) if num_batches else loader, num_batches):
         seen += 1
         with evaluating(model, parameters), torch.enable_grad():
             loss = loss_fn(model, batch) * scale
@@ -229,7 +229,7 @@ def _by_backward(model: nn.Module, loss: Tensor, parameters: Mapping[str, nn.Par
     return gradients
 
 
-def _again_and_again(loader: Iterable[Batch]) -> Iterator[Batch]:
+def again_and_again(loader: Iterable[Batch]) -> Iterator[Batch]:
     """The batches of a loader, from the start again when it ends; an iterator that has ended stays so."""
     ended = False
     while not ended:

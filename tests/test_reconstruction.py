@@ -15,6 +15,7 @@ from hf_disparse import (
     MultitaskConfig,
     MultitaskModel,
     PlatonConfig,
+    PruningCallback,
     PruningConfig,
     TaskConfig,
     UserError,
@@ -59,6 +60,18 @@ def test_a_fit_is_numpys_least_squares_within_the_mask(damping):
     fitted = fit(*tensors, damping=damping).numpy()
     assert np.allclose(fitted, ridge(x, y, weight * keep, keep, damping), atol=1e-9)
     assert not fitted[~keep].any() and np.abs(fitted - weight)[keep].max() > 0.1
+
+
+def test_rows_that_keep_the_same_columns_share_one_root(monkeypatch):
+    """As all rows do where neurons went: a root each would take a hundred times as long."""
+    random, roots, cholesky = np.random.default_rng(1), [], torch.linalg.cholesky
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda a: roots.append(len(a)) or cholesky(a))
+    x, y, weight = random.normal(size=(50, 8)), random.normal(size=(50, 9)), random.normal(size=(9, 8))
+    keep = np.zeros((9, 8), dtype=bool)
+    keep[:4, [0, 3, 5]], keep[4:8, [1, 2, 3, 7]], keep[8] = True, True, True
+    tensors = (torch.from_numpy(array) for array in (x.T @ x, x.T @ y, weight * keep, keep))
+    assert np.allclose(fit(*tensors).numpy(), ridge(x, y, weight * keep, keep, 0.01), atol=1e-9)
+    assert sorted(roots) == [3, 4, 8]
 
 
 def test_of_inputs_that_are_all_zero_the_weight_remains():
@@ -258,6 +271,43 @@ def test_a_run_that_reconstructs_resumes_bit_for_bit(tmp_path):
 def test_what_leaves_nothing_to_fit_is_refused(make, words):
     with pytest.raises(UserError, match=words):
         make()
+
+
+@pytest.mark.parametrize("shared", ["a matrix", "a module"])
+def test_a_matrix_that_layers_share_is_refused_before_the_first_step(tmp_path, shared):
+    model = tiny_model()
+    first, second = (layer.intermediate for layer in model.encoder.encoder.layer)
+    if shared == "a matrix":
+        second.dense.weight = first.dense.weight
+    else:
+        second.dense = first.dense
+    trainer = multitask_trainer(tmp_path, PruningConfig(start_step=2, score_batches=2, reconstruct=True), model)
+    before = weights(model)
+    with pytest.raises(
+        UserError, match=r"expected matrices that no other module shares, got .*0\.intermediate\.dense\.weight"
+    ):
+        trainer.train()
+    assert_same(before, weights(trainer.model))
+
+
+def test_what_cannot_be_fitted_is_refused_before_the_first_step(tmp_path):
+    """Not at the first update, which may be hours later."""
+    model = a_model("electra")
+    assert model.encoder.embeddings_project is not None
+    config = PruningConfig(start_step=3, score_batches=2, reconstruct=True, target_modules=["embeddings_project"])
+    trainer = multitask_trainer(tmp_path, config, model)
+    with pytest.raises(UserError, match=r"got encoder\.embeddings_project\.weight"):
+        trainer.train()
+    assert trainer.state.global_step == 0 and trainer.pruner.masks is None
+
+
+def test_a_loader_that_ends_for_good_is_refused():
+    """Scoring would take its batches, and the fit what it left."""
+    model = tiny_model()
+    loaders = {"two": some_batches(3), "three": (batch for batch in some_batches(3))}
+    pruner = PruningCallback(PruningConfig(score_batches=2, reconstruct=True), loaders)
+    with pytest.raises(UserError, match=r"expected 2 batches of task 'three' to fit on, got 1; give it a loader"):
+        pruner.prune(model, step=0)
 
 
 def test_no_batches_a_matrix_outside_of_the_layers_and_layers_that_repeat_are_refused():

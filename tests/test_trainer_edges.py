@@ -2,11 +2,21 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import TrainerCallback, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_disparse import DisparseTrainer, PruningConfig, UserError, prunable_parameters
-from tests.test_trainer import BINARY, arguments, multitask_trainer, plain_model
-from tests.tiny import three_datasets, tiny_model, tiny_tokenizer, tokenized_rows
+from hf_disparse import (
+    DisparseTrainer,
+    MultitaskConfig,
+    MultitaskModel,
+    PruningConfig,
+    UserError,
+    prunable_parameters,
+)
+from hf_disparse.architectures import layout_of
+from tests.test_trainer import BINARY, arguments, assert_same, multitask_trainer, plain_model
+from tests.tiny import CONFIGS, three_datasets, three_tasks, tiny_model, tiny_tokenizer, tokenized_rows
 
 
 @pytest.mark.parametrize(
@@ -135,3 +145,26 @@ def test_adapters_are_not_taken_for_weights(tmp_path):
 def test_arguments_that_several_tasks_cannot_follow_are_refused(tmp_path, changes, words):
     with pytest.raises(UserError, match=words):
         multitask_trainer(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_scoring_computes_layers_again_where_training_does(tmp_path, kind):
+    """Else a GPU that has room for training would run out of memory at the first update; scores stay as they are."""
+    masks, calls = [], []
+    for changes in ({}, {"gradient_checkpointing": True}):
+        torch.manual_seed(0)
+        model = MultitaskModel(MultitaskConfig(encoder_config=CONFIGS[kind](), tasks=three_tasks()))
+        trainer = multitask_trainer(tmp_path, PruningConfig(score_batches=2), model, **changes)
+        if changes:
+            model.gradient_checkpointing_enable()  # as train() does
+        layers = model.encoder.get_submodule(layout_of(model.encoder).layers)
+        seen = []
+        linear = next(module for module in layers[0].modules() if isinstance(module, nn.Linear))
+        linear.register_forward_pre_hook(lambda *args, seen=seen: seen.append(1))
+        trainer.pruner.prune(model.train(), step=0)
+        assert all(module.training for module in model.modules())
+        calls.append(len(seen))
+        masks.append(trainer.pruner.masks)
+    assert_same(*masks)
+    again = 2 if any(isinstance(layer, GradientCheckpointingLayer) for layer in layers) else 1
+    assert calls == [6, 6 * again], "three tasks, two batches"

@@ -2,10 +2,15 @@
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
+import torch
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_disparse.config import UserError
 from hf_disparse.tasks import TaskBatchSampler, TaskDataset
@@ -86,14 +91,45 @@ class ScoringBatches:
                 collate([{**row, **added} if added else row for row in block[rank::world_size]])
             )
 
+    @cached_property
+    def _lengths(self) -> dict[str, list[int]] | None:
+        trainer = self.trainer
+        return (
+            lengths_by_task({self.task: trainer.train_dataset[self.task]}, trainer.args)
+            if trainer.is_multitask
+            else None
+        )
+
     def _blocks(self, rows, size: int) -> Iterator[list]:
         """The rows of one batch of all processes after another."""
         seed = self.trainer.pruning_config.seed + self.trainer.state.global_step
         if isinstance(rows, IterableDataset):  # another epoch than those that training is in
             yield from blocks_of(rows, size, f"tasks.{self.task}", _FAR + seed)
-        lengths = lengths_by_task({self.task: rows}, self.trainer.args) if self.trainer.is_multitask else None
-        sampler = TaskBatchSampler({self.task: len(rows)}, size, lengths=lengths, seed=seed)
+        sampler = TaskBatchSampler({self.task: len(rows)}, size, lengths=self._lengths, seed=seed)
         for epoch in itertools.count():
             sampler.set_epoch(epoch)
             for indices in sampler:
                 yield [rows[i] for i in indices]
+
+
+@contextmanager
+def checkpointed_layers(model: nn.Module) -> Iterator[None]:
+    """Lets layers that drop what backward needs in training do so in eval mode, too, where scores are taken: a GPU that has room
+    for no more would run out of memory. They go by their own `training`, which changes nothing else in them.
+    """
+
+    def drops(layer: nn.Module) -> bool:
+        if not isinstance(layer, GradientCheckpointingLayer) or not layer.gradient_checkpointing or layer.training:
+            return False
+        return (
+            layer._gradient_checkpointing_func.keywords["use_reentrant"] is False
+        )  # torch.autograd.grad refuses the other
+
+    layers = [module for module in model.modules() if drops(module)] if torch.is_grad_enabled() else []
+    for layer in layers:
+        layer.training = True  # not train(), which would set its dropout, too
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False

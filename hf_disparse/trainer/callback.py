@@ -12,12 +12,21 @@ from transformers import TrainerCallback
 
 from hf_disparse.analysis import Watch
 from hf_disparse.config import PruningConfig, UserError
-from hf_disparse.distributed import average, processes, require_same
+from hf_disparse.distributed import average, processes, require_same, share
 from hf_disparse.masks import MaskHooks, apply_masks, find_masks
 from hf_disparse.model import MultitaskModel, prunable_parameters
-from hf_disparse.reconstruction import reconstruct
+from hf_disparse.reconstruction import check, reconstruct
 from hf_disparse.schedule import update_steps
-from hf_disparse.scores import GRADIENT_CRITERIA, Average, Batch, LossFunction, gradients, model_loss, score
+from hf_disparse.scores import (
+    GRADIENT_CRITERIA,
+    Average,
+    Batch,
+    LossFunction,
+    again_and_again,
+    gradients,
+    model_loss,
+    score,
+)
 from hf_disparse.sharded import decide_on_main, is_sharded, place, reshard
 from hf_disparse.stored_scores import SCORES_FOLDER, keep_scores
 from hf_disparse.trainer.guard import Guard
@@ -109,6 +118,10 @@ class PruningCallback(TrainerCallback):
                 self.prepare(model, optimizer)
             self._parameters = parameters = self._check(model, args)
             self.method.begin(parameters, self.loaders, state.max_steps)
+            if self.config.reconstruct and state.global_step <= self.last_update:
+                batches = iter(loader := next(iter(self.loaders.values())))
+                for batch in islice(batches, 0 if batches is loader else 1):  # an iterator would lose it
+                    check(model, parameters, batch, self._loss_fn)
             if self.config.keep_scores and any(Path(task).name != task for task in self.loaders):
                 got = ", ".join(self.loaders)
                 raise UserError(f"pruning.keep_scores: expected tasks whose names can name a file, got {got}")
@@ -253,10 +266,18 @@ class PruningCallback(TrainerCallback):
 
     def _reconstruct(self, model: nn.Module, before: Mapping[str, Tensor], progress: bool) -> None:
         """Fits what is left to what the weights did `before`, on scoring batches of all tasks."""
-        count = min(self.config.score_batches, _FIT_BATCHES)
-        batches = [batch for loader in self.loaders.values() for batch in islice(loader, count)]
+        count, batches = min(self.config.score_batches, _FIT_BATCHES), []
+        for task, loader in self.loaders.items():
+            mine = list(islice(again_and_again(loader), count))
+            if len(mine) < count:
+                raise UserError(
+                    f"pruning.reconstruct: expected {count} batches of task '{task}' to fit on, got {len(mine)}; give it a loader "
+                    "that can be iterated again"
+                )
+            batches += mine
         masks = {name: self.masks[name] for name in before}
         reconstruct(model, masks, before, batches, loss_fn=self._loss_fn, average=self._average, progress=progress)
+        share(model.base_model.parameters())  # unlike machines round unlike
 
     def _decide_sharded(self, model: nn.Module, now: Update) -> Mapping[str, Tensor] | None:
         """As the method's `update`, on the main process, which alone sees whole scores."""

@@ -27,7 +27,7 @@ from hf_disparse.trainer.arguments import (
     check_datasets,
     check_same_rows,
 )
-from hf_disparse.trainer.batches import Resuming, ScoringBatches, training_batches
+from hf_disparse.trainer.batches import Resuming, ScoringBatches, checkpointed_layers, training_batches
 from hf_disparse.trainer.callback import PruningCallback
 from hf_disparse.trainer.checkpoints import checkpointing, load_state, save_state, seal, to_resume, whole_weights
 from hf_disparse.trainer.distillation import check_teachers, distilled
@@ -199,8 +199,9 @@ class DisparseTrainer(Trainer):
             )
 
     def scoring_loss(self, model: nn.Module, batch) -> Tensor:
-        """That of a batch, in the precision of training; of several processes this one's part, whose mean is that of the batch."""
-        with self.compute_loss_context_manager():
+        """That of a batch, in the precision of training and with its gradient checkpointing; of several processes this one's
+        part, whose mean is that of the batch."""
+        with self.compute_loss_context_manager(), checkpointed_layers(model):
             loss = self.compute_loss(model, batch)
         labels = batch.get("labels")
         if processes() == 1 or not isinstance(labels, Tensor) or labels.ndim < 2 or labels.is_floating_point():
