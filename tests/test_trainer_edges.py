@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_disparse import (
     DisparseTrainer,
@@ -147,7 +146,7 @@ def test_arguments_that_several_tasks_cannot_follow_are_refused(tmp_path, change
         multitask_trainer(tmp_path, **changes)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", sorted(set(CONFIGS) - {"mpnet"}))  # which transformers has no checkpointing for
 def test_scoring_computes_layers_again_where_training_does(tmp_path, kind):
     """Else a GPU that has room for training would run out of memory at the first update; scores stay as they are."""
     masks, calls = [], []
@@ -166,5 +165,4 @@ def test_scoring_computes_layers_again_where_training_does(tmp_path, kind):
         calls.append(len(seen))
         masks.append(trainer.pruner.masks)
     assert_same(*masks)
-    again = 2 if any(isinstance(layer, GradientCheckpointingLayer) for layer in layers) else 1
-    assert calls == [6, 6 * again], "three tasks, two batches"
+    assert calls == [6, 12], "three tasks, two batches"

@@ -121,9 +121,8 @@ def checkpointed_layers(model: nn.Module) -> Iterator[None]:
     def drops(layer: nn.Module) -> bool:
         if not isinstance(layer, GradientCheckpointingLayer) or not layer.gradient_checkpointing or layer.training:
             return False
-        return (
-            layer._gradient_checkpointing_func.keywords["use_reentrant"] is False
-        )  # torch.autograd.grad refuses the other
+        options = getattr(layer._gradient_checkpointing_func, "keywords", {})
+        return options.get("use_reentrant") is False  # torch.autograd.grad refuses the other way
 
     layers = [module for module in model.modules() if drops(module)] if torch.is_grad_enabled() else []
     for layer in layers:
