@@ -41,9 +41,9 @@ def decide(
         ValueError: no tasks, different parameters or shapes, NaN or infinite scores, a sparsity outside [0, 1) or below
             what `active` has pruned, a quorum outside 1..T.
 
-    Memory beyond one task's scores: `quorum` int32 buffers of N and one sort's temporaries, with the scores themselves 41 bytes a
-    weight at the peak (measured), on the scores' device. Source: DiSparse, Sun et al.
-    2022 (arXiv 2206.04662), whose arbiter this makes exact; docs/papers.md.
+    Memory beyond one task's scores: `quorum` int32 buffers of N and one sort's temporaries; with the scores themselves 41 bytes a
+    weight at the peak (measured), on the scores' device. Source: DiSparse, Sun et al. 2022 (arXiv 2206.04662), whose arbiter this
+    makes exact; docs/papers.md.
     """
     if isinstance(quorum, bool) or not isinstance(quorum, Integral) or quorum < 1:
         raise ValueError(f"quorum: expected a whole number in 1..T, got {quorum!r}")

@@ -64,9 +64,9 @@ def round_to(shares: Mapping[str, float], count: int) -> dict[str, int]:
 def select(task_scores: TaskScores, among: Masks, counts: Counts, quorum: int = 1) -> Masks:
     """True for the `counts` weights of each group, of those in `among`, that at least `quorum` tasks want most.
 
-    R_t(w) is the rank of w for task t among the eligible weights of its group, 0 = highest score, last where it is 0; the chosen ones have the
-    smallest m-th smallest R_t(w) over the tasks, m the quorum: min_t R_t(w) for unanimous pruning. First mask: of all
-    weights. Drop: the live ones that stay, RigL's ArgTopK(-|w|, k) of one task's |w| if those are the scores.
+    R_t(w) is the rank of w for task t among the eligible weights of its group, 0 = highest score, last where the score is 0; the
+    chosen ones have the smallest m-th smallest R_t(w) over the tasks, m the quorum: min_t R_t(w) for unanimous pruning. First
+    mask: of all weights. Drop: the live ones that stay, RigL's ArgTopK(-|w|, k) of one task's |w| if those are the scores.
 
     Args:
         task_scores: task -> scores, or an iterable of such pairs, consumed one at a time.

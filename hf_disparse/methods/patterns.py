@@ -22,8 +22,8 @@ def decide_n_of_m(
 ) -> Masks:
     """Keeps exactly N of every M consecutive weights of a row (of the input dimension).
 
-    Let r_t(w) be the rank of w for task t in its group of M, 0 = most important, ties by position, M where the score is 0. The group keeps the N
-    weights with the smallest
+    Let r_t(w) be the rank of w for task t in its group of M, 0 = most important, ties by position, M where the score is 0. The
+    group keeps the N weights with the smallest
 
     - `unanimous`: min_t r_t(w); `quorum`: `quorum`-th smallest r_t(w); both then by sum_t r_t(w), for many tie;
     - `mean_rank`: sum_t r_t(w); `joint`: rank of the one task;
