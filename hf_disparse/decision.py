@@ -89,9 +89,12 @@ def decide_mean_rank(
 def wishes(scores: Tensor, live: Tensor | None = None) -> Tensor:
     """The R_t of the rule: as `ranks`, but N where the score is 0, and N + 1 for what is not `live`.
 
+    Where scores have a sign, as those of movement pruning, 0 is a score like any other.
+
     Shapes: scores (N,) floating, live (N,) bool or None -> (N,) int32.
     """
-    rank = ranks(scores, live).masked_fill_(scores == 0, len(scores))
+    useless = (scores == 0) & (scores >= 0).all()
+    rank = ranks(scores, live).masked_fill_(useless, len(scores))
     return rank if live is None else rank.masked_fill_(~live, len(scores) + 1)
 
 

@@ -80,6 +80,8 @@ def test_a_task_without_an_opinion_has_no_vote():
             assert torch.equal(rule({"a": {"w": opinion}, **others}, 0.9)["w"], alone), rule.__name__
     few = torch.where(torch.arange(1000) >= 990, opinion, 0.0)  # wants ten weights, and no more
     kept = decide({"a": {"w": opinion}, "b": {"w": few}}, 0.9)["w"]
+    signed = torch.tensor([-1.0, 0.0, 2.0, -3.0])  # as in movement pruning, where 0 is better than less
+    assert decide({"a": {"w": signed}}, 0.5)["w"].tolist() == [False, True, True, False]
     assert kept[990:].all() and opinion[kept].sum() >= opinion.topk(90).values.sum()
 
 

@@ -60,13 +60,14 @@ def test_parts_cover_every_prunable_weight_once(model_type):
 
 
 def by_hand(scores: np.ndarray, sizes: list[int], count: int, quorum: int) -> np.ndarray:
-    """Rank every task's parts, take the quorum-th best rank, protect the best of each site, drop the worst `count`."""
+    """Rank every task's parts, those it has no use for last, take the quorum-th best rank, protect the best of each site, drop the worst `count`."""
 
     def cost(part_scores):
         order = np.argsort(-part_scores, axis=1, kind="stable")
         ranks = np.empty_like(order)
         for task in range(len(order)):
             ranks[task, order[task]] = np.arange(order.shape[1])
+        ranks[part_scores == 0] = order.shape[1]
         return np.sort(ranks, axis=0)[quorum - 1]
 
     starts = np.cumsum([0, *sizes])
