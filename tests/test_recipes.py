@@ -309,7 +309,7 @@ def test_what_is_of_use_in_one_phase_passes(changes):
     recipe = VALID
     for path, value in changes.items():
         recipe = replaced(recipe, path, value)
-    parse_recipe(recipe)
+    assert parse_recipe(recipe).values == recipe
 
 
 def test_bf16_on_a_machine_without_gpu_says_what_to_set(monkeypatch):
@@ -339,12 +339,13 @@ def test_bfloat16_is_used_where_the_cpu_has_it(monkeypatch):
     assert recipe.arguments("dense", "x").bf16 and recipe.arguments("sparse", "x").bf16
 
 
+@pytest.mark.skipif(
+    not Path("/proc/cpuinfo").is_file() or platform.machine() != "x86_64" or not torch.backends.mkldnn.is_available(),
+    reason="needs Linux on x86-64 and a torch with oneDNN",
+)
 def test_whether_a_cpu_has_bfloat16_is_what_its_flags_say():
     """oneDNN, which torch asks, multiplies bfloat16 from AVX-512 on."""
-    flags = Path("/proc/cpuinfo")
-    if not flags.is_file() or platform.machine() != "x86_64" or not torch.backends.mkldnn.is_available():
-        pytest.skip("needs Linux on x86-64 and a torch with oneDNN")
-    assert cpu_has_bfloat16() == ("avx512bw" in flags.read_text())
+    assert cpu_has_bfloat16() == ("avx512bw" in Path("/proc/cpuinfo").read_text())
 
 
 # Fuzzing
