@@ -19,10 +19,13 @@ from tests.tiny import WORDS, tiny_bert_config, tiny_tokenizer
 LABELS = {"two": ["no", "yes"], "three": ["a", "b", "c"]}
 
 
-def write_encoder(folder: Path) -> Path:
-    """A seeded tiny BERT with its tokenizer, as `from_pretrained` reads them."""
+def write_encoder(folder: Path, **changes) -> Path:
+    """A seeded tiny BERT, its configuration changed, with its tokenizer, as `from_pretrained` reads them."""
     set_seed(0)
-    BertModel(tiny_bert_config()).save_pretrained(folder)
+    config = tiny_bert_config()
+    for key, value in changes.items():
+        setattr(config, key, value)
+    BertModel(config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 

@@ -6,26 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertModel, set_seed
 
 from hf_disparse import MultitaskModel, TaskConfig, UserError
 from hf_disparse.recipes import parse_recipe
 from hf_disparse.run import prepare
 from hf_disparse.teachers import teachers_of
-from tests.cli_helpers import changed, hf_disparse, refused, snapshot, without, write_recipe
-from tests.tiny import tiny_bert_config, tiny_tokenizer
+from tests.cli_helpers import changed, hf_disparse, refused, snapshot, without, write_encoder, write_recipe
+from tests.tiny import tiny_tokenizer
 
 torch.set_num_threads(1)
-
-
-def write_encoder(folder: Path, **changes) -> Path:
-    set_seed(1)
-    config = tiny_bert_config()
-    for key, value in changes.items():
-        setattr(config, key, value)
-    BertModel(config).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def teacher(recipe: dict, folder: Path, task: str = "two") -> Path:

@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -91,21 +90,13 @@ class ScoringBatches:
                 collate([{**row, **added} if added else row for row in block[rank::world_size]])
             )
 
-    @cached_property
-    def _lengths(self) -> dict[str, list[int]] | None:
-        trainer = self.trainer
-        return (
-            lengths_by_task({self.task: trainer.train_dataset[self.task]}, trainer.args)
-            if trainer.is_multitask
-            else None
-        )
-
     def _blocks(self, rows, size: int) -> Iterator[list]:
         """The rows of one batch of all processes after another."""
         seed = self.trainer.pruning_config.seed + self.trainer.state.global_step
         if isinstance(rows, IterableDataset):  # another epoch than those that training is in
             yield from blocks_of(rows, size, f"tasks.{self.task}", _FAR + seed)
-        sampler = TaskBatchSampler({self.task: len(rows)}, size, lengths=self._lengths, seed=seed)
+        lengths = lengths_by_task({self.task: rows}, self.trainer.args) if self.trainer.is_multitask else None
+        sampler = TaskBatchSampler({self.task: len(rows)}, size, lengths=lengths, seed=seed)
         for epoch in itertools.count():
             sampler.set_epoch(epoch)
             for indices in sampler:
