@@ -151,7 +151,7 @@ def train(
 @app.command(epilog="Example: hf-disparse evaluate runs/quickstart --set 'tasks.*.max_validation_rows=500'")
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder that `train` wrote.")],
-    recipe: Annotated[str | None, typer.Option(help="Whose tasks and data; the model's own by default.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="With the tasks and data; default: the model's own.")] = None,
     set_: _Set = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -189,7 +189,7 @@ def compare(
     ] = None,
     criteria: Annotated[
         str | None,
-        typer.Option(help="Of the methods that leave it open, such as snip, disparse, fisher. Default: the recipe's."),
+        typer.Option(help="For methods that leave it open: snip, disparse, fisher. Default: the recipe's."),
     ] = None,
     sparsities: Annotated[str | None, typer.Option(help="Default: the recipe's.")] = None,
     seeds: Annotated[str, typer.Option(help="One dense model per seed, which all methods start from.")] = "1,2,3",
@@ -243,7 +243,7 @@ def compare(
 @app.command(name="analyze", epilog="Example: hf-disparse analyze runs/quickstart --within 2")
 def analyze_(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A folder that `train` wrote, or a model's.")],
-    recipe: Annotated[str | None, typer.Option(help="Whose tasks and data; the folder's own by default.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="With the tasks and data; default: the folder's own.")] = None,
     set_: _Set = [],  # noqa: B006
     sparsities: Annotated[
         str, typer.Option(help="Of the cost curve, which needs a dense model; 0 alone leaves it out.")
@@ -283,7 +283,7 @@ def export(
     ] = "packed",
     task: Annotated[
         str | None,
-        typer.Option(help="With --format task: this one, by default each into tasks/NAME; with onnx: this one."),
+        typer.Option(help="With --format task: this one, by default each, into tasks/NAME; onnx takes one."),
     ] = None,
     dtype: _Dtype = None,
 ) -> None:
@@ -333,11 +333,11 @@ def push(
     ] = "packed",
     dtype: _Dtype = None,
     with_tasks: Annotated[
-        bool, typer.Option("--with-tasks", help="Every task beside it as a plain model, in tasks/NAME.")
+        bool, typer.Option("--with-tasks", help="Also upload every task as a plain model, in tasks/NAME.")
     ] = False,
-    private: Annotated[bool, typer.Option("--private", help="If the repository is made.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     license_: Annotated[
-        str | None, typer.Option("--license", help="For the card, such as apache-2.0; the base model's binds.")
+        str | None, typer.Option("--license", help="On the card, such as apache-2.0; the base model's holds, too.")
     ] = None,
     token: Annotated[str | None, typer.Option(help="Default: that of `hf auth login`.")] = None,
 ) -> None:

@@ -79,3 +79,8 @@ def test_a_plain_model(tmp_path):
 def test_a_task_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="has no task 'four'"):
         save_onnx(tiny_model(), tmp_path / "onnx", "four")
+
+
+def test_one_of_several_tasks_has_to_be_named(tmp_path):
+    with pytest.raises(UserError, match="--task: expected the task to export, one of two, three, real, got none"):
+        save_onnx(tiny_model(), tmp_path / "onnx")

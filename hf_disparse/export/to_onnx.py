@@ -50,6 +50,8 @@ def save_onnx(model: PreTrainedModel | str | Path, folder: str | Path, task: str
         raise UserError(f"--format onnx: {error}; try: pip install 'hf_disparse[onnx]'") from None
     model, source = open_model(model)
     if isinstance(model, MultitaskModel):
+        if task is None and len(model.heads) > 1:
+            raise UserError(f"--task: expected the task to export, one of {', '.join(model.heads)}, got none")
         task = task or next(iter(model.heads))
         check_task(model, task)
         model = only_task(model, task)
