@@ -158,7 +158,7 @@ def _plain(recipe: Recipe) -> Recipe:
         exclude_modules=own.exclude_modules,
         seed=own.seed,
     )
-    quiet = {"report_to": "none", "distillation": 0.0, "distillation_hidden": 0.0, "push_to_hub": False}
+    quiet = {"report_to": "none", "distillation": 0.0, "distillation_hidden": 0.0}
     return replace(recipe, pruning=pruning, recovery={**recipe.recovery, **quiet})
 
 

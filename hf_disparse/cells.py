@@ -40,7 +40,12 @@ _WHOLE = {
 }
 METHODS = ("dense", *dict.fromkeys((*list(_WHOLE)[:2], *_DECISIONS, *_WHOLE)))  # in the order of tables
 # What a row takes from a recipe of another method.
-_OF_ANY_METHOD = ("target_modules", "exclude_modules", "score_batches")
+_MODULES = ("target_modules", "exclude_modules")
+_OF_ANY_METHOD = (*_MODULES, "score_batches")
+_BUT_OF = {
+    "dynamic": ("score_batches",),
+    "group_lasso": _MODULES,
+}  # it scores at every exchange; its parts go as a whole
 
 
 @dataclass(frozen=True)
@@ -79,10 +84,18 @@ class Cell:
         fields = _WHOLE.get(self.method) or _fields(self.method) | {"criterion": self.criterion}
         method, of_recipe = (section.get("method", PruningConfig.method) for section in (fields, values))
         if method == of_recipe:  # the decision is the row's
-            return {key: value for key, value in values.items() if key not in ("decision", "quorum")} | fields | own
-        if method == "dynamic":  # scores at every exchange
-            of_any_method.pop("score_batches", None)
-        return of_any_method | fields | own
+            kept = {key: value for key, value in values.items() if key not in (*_not_of(fields), "decision", "quorum")}
+            return kept | fields | own
+        kept = {key: value for key, value in of_any_method.items() if key not in _BUT_OF.get(method, ())}
+        return kept | fields | own
+
+
+def _not_of(fields: dict[str, Any]) -> tuple[str, ...]:
+    """Settings of a recipe that a row of its method with these fields cannot have."""
+    granularity = fields.get("granularity")
+    if isinstance(granularity, list):  # heads and neurons go as a whole
+        return _MODULES
+    return ("schedule", "end_step", "update_every") if ":" in (granularity or "") else ()  # N:M is all there at once
 
 
 def _fields(method: str) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, Pipeline
+from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from hf_disparse.config import TaskConfig, UserError
 from hf_disparse.model import HUB_ARGUMENTS, MultitaskModel
@@ -43,11 +44,11 @@ class MultitaskPipeline(Pipeline):
         return cls(model, AutoTokenizer.from_pretrained(name_or_path, **hub), **kwargs)
 
     def _sanitize_parameters(self, tasks: list[str] | None = None, **tokenizer: Any) -> tuple[dict, dict, dict]:
-        known = self._tasks
+        known, tasks = self._tasks, [tasks] if isinstance(tasks, str) else tasks
         for task in tasks or ():
             if task not in known:
                 raise UserError(f"tasks: the model has no task '{task}'; it has {', '.join(known)}")
-        return {"tasks": tasks, **tokenizer}, {}, {}
+        return {**({} if tasks is None else {"tasks": tasks}), **tokenizer}, {}, {}  # None: those of the constructor
 
     def preprocess(self, inputs: str | tuple[str, str], tasks: list[str] | None = None, **tokenizer: Any) -> dict:
         """Texts to the inputs of the encoder, and the tasks that they are for."""
@@ -59,11 +60,18 @@ class MultitaskPipeline(Pipeline):
         if not asked or not set(asked) <= set(fitting):
             wrong = next((task for task in asked if task not in fitting), "any task")
             raise UserError(f"inputs: {len(texts)} text{'s' if len(texts) > 1 else ''} are not what {wrong} takes")
-        given = {"truncation": True, "return_tensors": "pt", **tokenizer}
+        given = {"truncation": True, "max_length": self._most_tokens(), "return_tensors": "pt", **tokenizer}
         return {
             **self.tokenizer(*texts, **given),
             "asked": torch.tensor([[task in asked for task in self._tasks]]),
         }
+
+    def _most_tokens(self) -> int | None:
+        """What texts are cut to: the tokenizer's own limit, else what the encoder has positions for; None without either."""
+        positions = getattr(self.model.config.encoder_config, "max_position_embeddings", None) or 0
+        if self.tokenizer.model_max_length < LARGE_INTEGER or positions < 3:
+            return None
+        return positions - 2  # RoBERTa and its kin keep two for themselves
 
     def _forward(self, model_inputs: dict) -> dict:
         asked = model_inputs.pop("asked")

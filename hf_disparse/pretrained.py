@@ -11,12 +11,12 @@ def load_model(folder: str | Path) -> MultitaskModel:
     return load_pretrained("output_dir", MultitaskModel, str(folder))
 
 
-def load_pretrained(where: str, cls, name: str, method: str = "from_pretrained", *arguments):
-    """`cls.from_pretrained(name)`; a model that is not there or does not load is the user's to mend."""
+def load_pretrained(where: str, cls, name: str, method: str = "from_pretrained", *arguments, **options):
+    """`cls.from_pretrained(name)`, or another method of it; a model that is not there or does not load is the user's to mend."""
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise UserError(f"{where}: expected a Hub id or a folder, but there is no folder {name}")
     try:
-        return getattr(cls, method)(name, *arguments)
+        return getattr(cls, method)(name, *arguments, **options)
     except UserError:
         raise
     except Exception as error:  # transformers, tokenizers, safetensors and the Hub raise a dozen kinds here

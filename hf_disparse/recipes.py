@@ -1,13 +1,10 @@
 """A recipe: one YAML file that is one complete run. Layer 10."""
 
-import types
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from enum import Enum
 from itertools import product
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 
@@ -19,14 +16,13 @@ from hf_disparse.config import (
     UserError,
     closest,
     is_count,
-    is_number,
     one_line,
     require,
 )
+from hf_disparse.recipe_training import KINDS, check_training, in_float32_if_faster, training_arguments
 from hf_disparse.recipe_yaml import parse_yaml
 from hf_disparse.tasks.glue import glue_fields
 from hf_disparse.trainer import DisparseTrainingArguments
-from hf_disparse.trainer.arguments import cpu_has_bfloat16
 
 SECTIONS = (
     "model",
@@ -40,33 +36,6 @@ SECTIONS = (
     "output_dir",
     "dense_from",
 )
-
-# TrainingArguments checks few types and bounds; what it lets pass ends deep inside torch.
-_LEAST = {
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "num_train_epochs": 0,
-    "learning_rate": 0,
-    "weight_decay": 0,
-    "adam_beta1": 0,
-    "adam_beta2": 0,
-    "adam_epsilon": 0,
-    "dataloader_num_workers": 0,
-    "save_total_limit": 1,
-    "eval_accumulation_steps": 1,
-    "sampling_temperature": 1,
-    "sampling_cap": 1,
-}
-_KINDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    list: "a list",
-    dict: "a mapping",
-    types.NoneType: "nothing",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +83,7 @@ class Recipe:
     def arguments(self, phase: str, folder: str | Path) -> DisparseTrainingArguments:
         """The training arguments of the `dense` or the `sparse` phase, with checkpoints in `folder`."""
         values = self.training if phase == "dense" else {**self.training, **self.recovery}
-        return _arguments(values, str(folder), self.seed)
+        return training_arguments(values, str(folder), self.seed)
 
     @property
     def chooses_best(self) -> bool:
@@ -138,7 +107,10 @@ def public(recipe: Recipe) -> dict[str, Any]:
         for task, (_, source) in recipe.tasks.items()
         if task not in recipe.helpers
     }
-    arguments = {"training": recipe.training, "recovery": recipe.recovery}
+    arguments = {
+        section: {key: name(value) if isinstance(value, str) else value for key, value in values.items()}
+        for section, values in (("training", recipe.training), ("recovery", recipe.recovery))
+    }
     return {
         "encoder": name(recipe.model.encoder),
         "data": data,
@@ -164,7 +136,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = (), output_dir: str
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, too
         raise UserError(f"{path}: expected YAML, got a file that does not parse: {one_line(error)}") from None
     if not isinstance(values, dict):
-        got = "an empty file" if values is None else _KINDS.get(type(values), type(values).__name__)
+        got = "an empty file" if values is None else KINDS.get(type(values), type(values).__name__)
         raise UserError(f"{path}: expected a mapping with the sections {', '.join(SECTIONS)}, got {got}")
     for override in overrides:
         _override(values, override)
@@ -192,9 +164,9 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
     good = dense_from is None or (isinstance(dense_from, str) and bool(dense_from))
     require(good, "dense_from", "the folder of a run or of a comparison", dense_from)
     training, recovery = sections["training"], sections["recovery"]
-    _check_training(training, "training")
-    _check_training(recovery, "recovery")
-    training, recovery = _in_float32_if_faster(training, recovery)
+    check_training(training, "training")
+    check_training(recovery, "recovery")
+    training, recovery = in_float32_if_faster(training, recovery)
     tasks = _tasks(values["tasks"])
     recipe = Recipe(
         model=ModelConfig.from_dict(values["model"], "model"),
@@ -303,73 +275,6 @@ def _teachers(names: Any, tasks: dict[str, Any]) -> dict[str, str]:
             isinstance(name, str) and bool(name), f"teachers.{task}", "a folder that `train` wrote, or a Hub id", name
         )
     return names
-
-
-def _check_training(values: dict[str, Any], where: str) -> None:
-    hints = get_type_hints(DisparseTrainingArguments)
-    known = {f.name for f in fields(DisparseTrainingArguments) if f.init} - {"output_dir", "seed"}
-    for key, value in values.items():
-        if key in ("output_dir", "seed"):
-            raise UserError(f"{where}.{key}: set '{key}' at the top of the recipe")
-        if key not in known:
-            raise UserError(f"{where}.{key}: TrainingArguments has no such field{closest(key, sorted(known))}")
-        choices = _choices(hints[key])
-        if choices and value not in choices:
-            remedy = "; put 'no' in quotes, for YAML reads it as false" if value is False and "no" in choices else ""
-            raise UserError(f"{where}.{key}: unknown value {value!r}{remedy or closest(value, choices)}")
-        kinds = _kinds(hints[key])
-        expected = " or ".join(_KINDS[kind] for kind in kinds)
-        require(any(_is_a(value, kind) for kind in kinds), f"{where}.{key}", expected, value)
-        least = _LEAST.get(key)
-        require(least is None or value is None or value >= least, f"{where}.{key}", f"at least {least}", value)
-
-
-def _in_float32_if_faster(training: dict[str, Any], recovery: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both sections without a bfloat16 that this CPU lacks, with a warning: recipes travel, and one that takes minutes elsewhere
-    would take hours here."""
-    on_cpu = {**training, **recovery}.get("use_cpu")
-    asked = [key for key in ("bf16", "bf16_full_eval") if training.get(key) or recovery.get(key)]
-    if not on_cpu or not asked or cpu_has_bfloat16():
-        return training, recovery
-    warnings.warn(
-        f"training.{asked[0]}: this CPU has no instructions for bfloat16, without which float32 is ten times as fast: "
-        "computing in float32",
-        stacklevel=1,  # of this line, so that it is said once whoever parses how many recipes
-    )
-    return tuple({key: value for key, value in section.items() if key not in asked} for section in (training, recovery))
-
-
-def _choices(hint: Any) -> list[str]:
-    """The values of the enum that a field's annotation names, such as those of `lr_scheduler_type`."""
-    enums = [part for part in get_args(hint) if isinstance(part, type) and issubclass(part, Enum)]
-    return [member.value for enum in enums for member in enum]
-
-
-def _kinds(hint: Any) -> list[type]:
-    """The types of `_KINDS` that a field's annotation admits; what YAML cannot write (enums, classes) is left out."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return [kind for part in get_args(hint) for kind in _kinds(part)]
-    kind = get_origin(hint) or hint
-    return [kind] if kind in _KINDS else []
-
-
-def _is_a(value: Any, kind: type) -> bool:
-    """Whether a YAML value is of that type: a whole number is a number too, true and false are not."""
-    if kind is float:
-        return is_number(value)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
-def _arguments(values: dict[str, Any], output_dir: str, seed: int) -> DisparseTrainingArguments:
-    try:
-        # disable_tqdm: its default goes by transformers' log level, which we lower.
-        return DisparseTrainingArguments(output_dir=output_dir, seed=seed, **{"disable_tqdm": False, **values})
-    except Exception as error:  # its checks raise whatever they meet; all of it is about the user's values
-        for key in ("bf16", "bf16_full_eval"):
-            if values.get(key) and "bf16" in str(error) and not values.get("use_cpu"):
-                remedy = f"set training.use_cpu: true to compute on the CPU, or training.{key}: false"
-                raise UserError(f"training.{key}: expected a GPU that knows bfloat16, got none; {remedy}") from error
-        raise UserError(f"training: TrainingArguments refuses these values: {one_line(error)}") from error
 
 
 def _override(values: dict[str, Any], override: str) -> None:

@@ -343,10 +343,13 @@ def _majority(task, rows: Dataset) -> float | None:
 
 
 def new_model(recipe: Recipe) -> MultitaskModel:
-    """The recipe's pretrained encoder with fresh heads, the same for the same seed."""
+    """The recipe's pretrained encoder with fresh heads, the same for the same seed.
+
+    In float32 however it is stored: in half precision most of what a step adds to a weight is rounded away.
+    """
     set_seed(recipe.seed)
-    tasks = [task for task, _ in recipe.tasks.values()]
-    return load_pretrained("model.encoder", MultitaskModel, resolve(recipe.model.encoder), "from_encoder", tasks)
+    tasks, encoder = [task for task, _ in recipe.tasks.values()], resolve(recipe.model.encoder)
+    return load_pretrained("model.encoder", MultitaskModel, encoder, "from_encoder", tasks, dtype=torch.float32)
 
 
 def environment() -> dict[str, Any]:

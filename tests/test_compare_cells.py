@@ -166,3 +166,22 @@ def test_every_other_method_prunes_on_the_same_budget(inputs, tmp_path):
         assert cell["backward_passes"] == pytest.approx(8, abs=1), cell["method"]
         atol = {"rank": 0.12, "flop": 0.12}.get(cell["method"], 0.01)  # a budget of components
         assert cell["pruned"]["prunable"] == pytest.approx(0.5, abs=atol), cell["method"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"schedule": "cubic", "end_step": 8, "update_every": 2},
+        {"exclude_modules": ["query"]},
+        {"target_modules": ["key"]},
+    ],
+)
+def test_rows_without_schedule_or_modules_of_their_own_take_none_of_the_recipes(recipe, settings):
+    """A pattern is all there at once, and heads and neurons go as a whole; weights go as the recipe says."""
+    pruning = {"sparsity": 0.5, "criterion": "snip", "score_batches": 2, **settings}
+    whole = parse_recipe({**recipe, "pruning": pruning, "recovery": {"max_steps": 40}})
+    for cell in grid([*METHODS, "2:4"], ["snip"], [0.5], [1]):
+        recipe_of(whole, cell)
+    pattern, sums = (recipe_of(whole, Cell(name, "snip", 0.5, 1)).pruning for name in ("2:4", "sum"))
+    assert pattern.schedule == "one_shot" and pattern.n_of_m == (2, 4)
+    assert sums == replace(PruningConfig.from_dict(pruning), decision="sum", seed=1)

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard, constants
 from safetensors.torch import load_file
 
-from hf_disparse import PruningConfig, UserError
+from hf_disparse import MultitaskModel, PruningConfig, UserError
 from hf_disparse.export import push
 from tests.hub_server import serve
 from tests.test_compact import prune_parts
@@ -149,6 +149,22 @@ def test_somebody_else_pushes_meanwhile(hub, folder):
 def test_nobody_listens(folder):
     with pytest.raises(UserError, match="the upload was cut off"):
         push(folder, "me/sparse", api=client("http://127.0.0.1:9"))
+
+
+def test_shards_are_pushed_with_their_index(hub, folder, tmp_path):
+    _, address = hub
+    model = MultitaskModel.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "shards", max_shard_size=20_000)
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
+    push(tmp_path / "shards", "me/shards", "plain", api=client(address))
+    code = (
+        "from hf_disparse import MultitaskModel\n"
+        f"MultitaskModel.from_pretrained('me/shards').save_pretrained({str(tmp_path / 'whole')!r})\n"
+    )
+    done = run(code, address, tmp_path)
+    assert done.returncode == 0, done.stderr
+    pulled = load_file(tmp_path / "whole" / "model.safetensors")
+    assert all(torch.equal(tensor, pulled[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_form_that_is_none(folder):

@@ -60,7 +60,15 @@ def test_one_text_and_a_pair(pipeline):
 
 
 def test_some_tasks(pipeline):
-    assert list(pipeline("w1", tasks=["real"])) == ["real"]
+    assert list(pipeline("w1", tasks=["real"])) == list(pipeline("w1", tasks="real")) == ["real"]
+    some = MultitaskPipeline(pipeline.model, pipeline.tokenizer, tasks=["two", "real"])
+    assert list(some("w1")) == ["two", "real"] and list(some("w1", tasks=["many"])) == ["many"]
+
+
+def test_a_text_that_is_longer_than_the_encoder_has_positions_is_cut(pipeline):
+    positions = pipeline.model.config.encoder_config.max_position_embeddings
+    words = ["w1", "w2"] * positions
+    check(pipeline, " ".join(words[: positions - 4]), pipeline(" ".join(words)))  # [CLS], [SEP], and two to spare
 
 
 def test_the_encoder_runs_once(pipeline):

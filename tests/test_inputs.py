@@ -5,6 +5,9 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel
 
 from hf_disparse import DisparseTrainer, PruningConfig, TaskConfig
 from tests.cli_helpers import hf_disparse, write_encoder, write_recipe
@@ -34,7 +37,7 @@ def encoder(tmp_path_factory) -> str:
 def results(encoder, tmp_path):
     """Runs a recipe on rows that are given as JSON lines, and returns its results."""
 
-    def run(task: dict, train: list[dict], validation: list[dict] | None = None) -> dict:
+    def run(task: dict, train: list[dict], validation: list[dict] | None = None, encoder: str = encoder) -> dict:
         for split, rows in (("train", train), ("validation", validation or train)):
             text = "".join(json.dumps(row) + "\n" for row in rows)
             Path(tmp_path, "data").mkdir(exist_ok=True)
@@ -81,6 +84,17 @@ def test_a_task_with_one_example(results):
     found = results({"columns": ["text"], "labels": ["no", "yes"]}, [{"text": "w1 w2", "label": "yes"}])
     assert found["examples"] == {"train": {"edge": 1}, "validation": {"edge": 1}}
     assert found["majority"] == {"edge": 100.0}
+
+
+def test_an_encoder_in_half_precision_is_trained_in_float32(results, encoder, tmp_path):
+    """In bfloat16 a step's change of a weight is mostly rounded away."""
+    half = AutoModel.from_pretrained(encoder, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    tiny_tokenizer().save_pretrained(tmp_path / "half")
+    rows = [{"text": f"w{i}", "label": i % 2} for i in range(20)]
+    results({"columns": ["text"], "labels": ["no", "yes"]}, rows, encoder=str(tmp_path / "half"))
+    for folder in (tmp_path / "run" / "dense", tmp_path / "run"):
+        assert {t.dtype for t in load_file(folder / "model.safetensors").values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ LAYER = {
     "trainer": 8,
     "family": 9,
     "recipes": 10,
+    "recipe_training": 10,
     "recipe_yaml": 10,
     "pretrained": 10,
     "teachers": 10,

@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_disparse import UserError, compact
+from hf_disparse import MultitaskModel, UserError, compact
 from hf_disparse.export import save_onnx, save_packed
 from tests.cli_helpers import hf_disparse
 from tests.test_compact import model_of, prune_parts
+from tests.test_trainer import multitask_trainer
 from tests.tiny import CONFIGS, tiny_model, tiny_tokenizer
 
 onnx = pytest.importorskip("onnx", reason="pip install 'hf_disparse[onnx]'")
@@ -84,3 +85,11 @@ def test_a_task_that_is_not_there(tmp_path):
 def test_one_of_several_tasks_has_to_be_named(tmp_path):
     with pytest.raises(UserError, match="--task: expected the task to export, one of two, three, real, got none"):
         save_onnx(tiny_model(), tmp_path / "onnx")
+
+
+def test_a_model_that_was_trained_in_bfloat16(tmp_path):
+    trainer = multitask_trainer(tmp_path / "run", bf16=True, max_steps=2)
+    trainer.train()
+    save_onnx(trainer.model, tmp_path / "onnx", "two")
+    trainer.save_model()
+    same(tmp_path / "onnx", MultitaskModel.from_pretrained(tmp_path / "run").eval(), task="two")

@@ -242,12 +242,17 @@ def test_a_section_that_is_no_mapping(section, value):
         ("metric_for_best_model", "acuracy", "expected one of: average, loss, two_accuracy, two_loss"),
         ("learning_rte", 1, "did you mean 'learning_rate'?"),
         ("seed", 1, "set 'seed' at the top of the recipe"),
+        ("push_to_hub", True, "a recipe does not push; `hf-disparse push` uploads the finished run"),
+        ("hub_token", "hf_secret", "a recipe does not push"),  # and a card would publish it
+        ("bf16_full_eval", True, "evaluates in the precision of training; set bf16: true"),
+        ("fp16_full_eval", True, "evaluates in the precision of training; set bf16: true"),
     ],
 )
 def test_a_training_argument_that_is_refused(key, value, expected):
     for section in ("training", "recovery"):
         said = refusal(parse_recipe, changed(section, **{key: value}))
         assert f".{key}: " in said and expected in said and len(said.splitlines()) == 1, said
+        assert "secret" not in said
 
 
 def test_whole_numbers_and_nothing_pass_where_they_fit():
@@ -320,21 +325,20 @@ def test_bf16_on_a_machine_without_gpu_says_what_to_set(monkeypatch):
 
 
 @pytest.mark.parametrize("section", ["training", "recovery"])
-@pytest.mark.parametrize("key", ["bf16", "bf16_full_eval"])
-def test_a_cpu_without_bfloat16_computes_in_float32_and_says_so(monkeypatch, section, key):
-    values = changed(section, **{key: True})
-    monkeypatch.setattr("hf_disparse.recipes.cpu_has_bfloat16", lambda: False)
-    with pytest.warns(UserWarning, match=rf"^training\.{key}: this CPU has no .* computing in float32$"):
+def test_a_cpu_without_bfloat16_computes_in_float32_and_says_so(monkeypatch, section):
+    values = changed(section, bf16=True)
+    monkeypatch.setattr("hf_disparse.recipe_training.cpu_has_bfloat16", lambda: False)
+    with pytest.warns(UserWarning, match=r"^training\.bf16: this CPU has no .* computing in float32$"):
         recipe = parse_recipe(values)
     for phase in ("dense", "sparse"):
-        assert not getattr(recipe.arguments(phase, "x"), key)
+        assert not recipe.arguments(phase, "x").bf16
     assert recipe.values == values, "the run can go on where there is bfloat16"
-    assert not public(recipe)["arguments"][section].get(key), "a card must not say that bfloat16 was used"
+    assert not public(recipe)["arguments"][section].get("bf16"), "a card must not say that bfloat16 was used"
 
 
 @pytest.mark.filterwarnings("error")
 def test_bfloat16_is_used_where_the_cpu_has_it(monkeypatch):
-    monkeypatch.setattr("hf_disparse.recipes.cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr("hf_disparse.recipe_training.cpu_has_bfloat16", lambda: True)
     recipe = parse_recipe(changed("training", bf16=True))
     assert recipe.arguments("dense", "x").bf16 and recipe.arguments("sparse", "x").bf16
 

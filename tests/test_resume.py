@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -249,3 +250,51 @@ def test_two_processes_agree_on_masks_and_resume_in_the_second_epoch(tmp_path):
     for weights_, masks in ends[1:]:
         assert_same(ends[0][0], weights_)
         assert_same(ends[0][1], masks)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(CUBIC, start_step=4, update_every=1, reconstruct=True),
+        PruningConfig(sparsity=0.5, granularity="layer", start_step=5, score_batches=2),
+    ],
+)
+def test_the_same_trainer_forgets_what_its_checkpoint_does_not_know(tmp_path, config):
+    """As in a notebook: it died at step 7, after updates, and resumes from step 3, before the first one."""
+    whole = multitask_trainer(tmp_path / "whole", config, **STEPS)
+    whole.train()
+    death = DieAt(7)
+    trainer = multitask_trainer(tmp_path / "died", config, callbacks=[death], **STEPS)
+    with pytest.raises(Died):
+        trainer.train()
+    shutil.rmtree(tmp_path / "died" / "checkpoint-6")
+    trainer.remove_callback(death)
+    trainer.train(resume_from_checkpoint=True)
+    assert_same(weights(whole.model), weights(trainer.model))
+    assert_same(whole.pruner.masks, trainer.pruner.masks)
+    assert trainer.backward_passes == whole.backward_passes
+    assert trainer.model.config.skipped_layers == whole.model.config.skipped_layers
+
+
+def test_the_best_model_of_a_foreign_trainer_is_as_sparse_as_asked(tmp_path):
+    rows = tokenized_rows(BINARY, 40)
+    batches = [{"input_ids": torch.tensor([r["input_ids"]]), "labels": torch.tensor([r["labels"]])} for r in rows]
+    cubic = dict(schedule="cubic", start_step=1, end_step=7, update_every=1)
+    pruner = PruningCallback(PruningConfig(sparsity=0.9, score_batches=5, **cubic), {"only": batches})
+    steps = dict(eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2)
+    args = arguments(tmp_path, **steps, load_best_model_at_end=True, metric_for_best_model="loss", learning_rate=0.05)
+    trainer = Trainer(
+        plain_model(),
+        args,
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tiny_tokenizer(),
+        callbacks=[pruner],
+    )
+    trainer.train()
+    losses = {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
+    assert min(losses, key=losses.get) < 7, "else this would show nothing"
+    assert trainer.state.best_global_step == 8
+    parameters = prunable_parameters(trainer.model)
+    zeros = sum(int((p == 0).sum()) for p in parameters.values())
+    assert zeros == round(0.9 * sum(p.numel() for p in parameters.values()))

@@ -2,14 +2,18 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_disparse import (
     DisparseTrainer,
+    L0Config,
     MultitaskConfig,
     MultitaskModel,
+    PlatonConfig,
     PruningConfig,
+    TaskConfig,
     UserError,
     prunable_parameters,
 )
@@ -166,3 +170,70 @@ def test_scoring_computes_layers_again_where_training_does(tmp_path, kind):
         masks.append(trainer.pruner.masks)
     assert_same(*masks)
     assert calls == [6, 12], "three tasks, two batches"
+
+
+@pytest.mark.parametrize("config", [L0Config(target_modules=["nothing"]), PruningConfig(target_modules=["nothing"])])
+def test_what_is_refused_before_training_began_is_said_as_it_is(tmp_path, config):
+    with pytest.raises(UserError, match="no Linear module of the encoder matches"):
+        multitask_trainer(tmp_path, config).train()
+
+
+def test_training_without_data_is_refused(tmp_path):
+    trainer = DisparseTrainer(tiny_model(), arguments(tmp_path), processing_class=tiny_tokenizer())
+    with pytest.raises(UserError, match="train_dataset: training expects a dict of task -> Dataset, got none"):
+        trainer.train()
+
+
+class OutOfMemory(DisparseTrainer):
+    """Has no room for the gradients of its first batch."""
+
+    is_full = True
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        if self.is_full:
+            self.is_full = False
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return loss
+
+
+@pytest.mark.parametrize(
+    "config", [PlatonConfig(sparsity=0.5, end_step=6, update_every=2), L0Config(sparsity=0.5, end_step=6)]
+)
+def test_a_try_that_ran_out_of_memory_leaves_nothing_to_the_next_one(tmp_path, monkeypatch, config):
+    trainer = OutOfMemory(
+        tiny_model(),
+        arguments(tmp_path, auto_find_batch_size=True),
+        pruning_config=config,
+        train_dataset=three_datasets(),
+        processing_class=tiny_tokenizer(),
+    )
+    method, seen = type(trainer.pruner.method), []
+    whole = method.gradient
+    monkeypatch.setattr(method, "gradient", lambda self, name, *rest: seen.append(name) or whole(self, name, *rest))
+    trainer.train()
+    parameters = prunable_parameters(trainer.model)
+    assert seen == list(dict.fromkeys(seen)) * trainer.backward_passes and set(seen) == set(parameters)
+    assert not any(p._backward_hooks for p in parameters.values())
+    zeros = sum(int((p == 0).sum()) for p in parameters.values())
+    assert zeros == sum(p.numel() for p in parameters.values()) // 2, (
+        "L0 would have begun with the gates of the first try"
+    )
+
+
+def test_a_label_smoother_leaves_scoring_the_labels(tmp_path, monkeypatch):
+    """Of two processes, the other one with one labelled token, a loss counts by its tokens."""
+    tasks = [TaskConfig(name="tags", columns="tokens", labels=["O", "X"], problem_type="token_classification")]
+    rows = Dataset.from_dict({"input_ids": [[2, 5, 6, 3]], "labels": [[-100, 0, 1, 0]]})
+    losses = []
+    for processes in (1, 2):
+        monkeypatch.setattr("hf_disparse.trainer.trainer.processes", lambda processes=processes: processes)
+        monkeypatch.setattr("hf_disparse.trainer.trainer.average_over_processes", lambda own: [(own[0] + 1) / 2])
+        args = arguments(tmp_path, label_smoothing_factor=0.1)
+        trainer = DisparseTrainer(
+            tiny_model(tasks), args, train_dataset={"tags": rows}, processing_class=tiny_tokenizer()
+        )
+        batch = next(iter(trainer.get_train_dataloader()))
+        mine = int((batch["labels"] != -100).sum())
+        losses.append(trainer.scoring_loss(trainer.model.eval(), batch).item())
+    assert mine > 1 and losses[1] == pytest.approx(losses[0] * mine / ((mine + 1) / 2))

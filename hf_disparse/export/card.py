@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import hf_disparse
 from hf_disparse.config import PRUNING_CONFIG_NAME, PruningConfig, TaskConfig
-from hf_disparse.export.folder import CONFIG_NAME, WEIGHTS_NAME, load, read_json
+from hf_disparse.export.folder import CONFIG_NAME, load, read_json, weight_files
 from hf_disparse.masks import sparsity_report
 from hf_disparse.model import MultitaskConfig, MultitaskModel, prunable_parameters
 from hf_disparse.tasks import average, average_name
@@ -298,7 +298,7 @@ def _size(folder: Path, model: MultitaskModel, pruning: PruningConfig | None) ->
         (f"{what} among the prunable weights", f"{100 * zeros['prunable']:.1f} %"),
         (f"{what} in the encoder", f"{100 * zeros['encoder']:.1f} %"),
         (f"{what} in the model", f"{100 * zeros['model']:.1f} %"),
-        ("bytes of the weights' file", f"{(folder / WEIGHTS_NAME).stat().st_size:,}"),
+        ("bytes of the weights' file", f"{sum(file.stat().st_size for file in weight_files(folder)):,}"),
         ("form of the file", ", ".join(said)),
     ]
     device = torch.cuda.get_device_name() if model.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

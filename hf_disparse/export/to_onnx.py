@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -61,6 +62,7 @@ def save_onnx(model: PreTrainedModel | str | Path, folder: str | Path, task: str
         config, task = copy.deepcopy(model.config), None
         config.__dict__.pop("quantization_config", None)  # which says how safetensors are read
         model = model if source else copy.deepcopy(model)
+    model = extract_model_from_parallel(model, keep_fp32_wrapper=False)  # without the autocast of a training
     plain = _Logits(model.float().cpu(), task).eval()
     with new_folder(folder) as target:
         if source:

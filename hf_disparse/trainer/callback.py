@@ -111,6 +111,7 @@ class PruningCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, *, model, optimizer=None, **kwargs):
         """Holds the masks there are; refuses a schedule that training would cut off."""
+        self.end()  # a try before this one, as of `auto_find_batch_size`, may have ended without a word
         if self.guard and self.guard.stopped:  # resumed: pruning has ended, and what is left is recovery
             self.method = self._loaded_state = None
         if self.method:
@@ -187,6 +188,8 @@ class PruningCallback(TrainerCallback):
                 self._undo(model, optimizer, lr_scheduler)
                 return
             self.prune(model, state.global_step, optimizer, state.is_world_process_zero and not args.disable_tqdm)
+            if state.global_step == self.last_update:  # a checkpoint that is less sparse is not the best one
+                state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         if self.method:
             self.method.before_step(self._parameters, state.global_step)
 

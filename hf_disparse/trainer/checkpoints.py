@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import Trainer
+from transformers import AutoConfig, Trainer
 
 from hf_disparse.config import UserError, one_line
 from hf_disparse.distributed import from_main
@@ -171,9 +171,10 @@ def save_state(trainer: Trainer, folder: Path) -> None:
 
 def load_state(trainer: Trainer, folder: Path) -> dict[str, Any]:
     """Takes up what `save_state` wrote of pruning, and returns what it wrote of the trainer: nothing if another Trainer wrote."""
-    pruner = trainer.pruner
-    if (folder / MASKS_NAME).is_file():
-        pruner.masks = load_masks(folder / MASKS_NAME)
+    pruner, path = trainer.pruner, folder / MASKS_NAME
+    pruner.masks = load_masks(path) if path.is_file() else trainer.given_masks  # not those of a run that died after it
+    if trainer.is_multitask and pruner.config and "layer" in pruner.config.granularity:
+        trainer.model.skip_layers(AutoConfig.from_pretrained(folder).skipped_layers)
     if (folder / PRUNING_STATE_NAME).is_file():
         pruner.load_state(load_file(folder / PRUNING_STATE_NAME))
     if pruner.guard:

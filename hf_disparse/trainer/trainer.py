@@ -84,7 +84,7 @@ class DisparseTrainer(Trainer):
         self.loss_means: dict[str, float] = {}  # running, with loss_weighting="uncertainty"
         self._trained = 0  # backward passes
         self._surgery = GradientSurgery() if self._weighting == "pcgrad" else None
-        self.pruning_config, self._given_masks = pruning_config, masks
+        self.pruning_config, self.given_masks = pruning_config, masks
         check_arguments(self)
         if self.is_multitask:
             check_datasets(self.tasks, train_dataset=train_dataset, eval_dataset=eval_dataset)
@@ -201,9 +201,9 @@ class DisparseTrainer(Trainer):
     def scoring_loss(self, model: nn.Module, batch) -> Tensor:
         """That of a batch, in the precision of training and with its gradient checkpointing; of several processes this one's
         part, whose mean is that of the batch."""
+        labels = batch.get("labels")  # which a label smoother takes out of the batch
         with self.compute_loss_context_manager(), checkpointed_layers(model):
             loss = self.compute_loss(model, batch)
-        labels = batch.get("labels")
         if processes() == 1 or not isinstance(labels, Tensor) or labels.ndim < 2 or labels.is_floating_point():
             return loss  # a mean over as many examples as others have
         mine = (labels != -100).sum().float()  # tokens with a label
@@ -293,10 +293,10 @@ class DisparseTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As in Trainer; `resume_from_checkpoint=True` takes the last checkpoint that was written to its end."""
         resume_from_checkpoint = self._resumed = to_resume(resume_from_checkpoint, self.args.output_dir)
-        if self.is_multitask:
+        if self.is_multitask and self.train_dataset:
             check_same_rows(self.train_dataset)
         if self.model_init is not None:
-            self.pruner.masks = self._given_masks  # the masks of an earlier trial are of another model
+            self.pruner.masks = self.given_masks  # the masks of an earlier trial are of another model
             self.loss_means = {}
         self._trained = 0
         self.pruner.restart()

@@ -30,6 +30,10 @@ class L0(Method):
     sees_gradients = True  # in `before_optimizer`; as with `gradient`, not those that fp16 scales
     keeps_state = True
 
+    def __init__(self, config):
+        super().__init__(config)
+        self._drawn: dict[str, Tensor] = {}  # the gates of the step, then their gradients, in `_room`
+
     def begin(self, parameters: Mapping[str, nn.Parameter], tasks: Iterable[str], max_steps: int) -> None:
         super().begin(parameters, tasks, max_steps)
         self.last = end_of(self.config, max_steps)
@@ -39,7 +43,6 @@ class L0(Method):
         self._parameters, self._step = parameters, 0
         self.latent: dict[str, Tensor] = {}
         self.log_alpha: dict[str, Tensor] = {}
-        self._drawn: dict[str, Tensor] = {}  # the gates of the step, then their gradients, in `_room`
         self._adam: dict[str, Adam] = {}  # one for each tensor, which is in the cache when its gradient is made
         self._pool: Tensor | None = None
         self._room: dict[str, Tensor] = {}
