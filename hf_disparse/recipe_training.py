@@ -47,10 +47,7 @@ def check_training(values: dict[str, Any], where: str) -> None:
             raise UserError(f"{where}.{key}: set '{key}' at the top of the recipe")
         if key.startswith("hub_") or key == "push_to_hub":  # `hub_token` would be published with the recipe
             raise UserError(f"{where}.{key}: a recipe does not push; `hf-disparse push` uploads the finished run")
-        if key in (
-            "bf16_full_eval",
-            "fp16_full_eval",
-        ):  # Trainer leaves the model in it, which is then saved and trained
+        if key.endswith("_full_eval"):  # Trainer leaves the model in that precision, to be saved and trained on
             raise UserError(f"{where}.{key}: a recipe evaluates in the precision of training; set bf16: true for both")
         if key not in known:
             raise UserError(f"{where}.{key}: TrainingArguments has no such field{closest(key, sorted(known))}")
