@@ -87,11 +87,11 @@ def layout_of(encoder: nn.Module) -> Layout:
 
 
 def _holds_no_more(encoder: nn.Module, layer: nn.Module, layout: Layout) -> bool:
-    """Whether attention is made of what the layout lists: Longformer, ConvBERT, LUKE and others have more by head."""
-    known = {*layout.by_head, layout.merge, *layout.if_there}
-    prefix = layout.attention + "."
-    inner = {name: module for name, module in layer.named_modules() if name.startswith(prefix)}
-    weighty = {name for name, module in inner.items() if next(module.parameters(recurse=False), None) is not None}
+    """Whether a layer is made of what the layout lists: Longformer, ConvBERT, LUKE and MobileBERT have more."""
+    known = {*layout.by_head, layout.merge, *layout.if_there, layout.up, layout.down}
+    weighty = {
+        name for name, module in layer.named_modules() if next(module.parameters(recurse=False), None) is not None
+    }
     factorised = low_rank_modules(layer)
     weighty = {name.rpartition(".")[0] if name.rpartition(".")[0] in factorised else name for name in weighty}
     norms = {name for name in weighty if "norm" in name.lower()}

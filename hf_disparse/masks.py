@@ -48,7 +48,7 @@ def zero_pruned(tensor: Tensor, keep: Tensor) -> None:
     Bits times 0 or 1: a product of floats would leave -0.0 and keep NaN, and is slower by half.
     """
     tensor = local(tensor)
-    tensor.view(BITS[tensor.element_size()]).mul_(local(keep))
+    tensor.view(BITS[tensor.element_size()]).mul_(local(keep).to(tensor.device))
 
 
 class MaskHooks:

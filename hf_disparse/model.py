@@ -26,7 +26,7 @@ from transformers.utils import ModelOutput
 
 from hf_disparse.adapters import TaskAdapters, has_adapters, without_adapters
 from hf_disparse.architectures import layout_of
-from hf_disparse.config import PruningConfig, TaskConfig, UserError
+from hf_disparse.config import PruningConfig, TaskConfig, UserError, require
 from hf_disparse.low_rank import low_rank_modules
 from hf_disparse.shapes import rebuild
 from hf_disparse.unshared import PRIVATE, UnsharedLayers, shared_name
@@ -55,8 +55,15 @@ class MultitaskConfig(PreTrainedConfig):
     unshared: dict = field(default_factory=dict)
 
     def __post_init__(self, **kwargs):
-        if isinstance(self.encoder_config, dict):
-            self.encoder_config = AutoConfig.for_model(**self.encoder_config)
+        given = self.encoder_config
+        good = (
+            given is None or isinstance(given, PreTrainedConfig) or (isinstance(given, dict) and "model_type" in given)
+        )
+        require(good, "encoder_config", "a mapping with a model_type", given)
+        for key in ("tasks", "skipped_layers"):
+            require(isinstance(getattr(self, key), (list, tuple)), key, "a list", getattr(self, key))
+        if isinstance(given, dict):
+            self.encoder_config = AutoConfig.for_model(**given)
         self.tasks = [t.to_dict() if isinstance(t, TaskConfig) else t for t in self.tasks]
         super().__post_init__(**kwargs)
 
@@ -229,7 +236,8 @@ class MultitaskModel(TaskAdapters, UnsharedLayers, PreTrainedModel):
         does it; the classifiers start fresh. Of ours, only the shared encoder is taken. `kwargs` go to `from_pretrained`.
 
         Raises:
-            UserError: an architecture whose heads do not work on the encoder's last hidden state alone.
+            UserError: an architecture whose heads do not work on the encoder's last hidden state alone, or a checkpoint that has not
+                all of its weights.
         """
         encoder_config, rest = AutoConfig.from_pretrained(name_or_path, return_unused_kwargs=True, **kwargs)
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
@@ -261,7 +269,8 @@ class MultitaskModel(TaskAdapters, UnsharedLayers, PreTrainedModel):
                 **{**hub, **rest},
             )
             model._shape_as(full)
-            model.to(full.dtype)._take(full, set(report["missing_keys"]), [task.name for task in mine])
+            odd = {key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]}
+            model.to(full.dtype)._take(full, odd | set(report["missing_keys"]), [task.name for task in mine])
         return model
 
     def _shape_as(self, source: PreTrainedModel) -> None:
@@ -276,6 +285,10 @@ class MultitaskModel(TaskAdapters, UnsharedLayers, PreTrainedModel):
         prefix = full.base_model_prefix + "."
         known = {name: tensor for name, tensor in full.state_dict().items() if name not in fresh}
         encoder = {name.removeprefix(prefix): tensor for name, tensor in known.items() if name.startswith(prefix)}
+        lost = next((name for name in self.encoder.state_dict() if name not in encoder), None)
+        if lost is not None:  # transformers has drawn it at random
+            got = "a checkpoint without it, or with one of another shape"
+            raise UserError(f"model.encoder: expected the weight {lost} that config.json speaks of, got {got}")
         self.encoder.load_state_dict({name: encoder[name] for name in self.encoder.state_dict()})
         for head in (self.heads[task] for task in tasks):
             names = [n for n in head.state_dict() if n in known and not n.startswith("classifier.")]
@@ -283,18 +296,19 @@ class MultitaskModel(TaskAdapters, UnsharedLayers, PreTrainedModel):
         full.load_state_dict(self.heads[tasks[0]].state_dict(), strict=False)
         ids = torch.arange(5, 21).reshape(2, 8) % full.config.vocab_size
         batch = {"input_ids": ids, "attention_mask": torch.tensor([[1] * 8, [1] * 5 + [0] * 3])}
+        cause = None
         try:
             with torch.no_grad():
                 same = torch.allclose(
                     full.eval()(**batch).logits, self.eval()(**batch, task=tasks[0]).logits, atol=1e-4
                 )
-        except Exception:  # whatever an architecture raises whose head wants more than hidden states
-            same = False
+        except Exception as error:  # whatever an architecture raises whose head wants more than hidden states
+            same, cause = False, error
         if not same:
             kind = f"{type(full).__name__} needs more than its encoder's last hidden state"
             raise UserError(
                 f"model.encoder: expected an encoder whose heads can share it, got {full.config.model_type}: {kind}"
-            )
+            ) from cause
 
 
 def _hand_on(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:

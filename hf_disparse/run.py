@@ -168,7 +168,11 @@ def prepare(
         that chooses its best model has half of the validation data in a split `selection`, for that and nothing else.
     """
     where = "tokenizer" if tokenizer_name else "model.encoder"
-    tokenizer = load_pretrained(where, AutoTokenizer, tokenizer_name or resolve(recipe.model.encoder))
+    tags = any(task.problem_type == "token_classification" for task, _ in recipe.tasks.values())
+    options = (
+        {"add_prefix_space": True} if tags else {}
+    )  # of byte-level ones, for words that come one by one; others ignore it
+    tokenizer = load_pretrained(where, AutoTokenizer, tokenizer_name or resolve(recipe.model.encoder), **options)
     data: Splits = {split: {} for split in splits}
     unlabelled = dict.fromkeys(recipe.tasks, 0)
     for name, (task, source) in recipe.tasks.items():

@@ -7,7 +7,7 @@ Layer 3; knows torch only.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import islice, zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -162,9 +162,12 @@ def gradients(
 
 
 def _in_step(streams: list[Iterator], group: str, num_batches: int | None, progress: bool) -> Iterator[tuple]:
-    return tqdm(
-        zip(*streams, strict=True), desc=f"scoring {group}", total=num_batches, disable=not progress, leave=False
-    )
+    """A batch of every stream at a time."""
+    steps = zip_longest(*streams)
+    for step in tqdm(steps, desc=f"scoring {group}", total=num_batches, disable=not progress, leave=False):
+        if any(gradients is None for gradients in step):
+            raise ValueError(f"{group}: expected loaders of as many batches, got one that ends first; pass num_batches")
+        yield step
 
 
 def accumulate(
@@ -192,7 +195,10 @@ def _gradients(model, task, loader, parameters, num_batches, loss_fn, scale, ave
     for batch in islice(again_and_again(loader) if num_batches else loader, num_batches):
         seen += 1
         with evaluating(model, parameters), torch.enable_grad():
-            loss = loss_fn(model, batch) * scale
+            loss = loss_fn(model, batch)
+            if loss is None:
+                raise ValueError(f"{task}: expected batches with labels, got one that has no loss")
+            loss = loss * scale
             if sharded:
                 gradients = _by_backward(model, loss, parameters)
             else:

@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoModel
 
-from hf_disparse import MultitaskConfig, MultitaskModel, PruningConfig, run
+from hf_disparse import MultitaskConfig, MultitaskModel, PruningConfig, UserError, run
 from hf_disparse.export import save_packed, write_card
 from hf_disparse.recipes import parse_recipe
 from tests.cli_helpers import hf_disparse, write_inputs
@@ -147,3 +147,13 @@ def test_it_says_by_what_the_method_at_hand_pruned(tmp_path, pruning, said):
     sentence = text[text.index("50 % of the ") : text.index(".\n")]
     assert said in sentence
     assert ("each task judging" in text) == ("each task judging" in said)
+
+
+def test_the_results_of_another_program_are_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    for values in ({"recipe": []}, {"recipe": {"encoder": 5}}, {"environment": [1]}):
+        (tmp_path / "results.json").write_text(json.dumps(values))
+        with pytest.raises(
+            UserError, match=r"results\.json: expected what `hf-disparse train` writes, got one that does not fit"
+        ):
+            write_card(tmp_path)

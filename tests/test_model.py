@@ -8,12 +8,13 @@ from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    BertModel,
     SqueezeBertConfig,
 )
 
 from hf_disparse import MultitaskConfig, MultitaskModel, PruningConfig, TaskConfig, UserError, prunable_parameters
 from hf_disparse.model import head_config
-from tests.tiny import CONFIGS, tiny_model
+from tests.tiny import CONFIGS, three_tasks, tiny_bert_config, tiny_model
 
 TASKS = [
     TaskConfig(name="single", columns="text", labels=["a", "b", "c"]),
@@ -254,3 +255,23 @@ def test_a_regular_expression_that_does_not_end_is_refused():
     """A stranger's pruning_config.json may hold one; in `re` this name takes longer than there is time."""
     with pytest.raises(UserError, match=r"expected a regular expression that ends, got .* not done with 'encoder"):
         prunable_parameters(tiny_model(), PruningConfig(target_modules="(.|.)*z|(..?)*y"))
+
+
+@pytest.mark.parametrize("key", ["intermediate_size", "num_hidden_layers"])
+def test_a_checkpoint_without_weights_that_its_config_speaks_of_is_refused(tmp_path, key):
+    """Transformers would draw them at random, and say so in a log at most."""
+    config = tiny_bert_config()
+    BertModel(config).save_pretrained(tmp_path)
+    setattr(config, key, 2 * getattr(config, key))
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"expected the weight encoder\.layer\.\S+ that config\.json speaks of, got"):
+        MultitaskModel.from_encoder(str(tmp_path), three_tasks())
+
+
+@pytest.mark.parametrize(
+    "values", [{"skipped_layers": 5}, {"tasks": None}, {"encoder_config": []}, {"encoder_config": {}}]
+)
+def test_a_config_that_is_none_of_ours_is_refused_by_its_key(values):
+    good = {"encoder_config": tiny_bert_config().to_dict(), "tasks": [three_tasks()[0].to_dict()]}
+    with pytest.raises(UserError, match=f"^{next(iter(values))}: expected a "):
+        MultitaskConfig(**good | values)

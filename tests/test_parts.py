@@ -5,7 +5,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, BertForSequenceClassification, GPT2Config, Trainer, TrainingArguments
+from transformers import (
+    AutoModel,
+    BertForSequenceClassification,
+    GPT2Config,
+    MobileBertConfig,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_disparse import (
     DisparseTrainer,
@@ -241,9 +248,17 @@ def test_layers_of_a_plain_model_are_refused(tmp_path):
         trainer.train()
 
 
-def test_an_unknown_architecture_is_named():
-    model = AutoModel.from_config(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16))
-    with pytest.raises(UserError, match=r"expected an encoder with the layers of BERT, .* got GPT2Model"):
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16),
+        MobileBertConfig(num_hidden_layers=1, hidden_size=32, embedding_size=8, intra_bottleneck_size=8, vocab_size=16),
+    ],
+)
+def test_an_unknown_architecture_is_named(config):
+    """MobileBERT's layers have the names of BERT's, and several feed-forward blocks."""
+    model = AutoModel.from_config(config)
+    with pytest.raises(UserError, match=rf"expected an encoder with the layers of BERT, .* got {type(model).__name__}"):
         find_sites(model)
 
 

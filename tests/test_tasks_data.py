@@ -142,8 +142,17 @@ def test_a_csv_file_with_a_field_more_than_its_header_is_not_shifted(tmp_path):
     assert load(path)[:] == {"text": ["a", "b"], "label": ["no", "yes"]}
     path = tmp_path / "unquoted.csv"
     path.write_text("text,label\nwell, yes,1\nhm, no,0\n")
-    with pytest.raises(UserError, match=r"expected one of no, yes .* got ' yes'"):
+    with pytest.raises(UserError, match="A row has more fields than the header: quote texts"):
         tokenize(load(path), TASK, tiny_tokenizer(), 16)
+
+
+def test_a_quotation_mark_does_not_swallow_the_rows_after_it(tmp_path):
+    path = tmp_path / "glue.tsv"
+    path.write_text('text\tlabel\n"a mark\tno\nb\tyes\nends" here\tno\n')
+    said = refused(load, path)
+    assert "expected a row a line in" in said and "{quoting: 3}" in said
+    assert load(path, options={"quoting": 3})["text"][:] == ['"a mark', "b", 'ends" here']
+    assert len(load(path, options={"quoting": 0})) == 1
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,11 @@ def refused(call, *args, **kwargs) -> str:
         ([True, False], ("True", "False"), [0, 1]),
         ([True, False], ("true", "false"), [0, 1]),
         (["1", "0"], ("no", "yes"), [1, 0]),  # ids in a column of texts
+        ([True, False], ("yes", "no"), [0, 1]),  # by name, for position would turn them round
+        ([True, False], ("Positive", "Negative"), [0, 1]),
+        ([True, False], ("one", "other"), [1, 0]),
+        ([1.0, 1.5, 2.0], ("1.0", "1.5", "2.0"), [0, 1, 2]),
+        ([1, 2, 10], ("01", "02", "10"), [0, 1, 2]),  # as pandas reads such names
     ],
 )
 def test_class_is_read_by_name_else_by_id(values, labels, ids):
@@ -279,3 +284,23 @@ def test_missing_column_and_hopeless_length_are_user_errors():
     )
     for length in (2, -1, True, 8.0):
         assert refused(tokenize, rows, task_of(), tiny_tokenizer(), length).startswith("max_length: expected a whole")
+
+
+def test_a_truth_value_that_only_one_class_answers_is_refused():
+    assert "expected one of positive, other, not a truth value in column 'label', got False" in refused(
+        encode, [True, False], ("positive", "other")
+    )
+
+
+@pytest.mark.parametrize("add_prefix_space", [False, True])
+def test_words_are_the_tokens_that_they_are_in_a_text(add_prefix_space):
+    """A byte-level tokenizer writes the space before a word into its token, which a list of words does not have."""
+    raw = Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1, "the": 2, "Ġthe": 3}, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]", pad_token="[PAD]")
+    rows = Dataset.from_dict({"text": [["the", "the"]], "label": [["no", "yes"]]})
+    if add_prefix_space:
+        assert tokenize(rows, task_of(problem=TOKENS), tokenizer, 16)[0]["input_ids"][:] == [[3, 3]]
+    else:
+        said = refused(tokenize, rows, task_of(problem=TOKENS), tokenizer, 16)
+        assert said == "tokenizer: expected add_prefix_space=True for token_classification, got one without it"

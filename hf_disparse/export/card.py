@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import hf_disparse
-from hf_disparse.config import PRUNING_CONFIG_NAME, PruningConfig, TaskConfig
+from hf_disparse.config import PRUNING_CONFIG_NAME, PruningConfig, TaskConfig, UserError, one_line
 from hf_disparse.export.folder import CONFIG_NAME, load, read_json, weight_files
 from hf_disparse.masks import sparsity_report
 from hf_disparse.model import MultitaskConfig, MultitaskModel, prunable_parameters
@@ -41,17 +41,22 @@ def write_card(
     pruning = PruningConfig.from_pretrained(folder) if (folder / PRUNING_CONFIG_NAME).is_file() else None
     model = load(folder).eval()
     name = name or folder.resolve().name
-    sections = [
-        _summary(name, model, results, pruning),
-        _usage(name, model),
-        _metrics(results),
-        _size(folder, model, pruning),
-        _training(results, pruning),
-        _limits(results),
-        _versions(results),
-    ]
+    try:
+        sections = [
+            _summary(name, model, results, pruning),
+            _usage(name, model),
+            _metrics(results),
+            _size(folder, model, pruning),
+            _training(results, pruning),
+            _limits(results),
+            _versions(results),
+        ]
+        metadata = _metadata(name, model.tasks, results, license).to_yaml()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of another's results.json
+        got = f"one that does not fit: {one_line(error)}"
+        raise UserError(f"{folder / RESULTS_NAME}: expected what `hf-disparse train` writes, got {got}") from error
     text = "\n\n".join(section for section in sections if section)
-    card = ModelCard(f"---\n{_metadata(name, model.tasks, results, license).to_yaml()}\n---\n\n{text}\n")
+    card = ModelCard(f"---\n{metadata}\n---\n\n{text}\n")
     card.save(folder / CARD_NAME)
     return card
 

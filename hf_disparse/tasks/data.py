@@ -1,6 +1,7 @@
 """From what a user names to tokenized examples: finding the data, checking columns and labels, tokenizing."""
 
 import importlib.util
+import warnings
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -79,6 +80,7 @@ def load_task(
     capped = []
     for split in splits:
         _check_columns(found[split], task)
+        _refuse_swallowed(found[split], task, data)
         rows = _cap(found[split], task, getattr(data, f"max_{split}_rows"), seed)
         if len(rows) == 0:
             which = "training" if split == "train" else split
@@ -95,6 +97,19 @@ def _refuse_overlap(task: TaskConfig, data: DataConfig, train: Split, validation
             f"tasks.{task.name}.validation_split: expected rows that are not trained on, got {data.validation_split} beside "
             f"train_split {data.train_split}; slice both, such as train[90%:] and train[:90%], or set validation_fraction"
         )
+
+
+def _refuse_swallowed(rows: Dataset, task: TaskConfig, data: DataConfig) -> None:
+    """A quotation mark that a TSV text begins with takes the rows up to the next one into that text."""
+    if ".tsv" not in Path(data.data).suffixes or "quoting" in data.options:
+        return
+    for column in task.columns:
+        for text in rows.with_format(None)[column]:
+            if isinstance(text, str) and "\t" in text and "\n" in text:
+                raise UserError(
+                    f"tasks.{task.name}: expected a row a line in {data.data}, got a text of several, {show(text)}; set options: "
+                    "{quoting: 3} if its quotation marks are characters as any, {quoting: 0} if not"
+                )
 
 
 def _check_columns(rows: Dataset, task: TaskConfig) -> None:
@@ -164,7 +179,9 @@ def _load_splits(data: DataConfig, where: str) -> DatasetDict:
     if clash:
         raise UserError(f"{where}.options: '{clash[0]}' cannot be set here; data names the file")
     try:
-        return load_dataset(**arguments, **{**defaults, **data.options})
+        with warnings.catch_warnings():  # which it gives once, and then drops the rest of every such row
+            warnings.filterwarnings("error", "Length of header or names does not match")  # pandas'
+            return load_dataset(**arguments, **{**defaults, **data.options})
     except Exception as error:  # pandas, arrow, datasets and the Hub's clients raise a dozen kinds here
         if isinstance(error, DatasetGenerationError) and error.__cause__:
             error = error.__cause__  # it says only that something went wrong
@@ -173,6 +190,8 @@ def _load_splits(data: DataConfig, where: str) -> DatasetDict:
             way_out = "\nName the file's encoding, such as options: {encoding: latin-1}."
         elif "config name is missing" in str(error).lower():
             way_out = f"\nName one of them in {where}.subset."
+        elif str(error).startswith("Length of header"):
+            way_out = "\nA row has more fields than the header: quote texts that hold the separator."
         elif data.options:
             way_out = f"\nCheck {where}.options: {show(data.options)}"
         raise UserError(
@@ -262,6 +281,17 @@ def _encode_texts(batch, task, tokenizer, max_length, labels) -> dict[str, list]
     return encoded
 
 
+def _check_words(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a tokenizer that takes a word of a list for other tokens than the same word of a text."""
+    if not tokenizer.is_fast:
+        got = f"the slow {type(tokenizer).__name__}"
+        raise UserError(f"tokenizer: expected a fast one, which tells words apart, for token_classification, got {got}")
+    inputs = tokenizer(["the", "the"], is_split_into_words=True), tokenizer("the the")
+    listed, in_text = ([i for i, w in zip(x["input_ids"], x.word_ids(), strict=True) if w == 1] for x in inputs)
+    if in_text and listed != in_text:  # of the second word, for a text's first one may be unlike all others
+        raise UserError("tokenizer: expected add_prefix_space=True for token_classification, got one without it")
+
+
 def _encode_tokens(batch, task, tokenizer, max_length, labels) -> dict[str, list]:
     """A word's label stands on its first token; the others and the special ones have -100, which the loss ignores."""
     column = task.columns[0]
@@ -271,6 +301,7 @@ def _encode_tokens(batch, task, tokenizer, max_length, labels) -> dict[str, list
         if not isinstance(values, list) or len(values) != len(words):
             got = f"{len(values)} for {len(words)} words" if isinstance(values, list) else show(values)
             raise UserError(f"tasks.{task.name}: expected a label per word in column '{task.label_column}', got {got}")
+    _check_words(tokenizer)
     encoded = tokenizer(batch[column], is_split_into_words=True, truncation=True, max_length=max_length)
     aligned = []
     for row, values in enumerate(batch[task.label_column]):

@@ -2,11 +2,14 @@
 
 import math
 import re
+from collections import Counter
 from typing import Any
 
 from datasets import ClassLabel
 
 from hf_disparse.config import TaskConfig, UserError
+
+_TRUTHS = (("true", "false"), ("yes", "no"), ("positive", "negative"))
 
 
 class LabelEncoder:
@@ -28,8 +31,10 @@ class LabelEncoder:
         feature = getattr(feature, "feature", feature)  # of a list
         self._holds_ids = isinstance(feature, ClassLabel)
         self._names = feature.names if self._holds_ids and self._shares(feature.names) else None
-        numerals = any(re.fullmatch(r"[+-]?\d+(\.\d+)?", name) for name in task.labels)
+        numerals = [name for name in task.labels if re.fullmatch(r"[+-]?\d+(\.\d+)?", name)]
         self._takes_ids = self._names is None and not numerals
+        counts = Counter(map(float, numerals))  # a file's 01 and 1.50 arrive as 1 and 1.5
+        self._numbers = {float(name): self.ids[name] for name in numerals if counts[float(name)] == 1}
 
     def _shares(self, names: list[str]) -> bool:
         return any(name.lower() in self._lower for name in names)
@@ -52,7 +57,7 @@ class LabelEncoder:
 
     def encode_class(self, value: Any) -> int:
         """The id of a class given by name or id."""
-        if isinstance(value, float) and value.is_integer():
+        if isinstance(value, float) and str(value) not in self.ids and value.is_integer():
             value = int(value)
         is_id = isinstance(value, int) and not isinstance(value, bool)
         if self._names and is_id and 0 <= value < len(self._names):
@@ -61,14 +66,27 @@ class LabelEncoder:
                 return self._lower[value.lower()]
         if isinstance(value, (str, int, float)) and str(value) in self.ids:
             return self.ids[str(value)]
-        # A CSV file's "true" and "yes,no" arrive as bools; "true" is a name, and only failing that True is class 1.
-        if isinstance(value, bool) and str(value).lower() in self._lower:
-            return self._lower[str(value).lower()]
+        if isinstance(value, bool):
+            return self._class_of_bool(value)
+        if isinstance(value, (int, float)) and value in self._numbers:
+            return self._numbers[value]
         # An id may come as a text, from a column that another value made one of texts.
         number = int(value) if isinstance(value, str) and value.isdecimal() else value
         if self._takes_ids and isinstance(number, int) and 0 <= number < len(self.ids):
             return int(number)
         raise self._error(value, f"one of {self._listed()}" + f" or an id in 0..{len(self.ids) - 1}" * self._takes_ids)
+
+    def _class_of_bool(self, value: bool) -> int:
+        """By name, for yes may stand before no; only where no name says what is true, True is class 1."""
+        for yes, no in _TRUTHS:
+            if yes in self._lower or no in self._lower:
+                name = yes if value else no
+                if name in self._lower:
+                    return self._lower[name]
+                raise self._error(value, f"one of {self._listed()}, not a truth value")
+        if self._takes_ids and int(value) < len(self.ids):
+            return int(value)
+        raise self._error(value, f"one of {self._listed()}")
 
     def _listed(self) -> str:
         return ", ".join(self.task.labels[:12]) + (", ..." if len(self.ids) > 12 else "")
