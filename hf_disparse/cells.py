@@ -42,10 +42,8 @@ METHODS = ("dense", *dict.fromkeys((*list(_WHOLE)[:2], *_DECISIONS, *_WHOLE)))  
 # What a row takes from a recipe of another method.
 _MODULES = ("target_modules", "exclude_modules")
 _OF_ANY_METHOD = (*_MODULES, "score_batches")
-_BUT_OF = {
-    "dynamic": ("score_batches",),
-    "group_lasso": _MODULES,
-}  # it scores at every exchange; its parts go as a whole
+# But for those: dynamic training scores at every exchange, and what the group lasso prunes goes as a whole.
+_BUT_OF = {"dynamic": ("score_batches",), "group_lasso": _MODULES}
 
 
 @dataclass(frozen=True)

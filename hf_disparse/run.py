@@ -168,10 +168,9 @@ def prepare(
         that chooses its best model has half of the validation data in a split `selection`, for that and nothing else.
     """
     where = "tokenizer" if tokenizer_name else "model.encoder"
-    tags = any(task.problem_type == "token_classification" for task, _ in recipe.tasks.values())
-    options = (
-        {"add_prefix_space": True} if tags else {}
-    )  # of byte-level ones, for words that come one by one; others ignore it
+    # Words that come one by one are those of a text to a byte-level tokenizer only with this, which others ignore.
+    words = any(task.problem_type == "token_classification" for task, _ in recipe.tasks.values())
+    options = {"add_prefix_space": True} if words else {}
     tokenizer = load_pretrained(where, AutoTokenizer, tokenizer_name or resolve(recipe.model.encoder), **options)
     data: Splits = {split: {} for split in splits}
     unlabelled = dict.fromkeys(recipe.tasks, 0)

@@ -41,12 +41,13 @@ def write_card(
     pruning = PruningConfig.from_pretrained(folder) if (folder / PRUNING_CONFIG_NAME).is_file() else None
     model = load(folder).eval()
     name = name or folder.resolve().name
+    usage, size = _usage(name, model), _size(folder, model, pruning)
     try:
         sections = [
             _summary(name, model, results, pruning),
-            _usage(name, model),
+            usage,
             _metrics(results),
-            _size(folder, model, pruning),
+            size,
             _training(results, pruning),
             _limits(results),
             _versions(results),

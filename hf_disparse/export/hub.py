@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from hf_disparse.config import UserError, one_line
 from hf_disparse.export.card import is_multitask, write_card
 from hf_disparse.export.compact import save_compact
-from hf_disparse.export.folder import INDEX_NAME, copy_companions, model_folder, weight_files
+from hf_disparse.export.folder import INDEX_NAME, WEIGHTS_NAME, copy_companions, model_folder, weight_files
 from hf_disparse.export.packed import save_packed
 from hf_disparse.export.task import save_tasks
 
@@ -59,7 +59,7 @@ def push(
         elif form == "plain":
             folder.mkdir()
             files = weight_files(source)
-            for path in files if len(files) == 1 else (*files, source / INDEX_NAME):
+            for path in files if files[0].name == WEIGHTS_NAME else (*files, source / INDEX_NAME):
                 (folder / path.name).symlink_to(path.resolve())
             copy_companions(source, folder)
         else:
