@@ -187,23 +187,33 @@ def test_a_dense_checkpoint_is_not_taken_for_a_pruned_one(tmp_path):
         multitask_trainer(tmp_path, CUBIC, **STEPS).train(resume_from_checkpoint=True)
 
 
-def test_a_foreign_trainer_resumes_with_its_zeros(tmp_path):
-    def trainer(*callbacks):
-        rows = tokenized_rows(BINARY, 40)
-        batches = [{"input_ids": torch.tensor([r["input_ids"]]), "labels": torch.tensor([r["labels"]])} for r in rows]
-        pruner = PruningCallback(PruningConfig(sparsity=0.75, score_batches=5, start_step=1), {"only": batches})
-        args = arguments(tmp_path, save_strategy="steps", save_steps=4)
-        return Trainer(
-            plain_model(), args, train_dataset=rows, processing_class=tiny_tokenizer(), callbacks=[pruner, *callbacks]
-        )
+def foreign_trainer(folder, config, *callbacks, **changes) -> Trainer:
+    """Another Trainer, which prunes by the callback."""
+    rows = tokenized_rows(BINARY, 40)
+    batches = [{"input_ids": torch.tensor([r["input_ids"]]), "labels": torch.tensor([r["labels"]])} for r in rows]
+    return Trainer(
+        plain_model(),
+        arguments(folder, save_strategy="steps", **changes),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tiny_tokenizer(),
+        callbacks=[PruningCallback(config, {"only": batches}), *callbacks],
+    )
 
-    with pytest.raises(Died):
-        trainer(DieAt(6)).train()
-    again = trainer()
-    again.train(resume_from_checkpoint=True)
-    parameters = prunable_parameters(again.model)
+
+def assert_pruned_to(sparsity: float, model) -> None:
+    parameters = prunable_parameters(model)
     zeros = sum(int((p == 0).sum()) for p in parameters.values())
-    assert zeros == round(0.75 * sum(p.numel() for p in parameters.values()))
+    assert zeros == round(sparsity * sum(p.numel() for p in parameters.values()))
+
+
+def test_a_foreign_trainer_resumes_with_its_zeros(tmp_path):
+    config = PruningConfig(sparsity=0.75, score_batches=5, start_step=1)
+    with pytest.raises(Died):
+        foreign_trainer(tmp_path, config, DieAt(6), save_steps=4).train()
+    again = foreign_trainer(tmp_path, config, save_steps=4)
+    again.train(resume_from_checkpoint=True)
+    assert_pruned_to(0.75, again.model)
 
 
 def test_nothing_to_resume_from_says_so(tmp_path):
@@ -277,24 +287,11 @@ def test_the_same_trainer_forgets_what_its_checkpoint_does_not_know(tmp_path, co
 
 
 def test_the_best_model_of_a_foreign_trainer_is_as_sparse_as_asked(tmp_path):
-    rows = tokenized_rows(BINARY, 40)
-    batches = [{"input_ids": torch.tensor([r["input_ids"]]), "labels": torch.tensor([r["labels"]])} for r in rows]
-    cubic = dict(schedule="cubic", start_step=1, end_step=7, update_every=1)
-    pruner = PruningCallback(PruningConfig(sparsity=0.9, score_batches=5, **cubic), {"only": batches})
-    steps = dict(eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2)
-    args = arguments(tmp_path, **steps, load_best_model_at_end=True, metric_for_best_model="loss", learning_rate=0.05)
-    trainer = Trainer(
-        plain_model(),
-        args,
-        train_dataset=rows,
-        eval_dataset=rows,
-        processing_class=tiny_tokenizer(),
-        callbacks=[pruner],
-    )
+    config = replace(CUBIC, sparsity=0.9, start_step=1, end_step=7, update_every=1, score_batches=5)
+    best = dict(eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, metric_for_best_model="loss")
+    trainer = foreign_trainer(tmp_path, config, save_steps=2, learning_rate=0.05, **best)
     trainer.train()
     losses = {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
     assert min(losses, key=losses.get) < 7, "else this would show nothing"
     assert trainer.state.best_global_step == 8
-    parameters = prunable_parameters(trainer.model)
-    zeros = sum(int((p == 0).sum()) for p in parameters.values())
-    assert zeros == round(0.9 * sum(p.numel() for p in parameters.values()))
+    assert_pruned_to(0.9, trainer.model)

@@ -140,18 +140,13 @@ def test_what_cannot_be_scored_is_refused_with_the_reason(loader, options, words
 
 def test_batches_that_cannot_be_scored_together_are_named():
     model = tiny_model()
-    loaders = {"two": [{"input_ids": torch.tensor([[5]])}], "three": []}
-    with pytest.raises(ValueError, match="two: expected batches with labels, got one that has no loss"):
-        dict(
-            score(model, {"two": [{**loaders["two"][0], "task": "two"}]}, "snip", parameters=prunable_parameters(model))
-        )
-    batches = {"two": 2, "three": 1}
-    loaders = {
-        t: [{"input_ids": torch.tensor([[5]]), "labels": torch.tensor([0]), "task": t}] * n for t, n in batches.items()
-    }
     parameters = prunable_parameters(model)
-    with pytest.raises(
-        ValueError, match="joint: expected loaders of as many batches, got one that ends first; pass num_batches"
-    ):
+    unlabelled = {"input_ids": torch.tensor([[5]]), "task": "two"}
+    with pytest.raises(ValueError, match="two: expected batches with labels, got one that has no loss"):
+        dict(score(model, {"two": [unlabelled]}, "snip", parameters=parameters))
+    batch = unlabelled | {"labels": torch.tensor([0])}
+    loaders = {"two": [batch] * 2, "three": [batch | {"task": "three"}]}
+    expected = "joint: expected loaders of as many batches, got one that ends first; pass num_batches"
+    with pytest.raises(ValueError, match=expected):
         dict(score(model, loaders, "snip", parameters=parameters, joint=True))
     assert list(dict(score(model, loaders, "snip", parameters=parameters, joint=True, num_batches=2))) == ["joint"]

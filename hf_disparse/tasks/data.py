@@ -241,7 +241,10 @@ def tokenize(
     # Numpy or torch formats, and columns that happen to be named as the outputs are, would shine through.
     rows = rows.with_format(None).select_columns([*task.columns, task.label_column])
     labels = LabelEncoder(task, rows.features[task.label_column])
-    encode = _encode_tokens if task.problem_type == "token_classification" else _encode_texts
+    encode = _encode_texts
+    if task.problem_type == "token_classification":
+        _check_words(tokenizer)
+        encode = _encode_tokens
     batches = {"batched": True, "load_from_cache_file": False, "desc": f"tokenizing {task.name}"}
     raw = rows[task.label_column]
     labelled = [i for i, value in enumerate(raw) if not labels.missing(value)]
@@ -301,7 +304,6 @@ def _encode_tokens(batch, task, tokenizer, max_length, labels) -> dict[str, list
         if not isinstance(values, list) or len(values) != len(words):
             got = f"{len(values)} for {len(words)} words" if isinstance(values, list) else show(values)
             raise UserError(f"tasks.{task.name}: expected a label per word in column '{task.label_column}', got {got}")
-    _check_words(tokenizer)
     encoded = tokenizer(batch[column], is_split_into_words=True, truncation=True, max_length=max_length)
     aligned = []
     for row, values in enumerate(batch[task.label_column]):
