@@ -15,7 +15,7 @@ from hf_disparse.analysis import Examination, cost_curve, footprint, masks_at
 from hf_disparse.analysis.bootstrap import DRAWS
 from hf_disparse.analysis.report import write_report
 from hf_disparse.architectures import find_sites
-from hf_disparse.config import PruningConfig, UserError, is_count, is_number, require
+from hf_disparse.config import TASK_CRITERIA, PruningConfig, UserError, is_count, is_number, require
 from hf_disparse.distributed import launched
 from hf_disparse.masks import apply_masks
 from hf_disparse.model import MultitaskModel, prunable_parameters
@@ -30,7 +30,6 @@ from hf_disparse.unshared import PRIVATE
 
 ANALYSIS_NAME, VERSION = "analysis.json", 1
 CURVE_ROWS = 1000  # validation examples per task and point, drawn once
-_CRITERIA = ("snip", "disparse", "fisher")  # by gradients of single weights, which tell tasks apart
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def _plain(recipe: Recipe) -> Recipe:
     own = recipe.pruning
     pruning = PruningConfig(
         sparsity=own.sparsity or 0.5,
-        criterion=own.criterion if own.criterion in _CRITERIA else "disparse",
+        criterion=own.criterion if own.criterion in TASK_CRITERIA else "disparse",
         decision="sum" if own.decision == "joint" else own.decision,  # joint scores are of no task
         quorum=own.quorum,
         score_batches=own.score_batches,

@@ -11,19 +11,19 @@ from hf_disparse.recipes import Recipe, parse_recipe
 from hf_disparse.trainer.methods import METHODS as IMPLEMENTED
 
 # name -> fields of PruningConfig beside the recipe's; the criterion is one of --criteria
-_DECISIONS = {
+_OPEN_CRITERION = {
     "joint": {"decision": "joint"},
     "sum": {"decision": "sum"},
     "max": {"decision": "max"},
     "mean": {"decision": "mean_rank"},
-    "quorum2": {"decision": "quorum", "quorum": 2},
+    "quorum2": {"decision": "quorum", "quorum": 2},  # as any other number
     "unanimous": {"decision": "unanimous"},
     "reinitialise": {"decision": "unanimous", "reinitialise": True, "reconstruct": False},
     "rank": {"method": "rank", "decision": "unanimous"},
     "parts": {"decision": "unanimous", "granularity": ["head", "neuron"]},
 }
-# name -> all of the fields; the criterion is theirs
-_WHOLE = {
+# name -> fields with a criterion of their own, to which --criteria does not apply
+_OWN_CRITERION = {
     "random": {"criterion": "random"},
     "magnitude": {"criterion": "magnitude"},
     "agreement": {"criterion": "agreement", "decision": "joint", "granularity": ["head", "neuron"]},
@@ -38,12 +38,16 @@ _WHOLE = {
     "flop": {"method": "flop"},
     "group_lasso": {"method": "group_lasso"},
 }
-METHODS = ("dense", *dict.fromkeys((*list(_WHOLE)[:2], *_DECISIONS, *_WHOLE)))  # in the order of tables
+METHODS = (
+    "dense",
+    *dict.fromkeys((*list(_OWN_CRITERION)[:2], *_OPEN_CRITERION, *_OWN_CRITERION)),
+)  # in the order of tables
 # What a row takes from a recipe of another method.
 _MODULES = ("target_modules", "exclude_modules")
 _OF_ANY_METHOD = (*_MODULES, "score_batches")
-# But for those: dynamic training scores at every exchange, and what the group lasso prunes goes as a whole.
-_BUT_OF = {"dynamic": ("score_batches",), "group_lasso": _MODULES}
+# Except: dynamic training scores at every exchange, so that the recipe's number of batches would be too many; the group lasso
+# prunes whole heads and neurons, which take no names of modules.
+_NOT_TAKEN_BY = {"dynamic": ("score_batches",), "group_lasso": _MODULES}
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,13 @@ class Cell:
         of_any_method = {key: values[key] for key in _OF_ANY_METHOD if key in values}
         if self.method == "dense":
             return of_any_method | own
-        fields = _WHOLE.get(self.method) or _fields(self.method) | {"criterion": self.criterion}
+        fields = _OWN_CRITERION.get(self.method) or _fields(self.method) | {"criterion": self.criterion}
         method, of_recipe = (section.get("method", PruningConfig.method) for section in (fields, values))
-        if method == of_recipe:  # the decision is the row's
-            kept = {key: value for key, value in values.items() if key not in (*_not_of(fields), "decision", "quorum")}
-            return kept | fields | own
-        kept = {key: value for key, value in of_any_method.items() if key not in _BUT_OF.get(method, ())}
+        if method == of_recipe:
+            source, not_taken = values, ("decision", "quorum", "reinitialise")  # those are the row's
+        else:
+            source, not_taken = of_any_method, _NOT_TAKEN_BY.get(method, ())
+        kept = {key: value for key, value in source.items() if key not in (*_not_of(fields), *not_taken)}
         return kept | fields | own
 
 
@@ -103,7 +108,16 @@ def _fields(method: str) -> dict[str, Any] | None:
         return {"decision": "quorum" if number > 1 else "unanimous", "quorum": number}
     if re.fullmatch(r"\d+:\d+|block\d+x\d+", method):
         return {"granularity": method}
-    return _DECISIONS.get(method)
+    return _OPEN_CRITERION.get(method)
+
+
+def default_criterion(config: PruningConfig) -> str:
+    """Of rows that have none of their own: the recipe's, where a row of any decision can have it."""
+    return (
+        config.criterion
+        if config.criterion in CRITERIA and config.criterion != "agreement"
+        else PruningConfig.criterion
+    )
 
 
 def grid(
@@ -124,7 +138,7 @@ def grid(
     cells = [
         Cell(
             method,
-            "" if method == "dense" or method in _WHOLE else criterion,
+            "" if method == "dense" or method in _OWN_CRITERION else criterion,
             _sparsity(method, sparsity),
             seed,
         )
@@ -146,8 +160,9 @@ def _sparsity(method: str, sparsity: float) -> float:
 def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
     """The recipe that is this cell: as many steps as make its backward passes, scoring included, those of the recipe.
 
-    Those of the recipe are its steps and its scoring, by scores always as if those took gradients. The dense row goes on at
-    the dense phase's learning rate: one that pruned weights need throws a finished model back.
+    The budget is the recipe's own steps and its scoring batches; of a recipe that prunes by scores these count even where its
+    criterion needs no gradients. The dense row goes on at the dense phase's learning rate: one that pruned weights need throws
+    a finished model back.
     """
     values, arguments = recipe.values, recipe.arguments("sparse", recipe.output_dir)
     recovery = dict(values.get("recovery") or {})

@@ -220,7 +220,7 @@ def compare(
     parsed = read_recipe(recipe, set_, output_dir)
     if output_dir is None:
         parsed = read_recipe(recipe, set_, parsed.output_dir.rstrip("/") + "-compare")
-    curve = _list(sparsities or str(parsed.pruning.sparsity), "--sparsities", float)
+    curve = _list(str(parsed.pruning.sparsity) if sparsities is None else sparsities, "--sparsities", float)
     if protocol == "equal-budget":
         for option, value in (("--methods", methods), ("--criteria", criteria)):
             require(
@@ -232,7 +232,7 @@ def compare(
     else:
         require(budgets is None, "--budgets", "nothing without --protocol equal-budget", budgets)
         names = _list("dense,random,magnitude,joint,unanimous" if methods is None else methods, "--methods", str)
-        kinds = _list(criteria or parsed.pruning.criterion, "--criteria", str)
+        kinds = _list(known.default_criterion(parsed.pruning) if criteria is None else criteria, "--criteria", str)
         cells = known.grid(names, kinds, curve, _list(seeds, "--seeds", int))
         module, folder, start = comparing, parsed.output_dir, lambda: comparing.compare(parsed, cells)
     with _stopping(lambda: f"{comparing.progress(folder, cells)}, the same command goes on"):

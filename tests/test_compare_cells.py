@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_disparse import DynamicConfig, PlatonConfig, PruningConfig
-from hf_disparse.cells import METHODS, Cell, grid, recipe_of, scoring_batches
+from hf_disparse.cells import METHODS, Cell, default_criterion, grid, recipe_of, scoring_batches
 from hf_disparse.recipes import parse_recipe
 from tests.cli_helpers import changed, hf_disparse, refused, snapshot, write_recipe
 from tests.comparing import ASKS, OTHERS, compared, write_comparison
@@ -65,6 +65,9 @@ def test_every_method_is_tested_and_in_the_help():
         ("--methods=quorum0", "--methods: unknown method 'quorum0'"),
         ("--methods=quorum3", "quorum: expected at most the number of tasks, 2, got 3"),
         ("--methods= , ", "--methods: expected values with commas"),
+        ("--methods=4:2", "granularity: expected N below M in a pattern N:M, got '4:2'"),
+        ("--sparsities=", "--sparsities: expected values with commas"),
+        ("--criteria=", "--criteria: expected values with commas"),
         ("--criteria=snipp", "--criteria: unknown criterion 'snipp'; did you mean 'snip'"),
         *((f"--sparsities=0.5,{x}", "--sparsities: expected numbers in (0, 1)") for x in ("0", "1", "-0.5", "nan")),
         ("--sparsities=half", "--sparsities: expected values with commas between them, got 'half'"),
@@ -122,6 +125,7 @@ def test_every_cell_states_the_backward_passes_that_it_had(recipe, changes, trai
     ("pruning", "budget"),
     [
         ({"method": "movement"}, 4),
+        ({"method": "movement", "target_modules": ["query"]}, 4),
         ({"method": "dynamic", "update_every": 1, "score_batches": 1}, 4 + 2 * 3),  # the first mask and 2 exchanges
         ({"method": "rank", "score_batches": 2}, 4 + 2 * 2),
         ({"granularity": "2:4", "sparsity": 0.5, "criterion": "magnitude", "score_batches": 2}, 4 + 2 * 2),
@@ -131,7 +135,7 @@ def test_every_cell_states_the_backward_passes_that_it_had(recipe, changes, trai
 def test_a_recipe_of_any_method_can_be_compared_with_every_method(recipe, pruning, budget):
     """At 50 %, so that a recipe of a pattern can. Dynamic scores once a step at most."""
     whole = parse_recipe({**recipe, "pruning": pruning, "recovery": {"max_steps": 4}})
-    for cell in grid([*METHODS, "2:4"], ["snip"], [0.5], [1]):
+    for cell in grid([*METHODS, "2:4"], [default_criterion(whole.pruning)], [0.5], [1]):
         own = recipe_of(whole, cell)
         steps = own.values["recovery"]["max_steps"]
         over = steps + 2 * scoring_batches(own.pruning, steps) - budget
@@ -174,14 +178,16 @@ def test_every_other_method_prunes_on_the_same_budget(inputs, tmp_path):
         {"schedule": "cubic", "end_step": 8, "update_every": 2},
         {"exclude_modules": ["query"]},
         {"target_modules": ["key"]},
+        {"reinitialise": True},
     ],
 )
 def test_rows_without_schedule_or_modules_of_their_own_take_none_of_the_recipes(recipe, settings):
-    """A pattern is all there at once, and heads and neurons go as a whole; weights go as the recipe says."""
+    """A pattern is all there at once, heads and neurons go as a whole, one row starts anew; weights go as the recipe says."""
     pruning = {"sparsity": 0.5, "criterion": "snip", "score_batches": 2, **settings}
     whole = parse_recipe({**recipe, "pruning": pruning, "recovery": {"max_steps": 40}})
     for cell in grid([*METHODS, "2:4"], ["snip"], [0.5], [1]):
         recipe_of(whole, cell)
     pattern, sums = (recipe_of(whole, Cell(name, "snip", 0.5, 1)).pruning for name in ("2:4", "sum"))
     assert pattern.schedule == "one_shot" and pattern.n_of_m == (2, 4)
-    assert sums == replace(PruningConfig.from_dict(pruning), decision="sum", seed=1)
+    assert sums == replace(PruningConfig.from_dict(pruning), decision="sum", seed=1, reinitialise=False)
+    assert recipe_of(whole, Cell("reinitialise", "snip", 0.5, 1)).pruning.reinitialise

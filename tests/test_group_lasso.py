@@ -241,7 +241,7 @@ def test_channels_are_the_columns_of_every_matrix():
             {"granularity": "2:4"},
             "expected one of head, neuron, channel with method group_lasso, got the pattern '2:4'",
         ),
-        ({"granularity": ["head", "channel"]}, "granularity: expected weight alone, or parts, or one pattern"),
+        ({"granularity": ["head", "channel"]}, "granularity: expected one alone, or several of head, neuron and layer"),
         ({"criterion": "snip"}, "criterion: expected one of magnitude with method group_lasso, got 'snip'"),
         ({"decision": "unanimous"}, "decision: expected one of joint with method group_lasso, got 'unanimous'"),
         ({"schedule": "cubic"}, "schedule: expected one of constant with method group_lasso, got 'cubic'"),

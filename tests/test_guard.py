@@ -254,6 +254,13 @@ def test_a_guard_that_has_nothing_to_say_leaves_every_bit_as_it_was(tmp_path):
     assert guarded.pruner.guard.stopped is None and guarded.backward_passes == plain.backward_passes
 
 
+def test_a_metric_that_is_nan_before_pruning_is_refused_then(tmp_path, monkeypatch):
+    trainer = multitask_trainer(tmp_path, PruningConfig(sparsity=0.5, max_drop=5), **STEPS)
+    monkeypatch.setattr(guard, "measure", lambda trainer, tasks: dict(BEFORE, three=float("nan")))
+    with pytest.raises(UserError, match=r"pruning\.max_drop: expected a finite metric of task 'three' before pruning, got nan"):
+        trainer.train()
+
+
 def test_points_are_the_mean_of_a_tasks_metrics_times_100_on_the_evaluation_data(tmp_path):
     trainer = multitask_trainer(tmp_path, PruningConfig(**FIELDS, max_drop={"real": 100, "two": 100}), **STEPS)
     trainer.tasks["two"] = dataclasses.replace(BINARY, metric=["accuracy", "f1"])

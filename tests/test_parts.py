@@ -225,7 +225,7 @@ def batch_of(rows) -> dict[str, torch.Tensor]:
     ("values", "message"),
     [
         ({"granularity": "heads"}, "granularity: unknown value 'heads'; did you mean 'head'"),
-        ({"granularity": ["weight", "head"]}, "granularity: expected weight alone, or parts"),
+        ({"granularity": ["weight", "head"]}, "granularity: expected one alone, or several of"),
         ({"granularity": []}, "granularity: expected a name or a list of names"),
         (
             {"granularity": "head", "target_modules": ["query"]},

@@ -237,3 +237,17 @@ def test_a_label_smoother_leaves_scoring_the_labels(tmp_path, monkeypatch):
         mine = int((batch["labels"] != -100).sum())
         losses.append(trainer.scoring_loss(trainer.model.eval(), batch).item())
     assert mine > 1 and losses[1] == pytest.approx(losses[0] * mine / ((mine + 1) / 2))
+
+
+def test_evaluation_says_what_it_lacks(tmp_path):
+    trainer = multitask_trainer(tmp_path)
+    with pytest.raises(UserError, match=r"eval_dataset: there are no rows of a task 'tow'; did you mean 'two'\?"):
+        trainer.evaluate("tow")
+    with pytest.raises(UserError, match=r"expected the rows of one task, got two, three, real"):
+        trainer.get_eval_dataloader()
+    trainer.eval_dataset = None
+    for call in (trainer.evaluate, trainer.get_eval_dataloader):
+        with pytest.raises(
+            UserError, match=r"eval_dataset: expected a dict of task -> Dataset to evaluate on, got none"
+        ):
+            call()

@@ -15,25 +15,21 @@ from hf_disparse.config.methods import (
 )
 from hf_disparse.config.pruning import (
     CRITERIA,
-    DECISIONS,
     FORMAT_VERSION,
-    GRANULARITIES,
     PART_CRITERIA,
     PRUNING_CONFIG_NAME,
-    SCHEDULES,
+    TASK_CRITERIA,
     PruningConfig,
 )
 from hf_disparse.config.tasks import METRICS, DataConfig, TaskConfig
 
 __all__ = [
     "CRITERIA",
-    "DECISIONS",
     "FORMAT_VERSION",
-    "GRANULARITIES",
     "METRICS",
     "PART_CRITERIA",
     "PRUNING_CONFIG_NAME",
-    "SCHEDULES",
+    "TASK_CRITERIA",
     "Config",
     "DataConfig",
     "DynamicConfig",

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hf_disparse.config.base import is_number, require
-from hf_disparse.config.pruning import PruningConfig
+from hf_disparse.config.pruning import TASK_CRITERIA, WEIGHT_CRITERIA, PruningConfig
 
 
 def _above_zero(config: PruningConfig, *keys: str) -> None:
@@ -33,7 +33,7 @@ class DynamicConfig(PruningConfig):
     """
 
     method: ClassVar[str] = "dynamic"
-    criteria: ClassVar[tuple[str, ...]] = ("magnitude", "snip", "disparse", "fisher", "random")
+    criteria: ClassVar[tuple[str, ...]] = WEIGHT_CRITERIA
     decisions: ClassVar[tuple[str, ...]] = ("unanimous", "quorum", "joint")
     schedules: ClassVar[tuple[str, ...]] = ("constant",)
     granularities: ClassVar[tuple[str, ...]] = ("weight",)
@@ -52,7 +52,7 @@ class DynamicConfig(PruningConfig):
         for key, known in (("allocation", ("erk", "uniform", "global")), ("drop", ("magnitude", "disentangled"))):
             value = getattr(self, key)
             require(value in known, key, f"one of {', '.join(known)}", value)
-        fits = self.drop == "magnitude" or self.criterion in ("snip", "disparse", "fisher")
+        fits = self.drop == "magnitude" or self.criterion in TASK_CRITERIA
         require(fits, "drop", f"magnitude with criterion {self.criterion} (set criterion: disparse)", self.drop)
         good = is_number(self.drop_fraction) and 0 <= self.drop_fraction < 1
         require(good, "drop_fraction", "a number in [0, 1)", self.drop_fraction)
@@ -70,7 +70,7 @@ class RankConfig(PruningConfig):
     """
 
     method: ClassVar[str] = "rank"
-    criteria: ClassVar[tuple[str, ...]] = ("magnitude", "snip", "disparse", "fisher", "random")
+    criteria: ClassVar[tuple[str, ...]] = WEIGHT_CRITERIA
     granularities: ClassVar[tuple[str, ...]] = ("rank",)
 
     granularity: str | tuple[str, ...] = "rank"

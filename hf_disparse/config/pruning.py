@@ -16,13 +16,14 @@ from hf_disparse.config.base import Config, UserError, closest, is_count, is_num
 PRUNING_CONFIG_NAME = "pruning_config.json"
 FORMAT_VERSION = 1
 
-CRITERIA = ("magnitude", "snip", "disparse", "fisher", "random", "taylor", "agreement")
-DECISIONS = ("unanimous", "quorum", "joint", "sum", "max", "mean_rank")
-SCHEDULES = ("one_shot", "cubic")
-GRANULARITIES = ("weight", "head", "neuron", "layer", "channel", "rank")
+TASK_CRITERIA = ("snip", "disparse", "fisher")  # by gradients of a loss, so that they tell tasks apart
+WEIGHT_CRITERIA = ("magnitude", *TASK_CRITERIA, "random")
 PART_CRITERIA = ("taylor", "agreement")  # they judge a part as one, and no weight
+CRITERIA = (*WEIGHT_CRITERIA, *PART_CRITERIA)
+DECISIONS = ("unanimous", "quorum", "joint", "sum", "max", "mean_rank")
+SCHEDULES = ("one_shot", "cubic")  # from no sparsity to all of it, so that a step can be undone
+GRANULARITIES = ("weight", "head", "neuron", "layer", "channel", "rank")
 _PATTERN = re.compile(r"(?P<n>[1-9]\d{0,4}):(?P<m>[1-9]\d{0,4})|block(?P<rows>[1-9]\d{0,4})x(?P<columns>[1-9]\d{0,4})")
-GROWING_SCHEDULES = ("one_shot", "cubic")  # from no sparsity to all of it, so that a step can be undone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,7 @@ class PruningConfig(Config):
     keep_scores: bool = False
 
     def __post_init__(self):
+        self._check_granularity()
         require(is_number(self.sparsity) and 0 <= self.sparsity < 1, "sparsity", "a number in [0, 1)", self.sparsity)
         for key, known, all_known in (
             ("criterion", self.criteria, CRITERIA),
@@ -100,7 +102,6 @@ class PruningConfig(Config):
         fits = self.quorum == 1 or self.decision == "quorum"
         require(fits, "quorum", f"1 with decision '{self.decision}' (set decision: quorum)", self.quorum)
         self._check_schedule()
-        self._check_granularity()
         self._check_pattern()
         self._check_modules()
         self._check_max_drop()
@@ -132,7 +133,10 @@ class PruningConfig(Config):
                 known = (*self.granularities, *(("2:4", "block16x16") if self.method == PruningConfig.method else ()))
                 raise UserError(f"granularity: unknown value {kind!r}{with_method}{closest(kind, known)}")
         alone = len(self.granularity) == 1 or all(kind in ("head", "neuron", "layer") for kind in self.granularity)
-        require(alone, "granularity", "weight alone, or parts, or one pattern", list(self.granularity))
+        expected = "one alone, or several of head, neuron and layer"
+        require(alone, "granularity", expected, list(self.granularity))
+        n, m = self.n_of_m or (0, 1)
+        require(n < m, "granularity", "N below M in a pattern N:M", self.granularity[0])
         if self.criterion in PART_CRITERIA:
             require(self.prunes_parts, "granularity", f"parts with criterion {self.criterion}", self.granularity[0])
         if self.criterion == "agreement":
@@ -164,7 +168,7 @@ class PruningConfig(Config):
         drops = self.max_drop
         if drops is None:
             return
-        fits = self.schedule in GROWING_SCHEDULES
+        fits = self.schedule in SCHEDULES
         require(
             fits, "max_drop", f"nothing with schedule {self.schedule}, whose sparsity does not grow in steps", drops
         )
@@ -183,7 +187,6 @@ class PruningConfig(Config):
             raise UserError(f"granularity: expected one of {known} with method {self.method}, got the pattern '{kind}'")
         if self.n_of_m is not None:
             n, m = self.n_of_m
-            require(n < m, "granularity", "N below M in a pattern N:M", kind)
             share = 1 - n / m
             fits = abs(self.sparsity - share) < 1e-9
             require(fits, "sparsity", f"{share:.10g} with granularity {kind}", self.sparsity)

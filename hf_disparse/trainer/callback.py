@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_disparse.analysis import Watch
-from hf_disparse.config import PruningConfig, UserError
+from hf_disparse.config import TASK_CRITERIA, PruningConfig, UserError
 from hf_disparse.distributed import average, processes, require_same, share
 from hf_disparse.masks import MaskHooks, apply_masks, find_masks
 from hf_disparse.model import MultitaskModel, prunable_parameters
@@ -321,7 +321,7 @@ class PruningCallback(TrainerCallback):
         """Hands whole scores on: keeps them, if they are to be kept, and what the tasks agree on for the log."""
         if self._scores_folder:
             stream = keep_scores(stream, self._scores_folder, masks)
-        if joint or criterion not in ("snip", "disparse", "fisher") or len(self.loaders) < 2:
+        if joint or criterion not in TASK_CRITERIA or len(self.loaders) < 2:
             return stream  # nothing that tells tasks apart, or what to grow, which is zero now
         return self._watched(Watch(weights, self.config.sparsity, self.config.seed), stream)
 

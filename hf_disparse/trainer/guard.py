@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hf_disparse.config import UserError, closest
+from hf_disparse.config import UserError, closest, require
 from hf_disparse.masks import MASKS_NAME, load_masks, masked_share, save_masks
 from hf_disparse.model import prunable_parameters
 
@@ -175,6 +175,10 @@ class Guard:
         """Before a pruning step: whether the last one kept the promise, so that the next may come. It is remembered."""
         points = self._measure()
         if self.before is None:
+            for task, value in points.items():
+                require(
+                    np.isfinite(value), "pruning.max_drop", f"a finite metric of task '{task}' before pruning", value
+                )
             self.before = points
         elif worst := worst_drop(self.before, points, self.most):
             self._stop(*worst, masks)

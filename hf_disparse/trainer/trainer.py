@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 
-from hf_disparse.config import PruningConfig, UserError
+from hf_disparse.config import PruningConfig, UserError, closest
 from hf_disparse.distributed import average as average_over_processes
 from hf_disparse.distributed import processes
 from hf_disparse.export.card import results_of_log, write_card
@@ -22,11 +22,7 @@ from hf_disparse.masks import masked_share
 from hf_disparse.model import MultitaskModel
 from hf_disparse.stored_scores import SCORES_FOLDER
 from hf_disparse.tasks import MultitaskCollator, TaskDataset, average, compute_metrics
-from hf_disparse.trainer.arguments import (
-    check_arguments,
-    check_datasets,
-    check_same_rows,
-)
+from hf_disparse.trainer.arguments import check_arguments, check_datasets, check_same_rows
 from hf_disparse.trainer.batches import Resuming, ScoringBatches, checkpointed_layers, training_batches
 from hf_disparse.trainer.callback import PruningCallback
 from hf_disparse.trainer.checkpoints import checkpointing, load_state, save_state, seal, to_resume, whole_weights
@@ -38,9 +34,9 @@ class DisparseTrainer(Trainer):
     """A Trainer for several tasks on one encoder that prunes it on the way.
 
     With a `MultitaskModel`, `train_dataset` and `eval_dataset` map a task's name to its tokenized rows, `train_dataset` maybe to
-    streams of them (IterableDataset); losses go to the
-    task of the batch times the task's weight, and evaluation gives `eval_<task>_<metric>` and one `eval_average`. Any
-    other model, such as one of `AutoModelForSequenceClassification`, is one task with the data sets of a plain Trainer.
+    streams of them (IterableDataset). A batch holds one task: its head gives the loss, which is multiplied by the task's weight.
+    Evaluation gives `eval_<task>_<metric>` and one `eval_average`. Any other model, such as one of
+    `AutoModelForSequenceClassification`, is one task with the data sets of a plain Trainer.
 
     Args:
         pruning_config: what to prune and when; without it this is a multitask Trainer.
@@ -68,7 +64,8 @@ class DisparseTrainer(Trainer):
         processing_class=None,
         **kwargs: Any,
     ):
-        if args is not None and args.ddp_find_unused_parameters is None:
+        maybe_multitask = model is None or isinstance(model, MultitaskModel)  # None: it comes by model_init
+        if maybe_multitask and args is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # a step leaves the heads of all other tasks without a gradient
         super().__init__(
             model,
@@ -109,13 +106,25 @@ class DisparseTrainer(Trainer):
         return training_batches(self) if self.is_multitask else super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
-        """As in Trainer; the name of a task gives the batches of that task."""
-        if self.is_multitask and isinstance(eval_dataset, str):
-            eval_dataset = {eval_dataset: self.eval_dataset[eval_dataset]}
-        loader = super().get_eval_dataloader(self._joined(eval_dataset))
-        if self.is_multitask:
-            self.__dict__.pop("_eval_dataloaders", None)  # Trainer keeps persistent loaders under one key for all tasks
+        """As in Trainer; of one task, by its name, or by {task: rows}."""
+        if not self.is_multitask:
+            return super().get_eval_dataloader(eval_dataset)
+        loader = super().get_eval_dataloader(self._joined(self._eval_rows(eval_dataset)))
+        self.__dict__.pop("_eval_dataloaders", None)  # Trainer keeps persistent loaders under one key for all tasks
         return loader
+
+    def _eval_rows(self, eval_dataset):
+        """What is to be evaluated of several tasks: {task: rows}; a name stands for that task's rows, None for all there are."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(rows, str):
+            if rows not in (self.eval_dataset or {}):
+                raise UserError(
+                    f"eval_dataset: there are no rows of a task '{rows}'{closest(rows, self.eval_dataset or {})}"
+                )
+            rows = {rows: self.eval_dataset[rows]}
+        if rows is None:
+            raise UserError("eval_dataset: expected a dict of task -> Dataset to evaluate on, got none")
+        return rows
 
     def _get_eval_sampler(self, eval_dataset):
         # Trainer's would group by length and return predictions in that order.
@@ -123,10 +132,10 @@ class DisparseTrainer(Trainer):
 
     def get_test_dataloader(self, test_dataset) -> DataLoader:
         """As in Trainer; a MultitaskModel takes {task: rows}."""
-        return super().get_test_dataloader(self._joined(test_dataset))
+        return super().get_test_dataloader(self._joined(test_dataset) if self.is_multitask else test_dataset)
 
     def _joined(self, dataset):
-        if not self.is_multitask or isinstance(dataset, TaskDataset):
+        if isinstance(dataset, TaskDataset):
             return dataset
         check_datasets(self.tasks, dataset=dataset)
         if len(dataset) != 1:
@@ -226,13 +235,10 @@ class DisparseTrainer(Trainer):
 
         Callbacks hear of it once, with everything, so that best-model selection and early stopping may use the average.
         """
-        datasets = self.eval_dataset if eval_dataset is None else eval_dataset
-        if self.is_multitask and isinstance(datasets, str):
-            datasets = {datasets: self.eval_dataset[datasets]}
-        if self.is_multitask and datasets is not None:
-            check_datasets(self.tasks, eval_dataset=datasets)
-        if not (self.is_multitask and isinstance(datasets, Mapping)):
+        if not self.is_multitask:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        datasets = self._eval_rows(eval_dataset)
+        check_datasets(self.tasks, eval_dataset=datasets)
         metrics, values = self.evaluate_tasks(datasets, ignore_keys, metric_key_prefix)
         losses = [metrics[key] for key in (f"{metric_key_prefix}_{task}_loss" for task in datasets) if key in metrics]
         if losses:
