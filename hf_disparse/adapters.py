@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ADAPTER_FOLDER = "adapter-"  # and the task; one level only, for push_to_hub of transformers looks no deeper
 _WEIGHTS_NAME, _CONFIG_NAME, _PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
-_OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 _NOT_ON_META = ("BOFT", "OFT", "PSOFT", "RANDLORA", "SHIRA")  # these calculate while they are made
 _STAYS = "so that the shared encoder stays as it is and adapters are on single layers of it"
 _THAT_KEEP_ZEROS = "IA3, HiRA, or SHiRA, whose merge keeps them"
@@ -248,7 +248,7 @@ class TaskAdapters:
             raise UserError(
                 f"{pretrained_model_name_or_path}: expected config.json's adapters to be a list of tasks, got {str(names)[:100]}"
             )
-        hub = {name: kwargs[name] for name in _OF_THE_HUB if name in kwargs}
+        hub = {name: kwargs[name] for name in OF_THE_HUB if name in kwargs}
         for task in names:
             folder = f"{above}/{ADAPTER_FOLDER}{task}".lstrip("/")
             model.load_adapter(pretrained_model_name_or_path, task, subfolder=folder, **hub)

@@ -101,7 +101,7 @@ def analyze(
     result = {
         "version": VERSION,
         "model": Path(source).resolve().name if Path(source).is_dir() else model_name,
-        "tasks": [name for name in recipe.tasks if name not in recipe.helpers],
+        "tasks": list(recipe.voters),
         "criterion": recipe.pruning.criterion,
         "sparsity": recipe.pruning.sparsity,
         "score_batches": recipe.pruning.score_batches,
@@ -164,7 +164,7 @@ def _plain(recipe: Recipe) -> Recipe:
 def _stages(source: Path, recipe: Recipe) -> dict[str, Callable[[], MultitaskModel]]:
     """Name of a stage -> what loads its model, in their order; a model that is not in a run's folder has no name yet."""
     if not (source / RECIPE_NAME).is_file():
-        return {"": lambda: load_model(source)}
+        return {"": lambda: load_model(source, "MODEL")}
     stages = {"before training": lambda: new_model(recipe)}
     for name, folder in (("dense", source / "dense"), ("sparse", source)):
         if (folder / "config.json").is_file():
@@ -244,7 +244,7 @@ def _measure_curve(source: _Source, load: Callable, costs: Mapping[str, Tensor],
             masks = {name: keep.to(model.device) for name, keep in masks_at(costs, sparsity).items()}
             if recovered:
                 return _evaluate(_recovered(source, load(), masks, curve.recover, folder), rows)
-            apply_masks(model, masks)  # in place: masks of higher sparsity lie within
+            apply_masks(model, masks)  # in place: they are nested, so that pruning one model further is pruning it anew
             return _evaluate(trainer, rows)
 
         return cost_curve(measure, curve.sparsities, recover=curve.recover > 0, within=curve.within)
@@ -256,12 +256,11 @@ def _recovered(source: _Source, model: MultitaskModel, masks, steps: int, folder
     recovery |= {f"{what}_strategy": "no" for what in ("save", "eval", "logging")}
     recipe = replace(source.recipe, recovery={**source.recipe.recovery, **recovery})
     judge_as(recipe, model)
-    voters = [task for task in recipe.tasks if task not in recipe.helpers]
     trainer = DisparseTrainer(
         model,
         recipe.arguments("sparse", folder),
         masks=masks,
-        train_dataset={task: source.data["train"][task] for task in voters},
+        train_dataset={task: source.data["train"][task] for task in recipe.voters},
         processing_class=source.tokenizer,
     )
     trainer.train()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from hf_disparse.config import UserError
 from hf_disparse.low_rank import LowRankLinear, low_rank_modules, rank_sites
@@ -65,8 +66,8 @@ LAYOUTS = (
 )
 
 
-def layout_of(encoder: nn.Module) -> Layout:
-    """The layout that the encoder has.
+def layout_of(encoder: nn.Module, key: str = "pruning.granularity") -> Layout:
+    """The layout that the encoder has; `key` is what asks for it.
 
     Raises:
         UserError: none of those that are known.
@@ -81,9 +82,18 @@ def layout_of(encoder: nn.Module) -> Layout:
         if _holds_no_more(encoder, first, layout):
             return layout
     known = "BERT, RoBERTa, ELECTRA, DistilBERT, MPNet, DeBERTa-v2 and ModernBERT"
-    raise UserError(
-        f"pruning.granularity: expected an encoder with the layers of {known} or their kin, got {type(encoder).__name__}"
-    )
+    raise UserError(f"{key}: expected an encoder with the layers of {known} or their kin, got {type(encoder).__name__}")
+
+
+def encoder_layers(encoder: nn.Module, key: str = "pruning.granularity") -> nn.ModuleList:
+    """The encoder's layers, in order; `key` is what asks for them."""
+    return encoder.get_submodule(layout_of(encoder, key).layers)
+
+
+def token_limit(encoder_config: PreTrainedConfig) -> int | None:
+    """How many tokens of a text have a position for sure: RoBERTa and its kin keep two for themselves. None: any number."""
+    positions = getattr(encoder_config, "max_position_embeddings", None) or 0
+    return positions - 2 if positions > 2 else None
 
 
 def _holds_no_more(encoder: nn.Module, layer: nn.Module, layout: Layout) -> bool:

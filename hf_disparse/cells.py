@@ -174,7 +174,7 @@ def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
     require(most > 0, "recovery.max_steps", "a number of steps, so that every method gets the same", most)
     pruning = dict(values.get("pruning") or {})
     own = PruningConfig.from_dict(cell.pruning(pruning), "pruning")
-    votes, every = len(recipe.tasks) - len(recipe.helpers), arguments.gradient_accumulation_steps
+    votes, every = len(recipe.voters), arguments.gradient_accumulation_steps
     whole = recipe.pruning
     if whole.method == PruningConfig.method:
         whole = replace(whole, criterion="snip", sparsity=whole.sparsity or 0.5)

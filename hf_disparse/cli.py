@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import typer
@@ -307,19 +308,30 @@ def export(
         )
         print(f"written: {output_dir}")
     elif format_ == "compact":
-        parts = export.save_compact(model, output_dir, wanted)
+        with _with_card(output_dir) as folder:
+            parts = export.save_compact(model, folder, wanted)
         print(", ".join(f"{now} of {before} {kind}s" for kind, (before, now) in parts.items()))
         print(f"written: {output_dir}")
     else:
-        sizes = export.save_packed(model, output_dir, wanted)
+        with _with_card(output_dir) as folder:
+            sizes = export.save_packed(model, folder, wanted)
         if sizes["matrices"]:
             share = 100 * sizes["packed_bytes"] / sizes["packed_dense_bytes"]
             print(f"{sizes['matrices']} sparse matrices: {share:.1f} % of their dense bytes")
         else:
             print("no matrix is sparse enough to be smaller when packed: this model is dense")
         print(f"written: {output_dir}, {sizes['bytes']:,} bytes of {sizes['dense_bytes']:,} dense")
-    if format_ in ("packed", "compact") and export.is_multitask(output_dir):
-        export.write_card(output_dir)
+
+
+@contextmanager
+def _with_card(output_dir: str) -> Iterator[Path]:
+    """A new folder for a model, to which its card is added; it is there with both or not at all."""
+    from hf_disparse import export
+
+    with export.new_folder(output_dir) as folder:
+        yield folder
+        if export.is_multitask(folder):
+            export.write_card(folder, Path(output_dir).resolve().name)
 
 
 @app.command(

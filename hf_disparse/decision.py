@@ -23,7 +23,7 @@ Cut = Callable[[Tensor], Tensor]
 
 
 def decide(
-    task_scores: TaskScores, sparsity: float, quorum: int = 1, active: Scores | None = None, cut: Cut | None = None
+    task_scores: TaskScores, sparsity: float, quorum: int = 1, active: Masks | None = None, cut: Cut | None = None
 ) -> Masks:
     """Prunes exactly `round(sparsity * N)` weights, keeping what at least `quorum` tasks want; 1 is unanimous pruning.
 
@@ -31,8 +31,9 @@ def decide(
         task_scores: task -> scores, or an iterable of such pairs, consumed one at a time.
         sparsity: fraction of all weights that is False in the result, in [0, 1).
         quorum: a weight is ranked by its `quorum`-th best rank over the tasks, in 1..T.
-        active: weights that are False here stay pruned and count towards the sparsity; a mask, all True by default.
-        cut: another budget than a count: (N,) cost of every weight, lower is better -> (N,) bool, those that are kept.
+        active: weights that are False here stay pruned and count towards the sparsity; all True by default.
+        cut: another budget than a count, so that `sparsity` is not used: (N,) cost of every weight, lower is better -> (N,)
+            bool, those that are kept.
 
     Returns:
         The mask. One task gives plain pruning by its scores.
@@ -45,26 +46,24 @@ def decide(
     weight at the peak (measured), on the scores' device. Source: DiSparse, Sun et al. 2022 (arXiv 2206.04662), whose arbiter this
     makes exact; docs/papers.md.
     """
-    if isinstance(quorum, bool) or not isinstance(quorum, Integral) or quorum < 1:
-        raise ValueError(f"quorum: expected a whole number in 1..T, got {quorum!r}")
+    check_quorum(quorum)
 
     def smallest_ranks(best: list[Tensor] | None, scores: Tensor, live: Tensor | None) -> list[Tensor]:
-        return smallest(best or [], wishes(scores, live), quorum)
+        return merge_smallest(best or [], task_ranks(scores, live), quorum)
 
-    def cost(best: list[Tensor], tasks: int) -> Tensor:
-        if quorum > tasks:
-            raise ValueError(f"quorum: expected a whole number in 1..{tasks} (the number of tasks), got {quorum}")
+    def quorumth_rank(best: list[Tensor], tasks: int) -> Tensor:
+        check_quorum(quorum, tasks)
         return best[-1]
 
-    return _stream(task_scores, sparsity, active, smallest_ranks, cost, cut)
+    return _stream(task_scores, sparsity, active, smallest_ranks, quorumth_rank, cut)
 
 
-def decide_sum(task_scores: TaskScores, sparsity: float, active: Scores | None = None, cut: Cut | None = None) -> Masks:
+def decide_sum(task_scores: TaskScores, sparsity: float, active: Masks | None = None, cut: Cut | None = None) -> Masks:
     """Keeps the weights with the largest sum over tasks of scores, each task's normalised to sum 1. See `decide`."""
     return _stream(task_scores, sparsity, active, _add_normalised, lambda total, tasks: ranks(total, None), cut)
 
 
-def decide_max(task_scores: TaskScores, sparsity: float, active: Scores | None = None, cut: Cut | None = None) -> Masks:
+def decide_max(task_scores: TaskScores, sparsity: float, active: Masks | None = None, cut: Cut | None = None) -> Masks:
     """Keeps the weights with the largest score for any task, each task's normalised to sum 1. See `decide`."""
 
     def largest(best, scores, live):
@@ -75,18 +74,30 @@ def decide_max(task_scores: TaskScores, sparsity: float, active: Scores | None =
 
 
 def decide_mean_rank(
-    task_scores: TaskScores, sparsity: float, active: Scores | None = None, cut: Cut | None = None
+    task_scores: TaskScores, sparsity: float, active: Masks | None = None, cut: Cut | None = None
 ) -> Masks:
     """Keeps the weights with the smallest rank on average over the tasks. See `decide`."""
 
     def add_ranks(total, scores, live):
-        rank = wishes(scores, live).long()  # int64: T ranks of up to 2^31 are added
+        rank = task_ranks(scores, live).long()  # int64: T ranks of up to 2^31 are added
         return rank if total is None else total.add_(rank)
 
     return _stream(task_scores, sparsity, active, add_ranks, lambda total, tasks: total, cut)
 
 
-def wishes(scores: Tensor, live: Tensor | None = None) -> Tensor:
+def pairs(task_scores: TaskScores) -> Iterable[tuple[str, Scores]]:
+    """(task, scores), however they come."""
+    return task_scores.items() if isinstance(task_scores, Mapping) else task_scores
+
+
+def check_quorum(quorum: int, tasks: int | None = None) -> None:
+    """Refuses a quorum that is none, or is more than there are tasks."""
+    if isinstance(quorum, bool) or not isinstance(quorum, Integral) or not 1 <= quorum <= (tasks or quorum):
+        most = "T" if tasks is None else f"{tasks} (the number of tasks)"
+        raise ValueError(f"quorum: expected a whole number in 1..{most}, got {quorum!r}")
+
+
+def task_ranks(scores: Tensor, live: Tensor | None = None) -> Tensor:
     """The R_t of the rule: as `ranks`, but N where the score is 0, and N + 1 for what is not `live`.
 
     Where scores have a sign, as those of movement pruning, 0 is a score like any other.
@@ -119,7 +130,7 @@ def ranks(scores: Tensor, live: Tensor | None = None) -> Tensor:
     return rank
 
 
-def smallest(best: list[Tensor], rank: Tensor, quorum: int) -> list[Tensor]:
+def merge_smallest(best: list[Tensor], rank: Tensor, quorum: int) -> list[Tensor]:
     """Inserts one more task's ranks into the sorted list of the `quorum` smallest, weight by weight. Shapes all (N,)."""
     for i, held in enumerate(best):
         best[i], rank = torch.minimum(held, rank), torch.maximum(held, rank)
@@ -155,16 +166,19 @@ def _normalised(scores: Tensor) -> Tensor:
 def _stream(
     task_scores: TaskScores,
     sparsity: float,
-    active: Scores | None,
+    active: Masks | None,
     add: Callable,
     finish: Callable,
-    cut: Cut | None = None,
+    cut: Cut | None,
 ) -> Masks:
-    """Folds the tasks into one buffer by `add(buffer, scores, live)`, then keeps the smallest `finish(buffer, tasks)`."""
+    """The decision from its rule: `add(buffer, scores, live)` folds in one task, `finish(buffer, tasks)` gives the cost, lower stays.
+
+    Shapes: scores, live and cost (N,); the buffer, None at first, is what the rule makes of it.
+    """
     if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not 0 <= sparsity < 1:
         raise ValueError(f"sparsity: expected a number in [0, 1), got {sparsity!r}")
     shapes, live, buffer, tasks = None, None, None, 0
-    for task, scores in task_scores.items() if isinstance(task_scores, Mapping) else task_scores:
+    for task, scores in pairs(task_scores):
         _check(f"task '{task}'", scores, shapes)
         if shapes is None:
             shapes = {name: tensor.shape for name, tensor in scores.items()}

@@ -17,7 +17,7 @@ from hf_disparse.schedule import update_steps
 from hf_disparse.scores import GRADIENT_CRITERIA, Batch, model_loss, score
 from hf_disparse.stored_scores import load_scores, scored_tasks
 from hf_disparse.trainer.methods import Saliency, Update
-from hf_disparse.trainer.rules import gone_layers, prunable_sites, pruned_fractions
+from hf_disparse.trainer.rules import count_pruned_parts, gone_layers, prunable_sites
 from hf_disparse.unshared import shared_name
 
 
@@ -58,7 +58,7 @@ def decide_again(
     live = {name: keep.cpu() for name, keep in find_masks(parameters).items()}
     for name, keep in load_scores(next(iter(files.values())), parameters)[1].items():
         live[name] &= keep
-    for kind, (pruned, size) in pruned_fractions(live, sites, config).items():
+    for kind, (pruned, size) in count_pruned_parts(live, sites, config).items():
         if pruned > round(config.sparsity * size) and not sites:
             got = f"{config.sparsity} of {size}, of which {pruned} {kind}s are zero or were pruned before they were scored"
             raise UserError(
@@ -67,11 +67,9 @@ def decide_again(
     stream = ((task, load_scores(path, parameters)[0]) for task, path in files.items())
     now = Update(
         step=update_steps(config)[-1],
-        model=model,
         parameters=parameters,
         masks=live,
         sites=sites,
-        tasks=tuple(files),
         score=lambda criterion, joint=False: stream,
         optimizer=None,
     )

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoTokenizer, Pipeline
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
+from hf_disparse.architectures import token_limit
 from hf_disparse.config import TaskConfig, UserError
 from hf_disparse.model import HUB_ARGUMENTS, MultitaskModel
 
@@ -45,6 +46,8 @@ class MultitaskPipeline(Pipeline):
 
     def _sanitize_parameters(self, tasks: list[str] | None = None, **tokenizer: Any) -> tuple[dict, dict, dict]:
         known, tasks = self._tasks, [tasks] if isinstance(tasks, str) else tasks
+        if tasks is not None and len(tasks) == 0:
+            raise UserError(f"tasks: expected some of {', '.join(known)}, got none")
         for task in tasks or ():
             if task not in known:
                 raise UserError(f"tasks: the model has no task '{task}'; it has {', '.join(known)}")
@@ -58,8 +61,9 @@ class MultitaskPipeline(Pipeline):
         fitting = [name for name, task in self._tasks.items() if len(task.columns) == len(texts)]
         asked = fitting if tasks is None else tasks
         if not asked or not set(asked) <= set(fitting):
-            wrong = next((task for task in asked if task not in fitting), "any task")
-            raise UserError(f"inputs: {len(texts)} text{'s' if len(texts) > 1 else ''} are not what {wrong} takes")
+            wrong = next((task for task in asked if task not in fitting), None)
+            got = "a pair of texts" if len(texts) == 2 else "one text"
+            raise UserError(f"inputs: expected what {f'task {wrong!r}' if wrong else 'some task'} takes, got {got}")
         given = {"truncation": True, "max_length": self._most_tokens(), "return_tensors": "pt", **tokenizer}
         return {
             **self.tokenizer(*texts, **given),
@@ -68,10 +72,8 @@ class MultitaskPipeline(Pipeline):
 
     def _most_tokens(self) -> int | None:
         """What texts are cut to: the tokenizer's own limit, else what the encoder has positions for; None without either."""
-        positions = getattr(self.model.config.encoder_config, "max_position_embeddings", None) or 0
-        if self.tokenizer.model_max_length < LARGE_INTEGER or positions < 3:
-            return None
-        return positions - 2  # RoBERTa and its kin keep two for themselves
+        has_own = self.tokenizer.model_max_length < LARGE_INTEGER
+        return None if has_own else token_limit(self.model.config.encoder_config)
 
     def _forward(self, model_inputs: dict) -> dict:
         asked = model_inputs.pop("asked")

@@ -2,7 +2,7 @@
 
 W = P diag(s) Q, the singular value decomposition of a weight (out, in), becomes up @ down with up = P sqrt(s), (out, r), and
 down = sqrt(s) Q, (r, in). A *component* is a row of `down` with its column of `up`; without k of them the matrix takes
-(r - k) (out + in) numbers. Source: FLOP, Wang et al. 2020 (arXiv 1910.04732), section 3; their z is in the factors here.
+(r - k) (out + in) parameters. Source: FLOP, Wang et al. 2020 (arXiv 1910.04732), section 3; their z is in the factors here.
 """
 
 from collections.abc import Iterable
@@ -118,7 +118,7 @@ def rank_sites(encoder: nn.Module, prefix: str = "") -> dict[str, Site]:
 
 
 def dense_size(model: nn.Module, parameters: Iterable[Tensor]) -> int:
-    """How many numbers `parameters` of `model` are, a matrix in two factors counting as it was dense: in * out."""
+    """How many `parameters` of `model` are, a matrix in two factors counting as it was dense: in * out."""
     sizes = {}
     for module in low_rank_modules(model).values():
         sizes |= {id(module.down.weight): module.in_features * module.out_features, id(module.up.weight): 0}

@@ -24,14 +24,14 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from hf_disparse.adapters import TaskAdapters, has_adapters, without_adapters
-from hf_disparse.architectures import layout_of
+from hf_disparse.adapters import OF_THE_HUB, TaskAdapters, has_adapters, without_adapters
+from hf_disparse.architectures import encoder_layers
 from hf_disparse.config import PruningConfig, TaskConfig, UserError, require
 from hf_disparse.low_rank import low_rank_modules
 from hf_disparse.shapes import rebuild
 from hf_disparse.unshared import PRIVATE, UnsharedLayers, shared_name
 
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+HUB_ARGUMENTS = (*OF_THE_HUB, "subfolder")
 
 
 class MultitaskConfig(PreTrainedConfig):
@@ -195,7 +195,7 @@ class MultitaskModel(TaskAdapters, UnsharedLayers, PreTrainedModel):
         """
         for handle in self._skips:
             handle.remove()
-        layers = self.encoder.get_submodule(layout_of(self.encoder).layers) if places else []
+        layers = encoder_layers(self.encoder, "skipped_layers") if places else []
         if any(type(i) is not int or not 0 <= i < len(layers) for i in places):
             raise UserError(f"skipped_layers: expected places among {len(layers)} layers, got {list(places)}")
         skipped = [layers[i] for i in places]

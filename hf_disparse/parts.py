@@ -51,3 +51,10 @@ def mask_of_parts(masks: Mapping[str, Tensor], site: Site, keep: Tensor) -> dict
         mask = masks[f"{module}.weight"]
         result[f"{module}.weight"] = mask & lines.to(mask.device).unsqueeze(1 - dim)
     return result
+
+
+def masks_of_parts(
+    masks: Mapping[str, Tensor], sites: Mapping[str, Site], keep: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """`mask_of_parts` for sites of one kind, which share no weights."""
+    return {k: mask for name, site in sites.items() for k, mask in mask_of_parts(masks, site, keep[name]).items()}

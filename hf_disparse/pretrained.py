@@ -6,9 +6,9 @@ from hf_disparse.config import UserError, one_line
 from hf_disparse.model import MultitaskModel
 
 
-def load_model(folder: str | Path) -> MultitaskModel:
-    """The model that a phase has finished."""
-    return load_pretrained("output_dir", MultitaskModel, str(folder))
+def load_model(folder: str | Path, where: str = "output_dir") -> MultitaskModel:
+    """The model of a folder, such as a phase has finished; `where` is what to call it in an error."""
+    return load_pretrained(where, MultitaskModel, str(folder))
 
 
 def load_pretrained(where: str, cls, name: str, method: str = "from_pretrained", *arguments, **options):

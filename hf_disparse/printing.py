@@ -101,7 +101,7 @@ def new_table(*columns: str) -> Table:
     """A table whose figures stand to the right."""
     table = Table()
     for column in columns:
-        left = column in ("task", "metric", "method")
+        left = column in ("task", "metric", "method", "model")
         table.add_column(column, justify="left" if left else "right", no_wrap=left)
     return table
 

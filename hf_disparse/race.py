@@ -23,7 +23,7 @@ from hf_disparse.faults import writing
 from hf_disparse.recipes import Recipe, parse_recipe
 from hf_disparse.run import environment
 from hf_disparse.run_folder import read_json, refuse_others, write_whole
-from hf_disparse.tasks import average, average_name
+from hf_disparse.tasks import average, average_name, counted_tasks
 
 FOLDER_NAME, JSON_NAME, MARKDOWN_NAME = "equal-budget", "equal-budget.json", "equal-budget.md"
 _STRETCHED = ("max_steps", "warmup_steps", "logging_steps", "eval_steps", "save_steps")  # fractions below 1 stay
@@ -74,8 +74,8 @@ class Race:
 
     def __post_init__(self):
         recipe = self.recipe
-        tasks = {name: entry for name, entry in recipe.values["tasks"].items() if name not in recipe.helpers}
-        require(len(tasks) > 1, "tasks", "at least two with --protocol equal-budget", list(tasks))
+        tasks = self.tasks
+        require(len(tasks) > 1, "tasks", "at least two with --protocol equal-budget", tasks)
         granularity, drops = recipe.pruning.granularity, recipe.pruning.max_drop
         require(granularity == ("weight",), "pruning.granularity", "weight, for that is a budget's unit", granularity)
         require(drops is None, "pruning.max_drop", "nothing where all have the sparsity they are named by", drops)
@@ -98,7 +98,7 @@ class Race:
     @property
     def tasks(self) -> list[str]:
         """Those with a vote."""
-        return [name for name in self.recipe.tasks if name not in self.recipe.helpers]
+        return list(self.recipe.voters)
 
     @property
     def cells(self) -> list[Cell]:
@@ -236,11 +236,7 @@ def tabulate(race: Race, results: Mapping[Cell, dict[str, Any]]) -> tuple[list[d
         }
         for task, points in (curve.items() if seeds else ())
     }
-    # GLUE's average leaves WNLI out
-    counted = {
-        t: v if average({n: {"": float(n == t)} for n in race.tasks}) else dict.fromkeys(v, 0.0)
-        for t, v in values.items()
-    }
+    counted = {t: v if t in counted_tasks(race.tasks) else dict.fromkeys(v, 0.0) for t, v in values.items()}
     rows = []
     for budget in race.budgets:
         chosen = best_ensemble(counted, budget) if values else None

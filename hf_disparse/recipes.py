@@ -62,8 +62,8 @@ class Recipe:
     Args:
         helpers: tasks that train the dense model only: they are not evaluated, have no vote, and lose their heads.
         teachers: task -> the model to distil from, where it is not the run's dense model.
-        training: fields of (Disparse)TrainingArguments for the dense and the sparse phase, without a bfloat16 that this CPU lacks.
-        recovery: those that differ in the sparse phase, as well.
+        training: fields of (Disparse)TrainingArguments for the dense and the sparse phase.
+        recovery: what the sparse phase has in place of them. Both are without a bfloat16 that this CPU lacks.
         dense_from: the folder of a run or a comparison whose dense model is taken, rather than trained anew.
         values: the recipe as plain data, overrides applied: what a run folder remembers.
     """
@@ -86,6 +86,11 @@ class Recipe:
         return training_arguments(values, str(folder), self.seed)
 
     @property
+    def voters(self) -> dict[str, tuple[TaskConfig, DataConfig]]:
+        """The tasks that judge weights and are evaluated: all but the helpers."""
+        return {name: entry for name, entry in self.tasks.items() if name not in self.helpers}
+
+    @property
     def chooses_best(self) -> bool:
         """Whether half of the validation data chooses the best model, and only the other half is for metrics."""
         return any(self.arguments(phase, self.output_dir).load_best_model_at_end for phase in ("dense", "sparse"))
@@ -104,8 +109,7 @@ def public(recipe: Recipe) -> dict[str, Any]:
 
     data = {
         task: {"data": name(source.data), "subset": source.subset, "split": split(source)}
-        for task, (_, source) in recipe.tasks.items()
-        if task not in recipe.helpers
+        for task, (_, source) in recipe.voters.items()
     }
     arguments = {
         section: {key: name(value) if isinstance(value, str) else value for key, value in values.items()}
@@ -181,7 +185,7 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
         dense_from=dense_from,
         values=values,
     )
-    votes = len(recipe.tasks) - len(recipe.helpers)
+    votes = len(recipe.voters)
     if recipe.pruning.quorum > votes:
         raise UserError(f"pruning.quorum: expected at most the number of tasks, {votes}, got {recipe.pruning.quorum}")
     dense, sparse = (recipe.arguments(phase, output_dir) for phase in ("dense", "sparse"))
@@ -220,9 +224,7 @@ def _check_teachers(recipe: Recipe, dense: bool, sparse: bool) -> None:
 def _check_best_metric(recipe: Recipe, metric: str | None) -> None:
     """Refuses to choose the best checkpoint by a metric that evaluation will not have."""
     known = ["average", "loss"]
-    for name, (task, _) in recipe.tasks.items():
-        if name in recipe.helpers:
-            continue
+    for name, (task, _) in recipe.voters.items():
         known += [f"{name}_{metric}" for metric in (*task.metric, "loss")]
     if metric is not None and metric.removeprefix("eval_") not in known:
         raise UserError(
@@ -278,7 +280,7 @@ def _teachers(names: Any, tasks: dict[str, Any]) -> dict[str, str]:
 
 
 def _override(values: dict[str, Any], override: str) -> None:
-    """Applies one `section.key=value`."""
+    """Applies one `section.key=value`, on copies of what it changes: a YAML alias is one mapping in several places."""
     path, equals, text = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
@@ -289,16 +291,14 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: expected a value in YAML, got {text!r}") from None
     places = [values]
     for depth, key in enumerate(keys[:-1]):
-        if key == "*":
-            places = [inner for place in places for inner in place.values()]
-        else:
-            for place in places:
-                if place.get(key) is None:  # a section that is absent, or a heading with nothing below it
-                    place[key] = {}
-            places = [place[key] for place in places]
-        where = f"--set {'.'.join(keys[: depth + 1])}"
-        require(len(places) > 0, where, "something that '*' stands for", {})
+        where, inner = f"--set {'.'.join(keys[: depth + 1])}", []
         for place in places:
-            require(isinstance(place, dict), where, "a mapping", place)
+            for name in list(place) if key == "*" else [key]:
+                section = {} if place.get(name) is None else place[name]  # absent, or a heading with nothing below it
+                require(isinstance(section, dict), where, "a mapping", section)
+                place[name] = dict(section)
+                inner.append(place[name])
+        require(len(inner) > 0, where, "something that '*' stands for", {})
+        places = inner
     for place in places:
         place[keys[-1]] = value

@@ -11,6 +11,7 @@ import platform
 import shutil
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +25,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, TrainerState, set_seed
 
 import hf_disparse
+from hf_disparse.architectures import token_limit
 from hf_disparse.config import UserError, one_line, require
 from hf_disparse.dense import expect_dense, take_dense
 from hf_disparse.distributed import from_main, is_main
@@ -122,6 +124,9 @@ def evaluate(model_name: str, recipe_path: str | None = None, overrides=()) -> d
         {"tasks": {name: {metric: value}}, "average": x, "sparsity": {denominator: fraction}}, metrics in 0 to 100.
     """
     source, recipe = open_run(model_name, recipe_path, overrides)
+    recipe = replace(
+        recipe, recovery={**recipe.recovery, "report_to": "none"}
+    )  # it trains nothing that a tracker would show
     model = load_pretrained(model_name, MultitaskModel, source)
     judge_as(recipe, model)
     tokenizer, data, _ = prepare(recipe, source, splits=("validation",))
@@ -138,17 +143,17 @@ def open_run(model_name: str, recipe_path: str | None, overrides=()) -> tuple[st
     source = resolve(model_name)
     path = recipe_path or Path(source, RECIPE_NAME)
     if not recipe_path and not path.is_file():
-        got = "a folder without it; name one by --recipe" if Path(source).is_dir() else "no folder"
-        raise UserError(f"{model_name}: expected the folder of a run, which holds {RECIPE_NAME}, got {got}")
+        got = "a folder without it" if Path(source).is_dir() else "no folder"
+        raise UserError(
+            f"{model_name}: expected the folder of a run, which holds {RECIPE_NAME}, got {got}; name a recipe by --recipe"
+        )
     return source, read_recipe(path, overrides)
 
 
 def judge_as(recipe: Recipe, model: MultitaskModel) -> None:
     """Gives the model's tasks the recipe's columns and metrics; refuses tasks that its heads were not made for."""
     tasks = model.tasks
-    for name, (task, _) in recipe.tasks.items():
-        if name in recipe.helpers:
-            continue
+    for name, (task, _) in recipe.voters.items():
         if name not in tasks:
             raise UserError(f"tasks.{name}: the model has no such task; it has {', '.join(tasks)}")
         for key in ("problem_type", "labels"):
@@ -272,7 +277,7 @@ def new_trainer(recipe: Recipe, phase: str, folder, model, tokenizer, data: Spli
     arguments = recipe.arguments(phase, folder)
     train = data.get("train")
     if train and phase == "sparse":
-        train = {name: rows for name, rows in train.items() if name not in recipe.helpers}
+        train = {name: train[name] for name in recipe.voters}
     try:
         return DisparseTrainer(
             model,
@@ -312,15 +317,16 @@ def _steps(trainer: DisparseTrainer) -> int:
 
 def _check_length(recipe: Recipe, model: MultitaskModel, data: Splits) -> None:
     """Runs the longest text of each task if it may have more tokens than the encoder has positions."""
-    positions = getattr(model.config.encoder_config, "max_position_embeddings", None) or math.inf
+    limit = token_limit(model.config.encoder_config)
     for name in recipe.tasks:
         longest = max((ids for split in data.values() if name in split for ids in split[name]["input_ids"]), key=len)
-        if len(longest) <= positions - 2:  # RoBERTa and its kin keep two for themselves
+        if limit is None or len(longest) <= limit:
             continue
         try:
             with torch.no_grad():
                 model.encoder(input_ids=torch.tensor([longest]))
         except (IndexError, RuntimeError) as error:
+            positions = model.config.encoder_config.max_position_embeddings
             raise UserError(
                 f"model.max_length: expected no more tokens than the encoder has positions, {positions}, got a text of "
                 f"{len(longest)} in task '{name}'; lower it"

@@ -13,6 +13,7 @@ import yaml
 from hf_disparse.config import UserError, one_line
 from hf_disparse.distributed import from_main
 from hf_disparse.faults import writing
+from hf_disparse.recipe_yaml import dump_yaml, parse_yaml
 from hf_disparse.recipes import Recipe
 
 RECIPE_NAME = "recipe.yaml"
@@ -27,9 +28,9 @@ def refuse_others(folder: Path, recipe: Recipe) -> None:
 def _refuse_others(folder: Path, recipe: Recipe) -> None:
     path = folder / RECIPE_NAME
     try:
-        theirs = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+        theirs = parse_yaml(path.read_text(encoding="utf-8")) if path.is_file() else None
         others = theirs is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"output_dir: cannot read {folder}: {one_line(error)}") from error
     if others or not isinstance(theirs, dict | None):
         raise UserError(
@@ -57,7 +58,7 @@ def _claim(folder: Path, recipe: Recipe) -> None:
     with writing(folder, "Mend that or name another folder."):
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / RECIPE_NAME).is_file():
-            write_whole(folder / RECIPE_NAME, yaml.safe_dump(recipe.values, sort_keys=False))
+            write_whole(folder / RECIPE_NAME, dump_yaml(recipe.values))
 
 
 def find_json(path: Path) -> dict[str, Any] | None:

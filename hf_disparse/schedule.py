@@ -24,7 +24,7 @@ def end_of(config: PruningConfig, max_steps: int | None = None) -> int:
     """The step of the last update: `end_step`, or the method's share of a training of `max_steps` where that is None."""
     if config.end_step is not None or config.schedule == "one_shot":
         return config.start_step if config.schedule == "one_shot" else config.end_step
-    return config.start_step + 1 if max_steps is None else max(config.start_step + 1, int(config.end_share * max_steps))
+    return max(config.start_step + 1, int(config.end_share * max_steps))
 
 
 def update_steps(config: PruningConfig, max_steps: int | None = None) -> range:
@@ -32,7 +32,7 @@ def update_steps(config: PruningConfig, max_steps: int | None = None) -> range:
 
     One shot: `start_step` alone. Cubic: every `update_every` steps after `start_step`, counted back from the end, so that
     the last update is at the end exactly. Constant: every `update_every` steps from `start_step` on. Linear: at the end
-    alone, to which a target of soft gates rises.
+    alone, to which a target of soft gates rises, or a penalty has driven groups to zero.
     """
     start, end, every = config.start_step, end_of(config, max_steps), config.update_every
     if config.sparsity == 0:

@@ -19,7 +19,7 @@ LossFunction = Callable[[nn.Module, Batch], Tensor]
 Average = Callable[[Sequence[Tensor]], Sequence[Tensor]]  # tensors -> their means over processes, in place
 
 
-def magnitude(weight: Tensor, statistic: None = None) -> Tensor:
+def magnitude(weight: Tensor) -> Tensor:
     """|w|: the same for every task, so the decision rules all agree. Shape of the weight."""
     return weight.abs()
 
@@ -85,7 +85,7 @@ def score(
     parameters: Mapping[str, nn.Parameter],
     num_batches: int | None = None,
     joint: bool = False,
-    weights: Mapping[str, float] | None = None,
+    task_weights: Mapping[str, float] | None = None,
     loss_fn: LossFunction = model_loss,
     average: Average | None = None,
     seed: int = 0,
@@ -95,11 +95,11 @@ def score(
 
     Args:
         loaders: task -> batches of that task.
-        criterion: one of `config.CRITERIA`, or `gradient`, by which weights grow.
+        criterion: `magnitude`, `random`, `snip`, `disparse` or `fisher`; or `gradient`, by which weights grow.
         parameters: the weights to score, by name, as `prunable_parameters(model, config)` gives them.
         num_batches: batches per task, a short loader being iterated again; by default one pass over it.
         joint: sum the tasks' losses, each times its weight, before scoring, and yield one pair named "joint".
-        weights: task -> weight in that sum; 1 by default.
+        task_weights: task -> weight in that sum; 1 by default.
         loss_fn: (model, batch) -> scalar loss.
         average: of several processes, each with its part of every batch: a batch's gradients become their means over the
             processes before they are scored, so that all have the scores of the whole batch.
@@ -112,27 +112,21 @@ def score(
     Raises:
         ValueError: an unknown criterion, a loader without a batch, a loss that is NaN or infinite.
     """
-    tasks = list(loaders)
-    weights = {task: 1.0 for task in tasks} | dict(weights or {})
-    groups = {"joint": tasks} if joint else {task: [task] for task in tasks}
     generator = torch.Generator().manual_seed(seed)
-    for group, members in groups.items():
+    if criterion not in ("magnitude", "random", *GRADIENT_CRITERIA):
+        known = ", ".join(GRADIENT_CRITERIA)
+        raise ValueError(f"criterion: expected one of magnitude, random, {known}, got {criterion!r}")
+    for group, steps in _steps(
+        model, loaders, parameters, num_batches, joint, task_weights, loss_fn, average, progress
+    ):
         if criterion == "magnitude":
-            yield group, {name: magnitude(p.detach().to(_wide(p))) for name, p in parameters.items()}
+            yield group, {name: magnitude(_wide(p.detach())) for name, p in parameters.items()}
         elif criterion == "random":
             yield group, {name: random(p.detach(), generator) for name, p in parameters.items()}
-        elif criterion in GRADIENT_CRITERIA:
-            function, reduce = GRADIENT_CRITERIA[criterion]
-            scale = weights if joint else {group: 1.0}
-            streams = [
-                _gradients(model, t, loaders[t], parameters, num_batches, loss_fn, scale[t], average) for t in members
-            ]
-            total = accumulate(_in_step(streams, group, num_batches, progress), reduce, parameters)
-            yield group, {name: function(p.detach().to(_wide(p)), total.pop(name)) for name, p in parameters.items()}
         else:
-            raise ValueError(
-                f"criterion: expected one of magnitude, random, {', '.join(GRADIENT_CRITERIA)}, got {criterion!r}"
-            )
+            function, reduce = GRADIENT_CRITERIA[criterion]
+            total = accumulate(steps, reduce, parameters)
+            yield group, {name: function(_wide(p.detach()), total.pop(name)) for name, p in parameters.items()}
 
 
 def gradients(
@@ -142,7 +136,7 @@ def gradients(
     parameters: Mapping[str, nn.Parameter],
     num_batches: int | None = None,
     joint: bool = False,
-    weights: Mapping[str, float] | None = None,
+    task_weights: Mapping[str, float] | None = None,
     loss_fn: LossFunction = model_loss,
     average: Average | None = None,
     progress: bool = False,
@@ -151,14 +145,22 @@ def gradients(
 
     Shapes: {parameter name: as the weight}, float32 (float64 for float64 weights); zeros where a weight has no part in the loss.
     """
-    tasks = list(loaders)
-    scale = {task: 1.0 for task in tasks} | dict(weights or {} if joint else {})
-    for group, members in ({"joint": tasks} if joint else {task: [task] for task in tasks}).items():
+    for group, steps in _steps(
+        model, loaders, parameters, num_batches, joint, task_weights, loss_fn, average, progress
+    ):
+        yield group, (accumulate([step], torch.positive, parameters) for step in steps)
+
+
+def _steps(
+    model, loaders, parameters, num_batches, joint, task_weights, loss_fn, average, progress
+) -> Iterator[tuple[str, Iterator[tuple]]]:
+    """Yields (task, its steps), or one pair "joint"; a step has the gradients of one batch of each task that is in it."""
+    scale = dict.fromkeys(loaders, 1.0) | dict(task_weights or {} if joint else {})
+    for group, members in ({"joint": list(loaders)} if joint else {task: [task] for task in loaders}).items():
         streams = [
             _gradients(model, t, loaders[t], parameters, num_batches, loss_fn, scale[t], average) for t in members
         ]
-        steps = _in_step(streams, group, num_batches, progress)
-        yield group, (accumulate([step], torch.positive, parameters) for step in steps)
+        yield group, _in_step(streams, group, num_batches, progress)
 
 
 def _in_step(streams: list[Iterator], group: str, num_batches: int | None, progress: bool) -> Iterator[tuple]:
@@ -178,7 +180,7 @@ def accumulate(
     Shapes: per step, one list of gradients (None: no part in the loss) per task, in the order of `like` -> as `like`. The lists
     are emptied on the way.
     """
-    total = {name: torch.zeros_like(tensor, dtype=_wide(tensor)) for name, tensor in like.items()}
+    total = {name: torch.zeros_like(tensor, dtype=_wide_dtype(tensor)) for name, tensor in like.items()}
     for step in steps:
         for name, *gradients in zip(like, *step, strict=True):
             used = [g for g in gradients if g is not None]
@@ -209,7 +211,9 @@ def _gradients(model, task, loader, parameters, num_batches, loss_fn, scale, ave
         elif average is not None:  # the loss, too, for a process that stopped alone would leave the others waiting
             for i, p in enumerate(parameters.values()):  # one by one, so that there is one copy of them at a time
                 g = gradients[i]
-                gradients[i] = torch.zeros_like(p, dtype=_wide(p)) if g is None else g.to(_wide(g), copy=True)
+                gradients[i] = (
+                    torch.zeros_like(p, dtype=_wide_dtype(p)) if g is None else g.to(_wide_dtype(g), copy=True)
+                )
             average([loss, *gradients])
         if not torch.isfinite(loss):
             raise ValueError(f"task '{task}': expected a finite loss while scoring, got {loss.item()} in batch {seen}")
@@ -262,6 +266,10 @@ def evaluating(model: nn.Module, parameters: Mapping[str, nn.Parameter] | None =
             p.requires_grad_(False)
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
+def _wide_dtype(tensor: Tensor) -> torch.dtype:
     """Half precision is accumulated and scored in float32."""
-    return tensor.dtype if tensor.dtype in (torch.float32, torch.float64) else torch.float32
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(_wide_dtype(tensor))

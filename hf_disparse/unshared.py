@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_disparse.architectures import layout_of
+from hf_disparse.architectures import encoder_layers, layout_of
 from hf_disparse.config import UserError
 
 PRIVATE = "private"
@@ -34,7 +34,7 @@ class UnsharedLayers:
             delattr(self.encoder, PRIVATE)
         if not wanted:
             return
-        layers = encoder_layers(self.encoder)
+        layers = encoder_layers(self.encoder, "unshare")
         for task, first in wanted.items():
             if task not in self.heads or type(first) is not int or not 0 <= first < len(layers):
                 got = f"{str(task)[:50]}: {str(first)[:50]}"
@@ -59,7 +59,7 @@ class UnsharedLayers:
             self._exchange(task)
 
     def _exchange(self, task: str) -> None:
-        layers, own = encoder_layers(self.encoder), self.encoder.private[task]
+        layers, own = encoder_layers(self.encoder, "unshare"), self.encoder.private[task]
         first = len(layers) - len(own)
         for i, layer in enumerate(list(own)):
             own[i], layers[first + i] = layers[first + i], layer
@@ -111,7 +111,7 @@ def unshare(model: UnsharedLayers, layer: int, tasks: Sequence[str] | None = Non
     free = [task for task in heads if task not in unshared]
     if isinstance(tasks, str) or not names or not set(names) <= set(free):
         raise UserError(f"tasks: expected a list of those that share all layers, {', '.join(free)}, got {tasks!r}")
-    layers = encoder_layers(model.encoder)
+    layers = encoder_layers(model.encoder, "unshare")
     if type(layer) is not int or not 0 <= layer < len(layers):
         raise UserError(f"layer: expected one of the encoder's {len(layers)}, 0 to {len(layers) - 1}, got {layer!r}")
     skipped = model.config.skipped_layers
@@ -122,14 +122,6 @@ def unshare(model: UnsharedLayers, layer: int, tasks: Sequence[str] | None = Non
     model.config.unshared = {**unshared, **dict.fromkeys(names, layer)}
     model.settle()
     model.skip_layers(skipped)
-
-
-def encoder_layers(encoder: nn.Module) -> nn.ModuleList:
-    """The encoder's layers, in order."""
-    try:
-        return encoder.get_submodule(layout_of(encoder).layers)
-    except UserError as error:
-        raise UserError(str(error).replace("pruning.granularity", "unshare")) from None
 
 
 def shared_name(encoder: nn.Module, name: str) -> str:

@@ -131,7 +131,9 @@ def test_streamed_gradients_are_those_of_plain_backward_passes(joint):
     parameters = prunable_parameters(model)
     loaders = {task: batches_of(task, 2) for task in model.tasks}
     loud = {"three": 3.0}
-    got = {t: list(steps) for t, steps in gradients(model, loaders, parameters=parameters, joint=joint, weights=loud)}
+    got = {
+        t: list(steps) for t, steps in gradients(model, loaders, parameters=parameters, joint=joint, task_weights=loud)
+    }
     for group in [list(loaders)] if joint else [[task] for task in loaders]:
         for i in range(2):
             model.zero_grad()
@@ -141,7 +143,7 @@ def test_streamed_gradients_are_those_of_plain_backward_passes(joint):
             for name, p in parameters.items():
                 torch.testing.assert_close(got["joint" if joint else group[0]][i][name], p.grad)
     model.zero_grad()
-    by_score = dict(score(model, loaders, "snip", parameters=parameters, joint=joint, weights=loud))
+    by_score = dict(score(model, loaders, "snip", parameters=parameters, joint=joint, task_weights=loud))
     for task, steps in got.items():
         for name, p in parameters.items():
             torch.testing.assert_close(by_score[task][name], p.detach().abs() * sum(step[name].abs() for step in steps))

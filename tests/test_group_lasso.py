@@ -244,7 +244,7 @@ def test_channels_are_the_columns_of_every_matrix():
         ({"granularity": ["head", "channel"]}, "granularity: expected one alone, or several of head, neuron and layer"),
         ({"criterion": "snip"}, "criterion: expected one of magnitude with method group_lasso, got 'snip'"),
         ({"decision": "unanimous"}, "decision: expected one of joint with method group_lasso, got 'unanimous'"),
-        ({"schedule": "cubic"}, "schedule: expected one of constant with method group_lasso, got 'cubic'"),
+        ({"schedule": "cubic"}, "schedule: expected one of linear with method group_lasso, got 'cubic'"),
         ({"start_step": 5, "end_step": 5}, "end_step: expected a step after start_step 5"),
         (
             {"granularity": "neuron", "target_modules": ["query"]},

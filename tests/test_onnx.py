@@ -75,6 +75,8 @@ def test_a_plain_model(tmp_path):
     model = AutoModelForSequenceClassification.from_config(CONFIGS["distilbert"]()).eval()
     save_onnx(model, tmp_path / "onnx")
     same(tmp_path / "onnx", model)
+    with pytest.raises(UserError, match="--task: expected nothing for a model of one task, got 'two'"):
+        save_onnx(model, tmp_path / "again", "two")
 
 
 def test_a_task_that_is_not_there(tmp_path):

@@ -112,7 +112,7 @@ def test_a_task_without_a_batch_has_no_say_and_does_not_stop_a_quorum():
     parameters = {"w": torch.nn.Parameter(torch.ones(4))}
     method.begin(parameters, ["a", "b", "c"], 20)
     method.gradient("w", parameters["w"].detach(), torch.tensor([1.0, 4, 3, 2]), "b")
-    scores = {t: {"w": score(k["importance"]["w"], k["uncertainty"]["w"])} for t, k in method.judges().items()}
+    scores = {t: {"w": score(k["importance"]["w"], k["uncertainty"]["w"])} for t, k in method.ordered_buffers().items()}
     masks = method.decide(scores, 0.5, {"w": torch.ones(4, dtype=torch.bool)})
     assert masks["w"].tolist() == [False, True, True, False]
 

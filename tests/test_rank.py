@@ -28,7 +28,7 @@ from hf_disparse import (
 from hf_disparse.export import multiply_out
 from hf_disparse.low_rank import LowRankLinear, dense_size, factors, low_rank_modules, rank_sites
 from hf_disparse.masks import apply_masks
-from hf_disparse.methods.rank import numbers_allowed, take, worth
+from hf_disparse.methods.rank import fill_budget, parameter_budget, score_per_parameter
 from hf_disparse.parts import Site, mask_of_parts
 from hf_disparse.scores import score
 from hf_disparse.trainer.methods import Rank, Update
@@ -113,23 +113,23 @@ def test_components_are_taken_in_order_while_they_fit(seed):
     generator = np.random.default_rng(seed)
     cost, sizes = generator.integers(0, 30, 40), generator.integers(1, 20, 40)
     budget = int(generator.integers(0, sizes.sum() + 10))
-    kept = take(torch.from_numpy(cost), torch.from_numpy(sizes), budget)
+    kept = fill_budget(torch.from_numpy(cost), torch.from_numpy(sizes), budget)
     assert kept.tolist() == greedy(cost.tolist(), sizes.tolist(), budget)
     spent = sizes[kept.numpy()].sum()
     assert spent <= budget and all(spent + size > budget for size in sizes[~kept.numpy()])
 
 
 def test_the_budget_counts_the_numbers_of_the_dense_matrices():
-    assert numbers_allowed([(4, 6), (3, 3)], 0.9) == 33 - 30
-    assert numbers_allowed([(10, 100)], 0.9) == 100  # and not 99, which 1 - 0.9 would give
+    assert parameter_budget([(4, 6), (3, 3)], 0.9) == 33 - 30
+    assert parameter_budget([(10, 100)], 0.9) == 100  # and not 99, which 1 - 0.9 would give
     site = Site(2, {"m.down": (0, torch.arange(2)), "m.up": (1, torch.arange(2))})
     scores = {"m.down.weight": torch.tensor([[1.0, 2, 3], [0, 0, 1]]), "m.up.weight": torch.tensor([[4.0, 0], [0, 2]])}
-    assert worth(scores, site).tolist() == [10 / 5, 3 / 5]
+    assert score_per_parameter(scores, site).tolist() == [10 / 5, 3 / 5]
 
 
 @pytest.mark.parametrize("decision", ["unanimous", "quorum", "joint", "mean_rank"])
 def test_the_decision_is_that_of_a_brute_force_over_components(decision):
-    """Each task ranks components by their worth per number; the best of each matrix stays; the rest while it fits."""
+    """Each task ranks components by their score per parameter; the best of each matrix stays; the rest while it fits."""
     model, quorum = tiny_model(), 2 if decision == "quorum" else 1
     factorise(model)
     config = RankConfig(sparsity=0.6, decision=decision, quorum=quorum)
@@ -138,7 +138,7 @@ def test_the_decision_is_that_of_a_brute_force_over_components(decision):
     tasks = ["joint"] if decision == "joint" else ["a", "b", "c"]
     stream = [(t, {n: torch.rand(p.shape, generator=generator) for n, p in parameters.items()}) for t in tasks]
     masks = {n: torch.ones_like(p, dtype=torch.bool) for n, p in parameters.items()}
-    now = Update(0, model, parameters, masks, {"rank": sites}, tuple(tasks), lambda *_: iter(stream), None)
+    now = Update(0, parameters, masks, {"rank": sites}, lambda *_: iter(stream), None)
     decided = Rank(config).update(now)
 
     def cost(components, values):  # values: task -> (component -> worth)
@@ -186,7 +186,7 @@ def test_every_task_has_scores_of_its_own():
         model(**loaders[task][0]).loss.backward()
         down, up = (parameters[f"{name}.{f}.weight"] for f in ("down", "up"))
         expected = (down * down.grad).abs().sum(1) + (up * up.grad).abs().sum(0)
-        torch.testing.assert_close(worth(scores, site).float(), expected / (16 + 16))
+        torch.testing.assert_close(score_per_parameter(scores, site).float(), expected / (16 + 16))
 
 
 # Compaction and files

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_disparse.config import UserError
+from hf_disparse.recipe_yaml import dump_yaml, parse_yaml
 from hf_disparse.recipes import parse_recipe, public, read_recipe
 from hf_disparse.trainer.arguments import cpu_has_bfloat16
 from tests.cli_helpers import changed as replaced
@@ -136,6 +137,14 @@ def test_anchors_and_merge_keys_are_yaml_too(write):
     )
     tasks = read_recipe(write(text)).tasks
     assert (tasks["b"][1].data, tasks["b"][0].labels) == ("other", ("x", "y"))
+
+
+def test_an_override_of_one_task_leaves_an_alias_of_it_alone(write):
+    text = yaml.safe_dump({k: v for k, v in VALID.items() if k != "tasks"}) + (
+        "tasks:\n  a: &a {data: d, columns: [c], labels: [x, y]}\n  b: *a\n"
+    )
+    tasks = read_recipe(write(text), ["tasks.a.max_train_rows=5"]).tasks
+    assert [data.max_train_rows for _, data in tasks.values()] == [5, None]
 
 
 # Overrides
@@ -373,6 +382,19 @@ JUNK = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
     max_leaves=4,
 )
+
+
+TEXTS = st.text(max_size=6) | st.sampled_from(
+    ["1e5", "-2E-5", "2:4", "12:30", "yes", "null", "0x1F", "1_000", "2026-01-02"]
+)
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3)))
+def test_what_a_run_folder_remembers_reads_as_it_was(values):
+    again = parse_yaml(dump_yaml(values))
+    assert again == values and repr(again) == repr(values)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

@@ -295,14 +295,14 @@ def test_kinds_pairs_and_heads_are_named():
 
 def test_the_cost_is_told_from_the_points():
     told = sentences.cost_curve(analysis(TASKS)["curve"])
-    assert "knee at 80 % pruned" in told and "within 2 points of the start up to 80 %" in told
+    assert "knee at 80 % pruned" in told and "No task loses more than 2 points up to 80 %." in told
     assert "question loses most" in told and "topic least" in told
     curve = analysis(TASKS)["curve"] | {
         "knee": dict.fromkeys([*TASKS, "average"]),
         "within": {"points": 1, "sparsity": None},
     }
     told = sentences.cost_curve(curve)
-    assert "no knee" in told and "No sparsity that was tried stays within 1 points" in told
+    assert "no knee" in told and "At every sparsity that was tried some task loses more than 1 points" in told
 
 
 def test_a_lead_within_the_spread_is_called_chance():

@@ -45,7 +45,9 @@ def test_criterion_equals_the_hand_computed_one(criterion):
 def test_joint_sums_the_weighted_losses_before_it_scores():
     model = Square(W)
     loaders = {"a": [FIRST], "b": [SECOND]}
-    found = list(score(model, loaders, "snip", parameters={"weight": model.weight}, joint=True, weights={"b": 2.0}))
+    found = list(
+        score(model, loaders, "snip", parameters={"weight": model.weight}, joint=True, task_weights={"b": 2.0})
+    )
     # g = (-2, -2, -4) + 2 * (6, 0, 3) = (10, -2, 2): opposed gradients cancel, which votes would not let them do
     assert [group for group, _ in found] == ["joint"]
     assert found[0][1]["weight"].tolist() == [[20.0, 6.0, 0.0]]

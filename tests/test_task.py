@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 from hf_disparse import MultitaskConfig, MultitaskModel, TaskConfig, UserError, compact, save_packed
 from hf_disparse.export import save_tasks, task_model
+from tests.cli_helpers import refused
 from tests.test_compact import BATCH, close, model_of, prune_parts
 from tests.tiny import CONFIGS, three_tasks, tiny_model, tiny_tokenizer
 
@@ -64,6 +65,23 @@ def test_its_card_has_the_task_s_metrics_and_a_snippet_that_runs(tmp_path):
     snippet = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
     done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, check=True, capture_output=True, text=True)
     assert re.search(r"'label': '[abc]'", done.stdout)
+    folders = save_tasks(tmp_path / "model", tmp_path / "all")
+    card = ModelCard.load(folders[1] / "README.md")
+    snippet = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
+    again = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert again.stdout == done.stdout
+
+
+def test_the_results_of_another_program_leave_no_folder(tmp_path):
+    model_with_tags("bert").save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "results.json").write_text('{"sparse": {"two": 1}}')
+    with pytest.raises(UserError, match=r"results\.json: expected what `hf-disparse train` writes, got one that"):
+        save_tasks(tmp_path / "model", tmp_path / "one", "three")
+    for form in ("packed", "compact"):
+        refused(
+            "export", tmp_path / "model", "--format", form, "--output_dir", tmp_path / "one", names=("results.json",)
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_pipeline_reads_it_without_the_package(tmp_path):

@@ -153,6 +153,7 @@ def test_a_quotation_mark_does_not_swallow_the_rows_after_it(tmp_path):
     assert "expected a row a line in" in said and "{quoting: 3}" in said
     assert load(path, options={"quoting": 3})["text"][:] == ['"a mark', "b", 'ends" here']
     assert len(load(path, options={"quoting": 0})) == 1
+    assert "expected a row a line in" in refused(load, path.rename(tmp_path / "glue.TSV"))
 
 
 @pytest.mark.parametrize(

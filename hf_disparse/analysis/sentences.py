@@ -180,9 +180,9 @@ def cost_curve(curve: Mapping) -> str:
     if within:
         reach = within["sparsity"]
         told.append(
-            f"No sparsity that was tried stays within {within['points']:g} points of the start."
+            f"At every sparsity that was tried some task loses more than {within['points']:g} points."
             if reach is None
-            else f"It stays within {within['points']:g} points of the start up to {_percent(reach)}."
+            else f"No task loses more than {within['points']:g} points up to {_percent(reach)}."
         )
     if several(tasks):
         losses = {task: loss(curve, task) for task in tasks}

@@ -63,10 +63,10 @@ class RankConfig(PruningConfig):
     """Pruning of the rank: every prunable matrix becomes the product of two, and components of that product go.
 
     Args:
-        sparsity: fraction of the numbers of the prunable matrices, as they were dense, that is saved. The budget is one for
+        sparsity: fraction of the parameters of the prunable matrices, as they were dense, that is saved. The budget is one for
             all of them, and a component of each stays.
         criterion, decision, quorum, schedule, start_step, end_step, update_every, score_batches, target_modules,
-            exclude_modules, seed: as in `PruningConfig`; a component's score is the sum of those of its weights, per weight.
+            exclude_modules, seed, max_drop: as in `PruningConfig`; a component's score is the sum of those of its weights, per weight.
     """
 
     method: ClassVar[str] = "rank"
@@ -97,14 +97,14 @@ class GroupLassoConfig(PruningConfig):
     method: ClassVar[str] = "group_lasso"
     criteria: ClassVar[tuple[str, ...]] = ("magnitude",)
     decisions: ClassVar[tuple[str, ...]] = ("joint",)
-    schedules: ClassVar[tuple[str, ...]] = ("constant",)
+    schedules: ClassVar[tuple[str, ...]] = ("linear",)
     granularities: ClassVar[tuple[str, ...]] = ("head", "neuron", "channel")
     end_share: ClassVar[float | None] = 0.75
 
     granularity: str | tuple[str, ...] = ("head", "neuron")
     criterion: str = "magnitude"
     decision: str = "joint"
-    schedule: str = "constant"
+    schedule: str = "linear"
     penalty: float | None = None
 
     def __post_init__(self):
@@ -241,7 +241,7 @@ class FlopConfig(L0Config):
     """FLOP: a hard-concrete gate for every component of matrices in two factors, W = up diag(z) down, as in `L0Config`.
 
     Args:
-        sparsity: as in `RankConfig`. The target that rises is the fraction of the dense matrices' numbers that is saved, from
+        sparsity: as in `RankConfig`. The target that rises is the fraction of the dense matrices' parameters that is saved, from
             below 0 on: at full rank, two factors take more than the matrix.
         The others are those of `L0Config`. The memory is that of one factor of each matrix.
 

@@ -83,8 +83,6 @@ class PruningConfig(Config):
     keep_scores: bool = False
 
     def __post_init__(self):
-        self._check_granularity()
-        require(is_number(self.sparsity) and 0 <= self.sparsity < 1, "sparsity", "a number in [0, 1)", self.sparsity)
         for key, known, all_known in (
             ("criterion", self.criteria, CRITERIA),
             ("decision", self.decisions, DECISIONS),
@@ -102,6 +100,8 @@ class PruningConfig(Config):
         fits = self.quorum == 1 or self.decision == "quorum"
         require(fits, "quorum", f"1 with decision '{self.decision}' (set decision: quorum)", self.quorum)
         self._check_schedule()
+        self._check_granularity()
+        require(is_number(self.sparsity) and 0 <= self.sparsity < 1, "sparsity", "a number in [0, 1)", self.sparsity)
         self._check_pattern()
         self._check_modules()
         self._check_max_drop()

@@ -4,6 +4,7 @@ from hf_disparse.export import loading  # noqa: F401, registers the stored form 
 from hf_disparse.export.card import is_multitask, write_card
 from hf_disparse.export.compact import compact, save_compact
 from hf_disparse.export.factorise import factorise, multiply_out
+from hf_disparse.export.folder import new_folder
 from hf_disparse.export.hub import push
 from hf_disparse.export.packed import save_packed
 from hf_disparse.export.task import save_tasks, task_model
@@ -14,6 +15,7 @@ __all__ = [
     "factorise",
     "is_multitask",
     "multiply_out",
+    "new_folder",
     "push",
     "save_compact",
     "save_onnx",

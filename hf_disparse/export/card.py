@@ -4,7 +4,8 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import hf_disparse
+from hf_disparse.architectures import token_limit
 from hf_disparse.config import PRUNING_CONFIG_NAME, PruningConfig, TaskConfig, UserError, one_line
 from hf_disparse.export.folder import CONFIG_NAME, load, read_json, weight_files
 from hf_disparse.masks import sparsity_report
@@ -22,7 +24,6 @@ from hf_disparse.tasks import average, average_name
 CARD_NAME, RESULTS_NAME = "README.md", "results.json"
 _TOKENS, _ROUNDS, _LOG_ROWS = 64, 7, 12
 _METRICS = {"f1": "F1", "pearson": "Pearson", "spearmanr": "Spearman", "matthews_correlation": "Matthews correlation"}
-_KINDS = {"token_classification": "token-classification"}
 
 
 def write_card(
@@ -42,7 +43,7 @@ def write_card(
     model = load(folder).eval()
     name = name or folder.resolve().name
     usage, size = _usage(name, model), _size(folder, model, pruning)
-    try:
+    with _reading(folder / RESULTS_NAME):
         sections = [
             _summary(name, model, results, pruning),
             usage,
@@ -52,45 +53,56 @@ def write_card(
             _limits(results),
             _versions(results),
         ]
-        metadata = _metadata(name, model.tasks, results, license).to_yaml()
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of another's results.json
-        got = f"one that does not fit: {one_line(error)}"
-        raise UserError(f"{folder / RESULTS_NAME}: expected what `hf-disparse train` writes, got {got}") from error
-    text = "\n\n".join(section for section in sections if section)
-    card = ModelCard(f"---\n{metadata}\n---\n\n{text}\n")
-    card.save(folder / CARD_NAME)
-    return card
+        metadata = _metadata(name, model.tasks, results, license)
+    return _save(folder, metadata, sections)
 
 
-def write_task_card(folder: Path, task: TaskConfig, model: PreTrainedModel, name: str, source: Path | None) -> None:
+def write_task_card(
+    folder: Path, task: TaskConfig, model: PreTrainedModel, name: str, subfolder: str | None, source: Path | None
+) -> None:
     """Writes README.md beside the plain `model` of one task.
 
     Args:
-        name: the path that the usage snippet loads.
+        name, subfolder: of what the usage snippet loads.
         source: the folder of the multitask model, whose `results.json` has the metrics.
     """
-    path = source and source / RESULTS_NAME
-    results = read_json(path) if path and path.is_file() else {}
-    for phase in ("dense", "sparse"):
-        if phase in results:
-            mine = {name: metrics for name, metrics in results[phase]["tasks"].items() if name == task.name}
-            results[phase] = {"tasks": mine, "average": average(mine)} if mine else {}
-    results = {key: value for key, value in results.items() if value}
+    path = Path(source or folder, RESULTS_NAME)
+    results = read_json(path) if path.is_file() else {}
     weights = [p for p in model.base_model.parameters() if p.ndim == 2]
     zeros = sum(int((p == 0).sum()) for p in weights) / sum(p.numel() for p in weights)
-    kind = _KINDS.get(task.problem_type, "text-classification")
-    text = "{'text': 'A first text.', 'text_pair': 'A second text.'}" if len(task.columns) == 2 else "'A text.'"
-    sections = [
-        f"# {task.name}\n\nThe task `{task.name}` of a multitask model with one shared encoder, as a plain "
-        f"`{type(model).__name__}`: {100 * zeros:.1f} % of its encoder's matrices, embeddings included, are zeros.",
-        f'## Use\n\n```python\nfrom transformers import pipeline\n\nprint(pipeline("{kind}", "{name}")({text}))\n```',
-        _metrics(results),
-        _limits(results),
-        _versions(results),
-    ]
-    body = "\n\n".join(section for section in sections if section)
-    card = ModelCard(f"---\n{_metadata(task.name, {task.name: task}, results).to_yaml()}\n---\n\n{body}\n")
+    with _reading(path):
+        for phase in ("dense", "sparse"):
+            if phase in results:
+                mine = {name: metrics for name, metrics in results[phase]["tasks"].items() if name == task.name}
+                results[phase] = {"tasks": mine, "average": average(mine)} if mine else {}
+        results = {key: value for key, value in results.items() if value}
+        sections = [
+            f"# {task.name}\n\nThe task `{task.name}` of a multitask model with one shared encoder, as a plain "
+            f"`{type(model).__name__}`: {100 * zeros:.1f} % of its encoder's matrices, embeddings included, are zeros.",
+            _usage_alone(task, type(model).__name__, name, subfolder),
+            _metrics(results),
+            _limits(results),
+            _versions(results),
+        ]
+        metadata = _metadata(task.name, {task.name: task}, results)
+    _save(folder, metadata, sections)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Says in one line what is wrong with the results.json of another program."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        got = f"one that does not fit: {one_line(error)}"
+        raise UserError(f"{path}: expected what `hf-disparse train` writes, got {got}") from error
+
+
+def _save(folder: Path, metadata: ModelCardData, sections: Iterable[str]) -> ModelCard:
+    text = "\n\n".join(section for section in sections if section)
+    card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}\n")
     card.save(folder / CARD_NAME)
+    return card
 
 
 def losses_of_log(history: list[Mapping[str, Any]]) -> list[dict[str, float]]:
@@ -120,8 +132,7 @@ def is_multitask(folder: str | Path) -> bool:
 
 def tokens_to_time(config: PreTrainedConfig) -> int:
     """The length of a text whose time is told: 64, or what the encoder has positions for."""
-    positions = getattr(config, "max_position_embeddings", None) or 512
-    return min(_TOKENS, positions - 2)  # RoBERTa and its kin keep two for themselves
+    return min(_TOKENS, token_limit(config) or _TOKENS)
 
 
 def latency(model: MultitaskModel, tokens: int) -> dict[int, float]:
@@ -139,12 +150,16 @@ def latency(model: MultitaskModel, tokens: int) -> dict[int, float]:
     return milliseconds
 
 
+def _kind(task: TaskConfig) -> str:
+    return "token-classification" if task.problem_type == "token_classification" else "text-classification"
+
+
 def _metadata(
     name: str, tasks: Mapping[str, TaskConfig], results: Mapping[str, Any], license: str | None = None
 ) -> ModelCardData:
     base = results.get("recipe", {}).get("encoder", "")
     is_hub_id = base.count("/") == 1 and ":" not in base
-    kinds = sorted({_KINDS.get(task.problem_type, "text-classification") for task in tasks.values()})
+    kinds = sorted({_kind(task) for task in tasks.values()})
     data = results.get("recipe", {}).get("data", {})
     return ModelCardData(
         model_name=name,
@@ -164,11 +179,11 @@ def _eval_results(tasks: Mapping[str, TaskConfig], results: Mapping[str, Any]) -
     data, found = results.get("recipe", {}).get("data", {}), []
     for task, metrics in results.get("sparse", {}).get("tasks", {}).items():
         entry = data.get(task, {})
-        kind = _KINDS.get(tasks[task].problem_type, "text-classification") if task in tasks else None
+        kind = _kind(tasks[task]) if task in tasks else "text-classification"
         for metric, value in metrics.items():
             found.append(
                 EvalResult(
-                    task_type=kind or "text-classification",
+                    task_type=kind,
                     dataset_type=entry.get("data", task),
                     dataset_name=task,
                     dataset_config=entry.get("subset"),
@@ -242,7 +257,7 @@ def _pruned_things(pruning: PruningConfig) -> str:
     if pruning.block:
         return "{} x {} blocks".format(*pruning.block)
     if pruning.granularity == ("rank",):
-        return "numbers in the matrices (each the product of two, whose rank is cut)"
+        return "parameters of the matrices (each the product of two, whose rank is cut)"
     return " and ".join({"channel": "input channels"}.get(kind, f"{kind}s") for kind in pruning.granularity)
 
 
@@ -255,6 +270,21 @@ def _usage(name: str, model: MultitaskModel) -> str:
         f"print(pipeline({example}))  # the answers of the tasks that take {'two texts' if pair else 'one text'}\n```\n\n"
         "After `import hf_disparse`, `AutoModel.from_pretrained` loads it too, to train on or to use with `task=`."
     )
+
+
+def _usage_alone(task: TaskConfig, class_name: str, name: str, subfolder: str | None) -> str:
+    """The snippet of a plain model; transformers' pipeline takes no subfolder."""
+    text = "{'text': 'A first text.', 'text_pair': 'A second text.'}" if len(task.columns) == 2 else "'A text.'"
+    if subfolder is None:
+        code = f'from transformers import pipeline\n\nprint(pipeline("{_kind(task)}", "{name}")({text}))'
+    else:
+        code = (
+            f"from transformers import AutoTokenizer, {class_name}, pipeline\n\n"
+            f'where = {{"pretrained_model_name_or_path": "{name}", "subfolder": "{subfolder}"}}\n'
+            f"model, tokenizer = {class_name}.from_pretrained(**where), AutoTokenizer.from_pretrained(**where)\n"
+            f'print(pipeline("{_kind(task)}", model, tokenizer=tokenizer)({text}))'
+        )
+    return f"## Use\n\n```python\n{code}\n```"
 
 
 def _metrics(results: Mapping[str, Any]) -> str:

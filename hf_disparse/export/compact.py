@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from hf_disparse.adapters import has_adapters
-from hf_disparse.architectures import Layout, find_sites, first_stays, layout_of
+from hf_disparse.architectures import Layout, encoder_layers, find_sites, first_stays, layout_of
 from hf_disparse.config import UserError
 from hf_disparse.export.folder import copy_companions, describe, new_folder, open_model
 from hf_disparse.export.form import set_structure, structure_of
@@ -98,7 +98,7 @@ def save_compact(
 def count_parts(encoder: nn.Module) -> dict[str, int]:
     """kind -> number of parts that are there."""
     counts = {kind: sum(site.parts for site in places.values()) for kind, places in find_sites(encoder).items()}
-    return counts | {"layer": len(encoder.get_submodule(layout_of(encoder).layers))}
+    return counts | {"layer": len(encoder_layers(encoder))}
 
 
 def heads_that_stay(model: PreTrainedModel) -> dict[str, list[int]]:

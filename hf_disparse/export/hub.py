@@ -5,9 +5,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
-from hf_disparse.config import UserError, one_line
+from hf_disparse.config import UserError, one_line, require
 from hf_disparse.export.card import is_multitask, write_card
 from hf_disparse.export.compact import save_compact
 from hf_disparse.export.folder import INDEX_NAME, WEIGHTS_NAME, copy_companions, model_folder, weight_files
@@ -49,7 +50,12 @@ def push(
     Raises:
         UserError: what the Hub refused, and why. Files that were sent whole are not sent again by the next call.
     """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"REPO: expected USER/NAME, got {one_line(error)}") from None
     source, api = model_folder(model), api or HfApi(token=token)
+    require(not with_tasks or is_multitask(source), "--with-tasks", "nothing with a model of one task", True)
     with TemporaryDirectory() as temporary:
         folder = Path(temporary, "model")
         if form == "packed":
@@ -67,7 +73,7 @@ def push(
         if is_multitask(folder):
             write_card(folder, repo_id, license)
         if with_tasks:
-            save_tasks(source, Path(temporary, "tasks"), dtype=dtype)
+            save_tasks(source, Path(temporary, "tasks"), dtype=dtype, name=repo_id)
             Path(temporary, "tasks", "tasks").rename(folder / "tasks")
         return _upload(api, folder, repo_id, private)
 

@@ -63,7 +63,12 @@ def check_task(model: MultitaskModel, task: str) -> None:
 
 
 def save_tasks(
-    model: MultitaskModel | str | Path, folder: str | Path, task: str | None = None, dtype: torch.dtype | None = None
+    model: MultitaskModel | str | Path,
+    folder: str | Path,
+    task: str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    name: str | None = None,
 ) -> list[Path]:
     """Writes tasks of `model` into the new folder `folder`, for plain `AutoModelFor...` and `pipeline`.
 
@@ -71,6 +76,7 @@ def save_tasks(
         model: a MultitaskModel, or the folder or Hub id of one; from a folder, its tokenizer comes along.
         task: the one to write into `folder` itself; by default every task, each into `tasks/<name>` of it.
         dtype: of the floating point weights; default: as they are.
+        name: the Hub id that the cards' snippets load; default: the folder's name.
 
     Returns:
         The folders of the models.
@@ -82,15 +88,15 @@ def save_tasks(
         )
     names = list(model.heads) if task is None else [task]
     with new_folder(folder) as target:
-        for name in names:
-            inner = target if task else target / "tasks" / name
+        for each in names:
+            subfolder = None if task else f"tasks/{each}"
+            inner = target / (subfolder or "")
             inner.mkdir(parents=True, exist_ok=True)
             if source:
                 copy_companions(source, inner, tokenizer_only=True)
-            plain = task_model(model, name)
+            plain = task_model(model, each)
             if dtype:
                 plain.to(dtype)
             plain.save_pretrained(inner)
-            path = Path(folder).name if task else f"tasks/{name}"
-            write_task_card(inner, model.tasks[name], plain, path, source)
-    return [Path(folder) if task else Path(folder, "tasks", name) for name in names]
+            write_task_card(inner, model.tasks[each], plain, name or Path(folder).resolve().name, subfolder, source)
+    return [Path(folder) if task else Path(folder, "tasks", each) for each in names]

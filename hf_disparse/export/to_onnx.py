@@ -15,7 +15,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_disparse.config import UserError, one_line
+from hf_disparse.config import UserError, one_line, require
 from hf_disparse.export.card import tokens_to_time
 from hf_disparse.export.compact import drop_layers, heads_that_stay
 from hf_disparse.export.folder import copy_companions, new_folder, open_model
@@ -59,7 +59,8 @@ def save_onnx(model: PreTrainedModel | str | Path, folder: str | Path, task: str
         drop_layers(model, Cuts(None), heads_that_stay(model))
         config = head_config(model.config.encoder_config, model.tasks[task])
     else:
-        config, task = copy.deepcopy(model.config), None
+        require(task is None, "--task", "nothing for a model of one task", task)
+        config = copy.deepcopy(model.config)
         config.__dict__.pop("quantization_config", None)  # which says how safetensors are read
         model = model if source else copy.deepcopy(model)
     model = extract_model_from_parallel(model, keep_fp32_wrapper=False)  # without the autocast of a training

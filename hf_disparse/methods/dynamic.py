@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hf_disparse.decision import Masks, TaskScores, keep_smallest, smallest, wishes
+from hf_disparse.decision import Masks, TaskScores, check_quorum, keep_smallest, merge_smallest, pairs, task_ranks
 
 Shapes = Mapping[str, Sequence[int]]
 Counts = dict[tuple[str, ...], int]
@@ -79,15 +79,14 @@ def select(task_scores: TaskScores, among: Masks, counts: Counts, quorum: int = 
     """
     best: dict[tuple[str, ...], list[Tensor]] = {group: [] for group in counts}
     tasks = 0
-    for task, scores in task_scores.items() if isinstance(task_scores, Mapping) else task_scores:
+    for task, scores in pairs(task_scores):
         tasks += 1
         for group in counts:
             flat, eligible = (torch.cat([t[name].detach().reshape(-1) for name in group]) for t in (scores, among))
             if not torch.isfinite(flat).all():
                 raise ValueError(f"scores: expected finite numbers, got NaN or infinity for task '{task}' in {group}")
-            best[group] = smallest(best[group], wishes(flat, eligible), quorum)
-    if quorum > tasks:
-        raise ValueError(f"quorum: expected a whole number in 1..{tasks} (the number of tasks), got {quorum}")
+            best[group] = merge_smallest(best[group], task_ranks(flat, eligible), quorum)
+    check_quorum(quorum, tasks)
     chosen = {}
     for group, count in counts.items():
         parts = keep_smallest(best[group][-1], count).split([among[name].numel() for name in group])

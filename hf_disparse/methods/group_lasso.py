@@ -30,7 +30,9 @@ def rms(tensors: Mapping[str, Tensor], site: Site, size: Tensor) -> Tensor:
     """rms_g = ||w_g|| / sqrt(|g|). Shapes: {parameter name: (rows, columns)}, size (parts,) -> (parts,) float64."""
     squares = torch.zeros_like(size)
     for module, (dim, owner) in site.members.items():
-        lines = torch.linalg.vector_norm(tensors[f"{module}.weight"], dim=1 - dim, dtype=_wide(tensors, module))
+        weight = tensors[f"{module}.weight"]
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        lines = torch.linalg.vector_norm(weight, dim=1 - dim, dtype=wide)
         squares.index_add_(0, owner, lines.double().square_())  # in float64: the order of the sum does not show
     return (squares / size).sqrt()
 
@@ -66,8 +68,3 @@ def shrink(tensors: Mapping[str, Tensor], site: Site, factor: Tensor) -> None:
     for module, (dim, owner) in site.members.items():
         weight = tensors[f"{module}.weight"]
         weight.mul_(factor[owner].to(weight.dtype).unsqueeze(1 - dim))
-
-
-def _wide(tensors: Mapping[str, Tensor], module: str) -> torch.dtype:
-    dtype = tensors[f"{module}.weight"].dtype
-    return dtype if dtype == torch.float64 else torch.float32

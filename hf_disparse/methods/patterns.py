@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from hf_disparse.decision import Masks, Scores, TaskScores, smallest
+from hf_disparse.decision import Masks, Scores, TaskScores, check_quorum, merge_smallest, pairs
 
 
 def decide_n_of_m(
@@ -18,7 +18,7 @@ def decide_n_of_m(
     m: int,
     decision: str = "unanimous",
     quorum: int = 1,
-    active: Scores | None = None,
+    active: Masks | None = None,
 ) -> Masks:
     """Keeps exactly N of every M consecutive weights of a row (of the input dimension).
 
@@ -45,7 +45,7 @@ def decide_n_of_m(
     best: dict[str, list[Tensor]] = {}  # per weight the `quorum` smallest ranks, sorted
     total: dict[str, Tensor] = {}
     tasks = 0
-    for task, scores in task_scores.items() if isinstance(task_scores, Mapping) else task_scores:
+    for task, scores in pairs(task_scores):
         _check(task, scores, m, active)
         tasks += 1
         for name, one in (scores if ranked else _normalised(scores)).items():
@@ -55,11 +55,10 @@ def decide_n_of_m(
                 continue
             rank = ranks_in_groups(one, m, None if active is None else active[name]).masked_fill_(one == 0, m)
             total[name] = total[name] + rank if name in total else rank
-            best[name] = smallest(best.get(name, []), rank, quorum)
+            best[name] = merge_smallest(best.get(name, []), rank, quorum)
     if not tasks:
         raise ValueError("task_scores: expected at least one task, got none")
-    if not 0 < quorum <= tasks:
-        raise ValueError(f"quorum: expected a whole number in 1..{tasks} (the number of tasks), got {quorum}")
+    check_quorum(quorum, tasks)
     masks = {}
     for name in list(total):
         value = -total.pop(name) if ranked else total.pop(name)

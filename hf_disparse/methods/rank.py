@@ -1,7 +1,7 @@
-"""Pruning the rank of matrices under one budget of numbers: which components of W = up @ down stay.
+"""Pruning the rank of matrices under one budget of parameters: which components of W = up @ down stay.
 
-A component of a matrix (out, in) takes out + in numbers, so that components of unlike matrices compete by what they are worth
-per number. Sources: FLOP, Wang et al. 2020 (arXiv 1910.04732), the gated factorisation; Xia and Shin 2021 (arXiv 2112.05705)
+A component of a matrix (out, in) takes out + in parameters, so that components of unlike matrices compete by their score per
+parameter. Sources: FLOP, Wang et al. 2020 (arXiv 1910.04732), the gated factorisation; Xia and Shin 2021 (arXiv 2112.05705)
 prune ranks under a multitask objective with one budget of parameters for all matrices.
 """
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from hf_disparse.parts import Site, sum_by_part
 
 
-def numbers_allowed(shapes: Iterable[tuple[int, int]], sparsity: float) -> int:
-    """How many numbers all factors may take: D - round(sparsity * D), D = sum of out * in over the dense matrices."""
+def parameter_budget(shapes: Iterable[tuple[int, int]], sparsity: float) -> int:
+    """How many parameters all factors may have: D - round(sparsity * D), D = sum of out * in over the dense matrices."""
     dense = sum(rows * columns for rows, columns in shapes)
     return dense - round(sparsity * dense)
 
@@ -25,22 +25,22 @@ def matrix_shape(tensors: Mapping[str, Tensor], site: Site) -> tuple[int, int]:
     return sizes[1], sizes[0]
 
 
-def numbers_saved(masks: Mapping[str, Tensor], sites: Mapping[str, Site]) -> tuple[int, int]:
-    """How many numbers the factors save under their masks, below 0 while they are larger, and D, those of the matrices."""
+def parameters_saved(masks: Mapping[str, Tensor], sites: Mapping[str, Site]) -> tuple[int, int]:
+    """How many parameters the factors save under their masks, below 0 while they are larger, and D, those of the matrices."""
     dense = sum(rows * columns for rows, columns in (matrix_shape(masks, site) for site in sites.values()))
     kept = sum(int(masks[f"{module}.weight"].sum()) for site in sites.values() for module in site.members)
     return dense - kept, dense
 
 
-def worth(scores: Mapping[str, Tensor], site: Site) -> Tensor:
-    """Score of each component per number that it takes: sum of those of its weights / (out + in).
+def score_per_parameter(scores: Mapping[str, Tensor], site: Site) -> Tensor:
+    """Score of each component per parameter that it takes: sum of those of its weights / (out + in).
 
     Shapes: {parameter name: weight-shaped} -> (r,) float64.
     """
     return sum_by_part(scores, site) / sum(matrix_shape(scores, site))
 
 
-def take(cost: Tensor, sizes: Tensor, budget: int) -> Tensor:
+def fill_budget(cost: Tensor, sizes: Tensor, budget: int) -> Tensor:
     """Goes through the components from the smallest cost, ties by position, and keeps each that still fits.
 
     The budget is missed by less than the largest component unless everything is kept, and no component that was left out

@@ -2,7 +2,7 @@
 
 from hf_disparse.tasks.batches import MultitaskCollator, TaskBatchSampler, TaskDataset
 from hf_disparse.tasks.data import load_task, resolve, tokenize
-from hf_disparse.tasks.metrics import TaskMetric, average, average_name, compute_metrics
+from hf_disparse.tasks.metrics import TaskMetric, average, average_name, compute_metrics, counted_tasks
 
 __all__ = [
     "MultitaskCollator",
@@ -12,6 +12,7 @@ __all__ = [
     "average",
     "average_name",
     "compute_metrics",
+    "counted_tasks",
     "load_task",
     "resolve",
     "tokenize",

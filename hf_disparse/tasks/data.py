@@ -69,11 +69,13 @@ def load_task(
         UserError: data, file, split or column that is not there, a split without examples, or one that is validated on
             and trained on.
     """
+    where = f"tasks.{task.name}"
+    stored = _load_demo(data, where) if data.data.startswith("demo:") else _load_splits(data, where)
     if data.validation_fraction is not None:
-        rows, _, _ = _load_split(task, data, "train_split")
+        rows, _, _ = _split(stored, task, data, "train_split")
         found = dict(zip(("train", "validation"), _hold_out(rows, task, data.validation_fraction, seed), strict=True))
     else:
-        loaded = {split: _load_split(task, data, f"{split}_split") for split in splits}
+        loaded = {split: _split(stored, task, data, f"{split}_split") for split in splits}
         if len(loaded) == 2:
             _refuse_overlap(task, data, loaded["train"], loaded["validation"])
         found = {split: rows for split, (rows, _, _) in loaded.items()}
@@ -101,7 +103,7 @@ def _refuse_overlap(task: TaskConfig, data: DataConfig, train: Split, validation
 
 def _refuse_swallowed(rows: Dataset, task: TaskConfig, data: DataConfig) -> None:
     """A quotation mark that a TSV text begins with takes the rows up to the next one into that text."""
-    if ".tsv" not in Path(data.data).suffixes or "quoting" in data.options:
+    if ".tsv" not in data.data.lower() or "quoting" in data.options:
         return
     for column in task.columns:
         for text in rows.with_format(None)[column]:
@@ -133,10 +135,9 @@ def _hold_out(rows: Dataset, task: TaskConfig, fraction: float, seed: int) -> tu
     return parts["train"], parts["test"]
 
 
-def _load_split(task: TaskConfig, data: DataConfig, key: str) -> Split:
+def _split(splits: DatasetDict, task: TaskConfig, data: DataConfig, key: str) -> Split:
     """The rows of the split that the field `key` of `data` names, its name, and which of its rows they are."""
     where, split = f"tasks.{task.name}", getattr(data, key)
-    splits = _load_demo(data, where) if data.data.startswith("demo:") else _load_splits(data, where)
     name = split.partition("[")[0]
     if name not in splits:
         way_out = ", or set validation_fraction" if key == "validation_split" else ""
@@ -179,8 +180,8 @@ def _load_splits(data: DataConfig, where: str) -> DatasetDict:
     if clash:
         raise UserError(f"{where}.options: '{clash[0]}' cannot be set here; data names the file")
     try:
-        with warnings.catch_warnings():  # which it gives once, and then drops the rest of every such row
-            warnings.filterwarnings("error", "Length of header or names does not match")  # pandas'
+        with warnings.catch_warnings():  # pandas warns once of rows longer than the header, and drops their last fields
+            warnings.filterwarnings("error", "Length of header or names does not match")
             return load_dataset(**arguments, **{**defaults, **data.options})
     except Exception as error:  # pandas, arrow, datasets and the Hub's clients raise a dozen kinds here
         if isinstance(error, DatasetGenerationError) and error.__cause__:
@@ -229,8 +230,8 @@ def tokenize(
     """Turns raw examples into model inputs and `labels`; texts longer than `max_length` tokens are truncated.
 
     Returns:
-        The tokenized examples and the number of unlabelled ones (None or NaN; -1 for a single class; token
-        classification of no words, or of none with a token) that were left out.
+        The tokenized examples and the number of unlabelled ones that were left out: None or NaN; -1 for a single class; for
+        token classification, no words, or no word that became a token.
 
     Raises:
         UserError: a column that is not there, a label outside the task's classes, a text that is no string, or no

@@ -65,11 +65,11 @@ def _values(task: TaskConfig, predictions: np.ndarray, labels: np.ndarray) -> di
 
 
 def _f1(task: TaskConfig, predictions: np.ndarray, labels: np.ndarray) -> float:
-    average = "binary" if task.num_labels == 2 else "macro"
+    averaging = "binary" if task.num_labels == 2 else "macro"
     if task.problem_type == "multi_label_classification":
         # scikit-learn reads a single column as a class 0 and a class 1, and their micro average is the accuracy.
-        average = "binary" if task.num_labels == 1 else "micro"
-    return float(f1_score(labels, predictions, average=average, zero_division=0))
+        averaging = "binary" if task.num_labels == 1 else "micro"
+    return float(f1_score(labels, predictions, average=averaging, zero_division=0))
 
 
 def _matthews(task: TaskConfig, predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -100,14 +100,15 @@ def average(values: dict[str, dict[str, float]]) -> float:
     Args:
         values: task -> metric -> value.
     """
-    return float(np.mean([np.mean(list(values[task].values())) for task in _counted(values)]))
+    return float(np.mean([np.mean(list(values[task].values())) for task in counted_tasks(values)]))
 
 
 def average_name(tasks: Iterable[str]) -> str:
     """What the average is called where these tasks stand beside it."""
-    left_out = set(tasks := list(tasks)) - set(_counted(tasks))
+    left_out = set(tasks := list(tasks)) - set(counted_tasks(tasks))
     return "average" + (f" without {', '.join(sorted(left_out))}" if left_out else "")
 
 
-def _counted(tasks: Iterable[str]) -> list[str]:
+def counted_tasks(tasks: Iterable[str]) -> list[str]:
+    """Those of the tasks that the average is over: GLUE leaves WNLI out where there are others."""
     return [task for task in tasks if task.lower() != "wnli"] or list(tasks)

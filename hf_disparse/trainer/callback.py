@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,11 @@ from transformers import TrainerCallback
 
 from hf_disparse.analysis import Watch
 from hf_disparse.config import TASK_CRITERIA, PruningConfig, UserError
+from hf_disparse.decision import Masks
 from hf_disparse.distributed import average, processes, require_same, share
 from hf_disparse.masks import MaskHooks, apply_masks, find_masks
 from hf_disparse.model import MultitaskModel, prunable_parameters
 from hf_disparse.reconstruction import check, reconstruct
-from hf_disparse.schedule import update_steps
 from hf_disparse.scores import (
     GRADIENT_CRITERIA,
     Average,
@@ -33,7 +34,7 @@ from hf_disparse.trainer.guard import Guard
 from hf_disparse.trainer.methods import Update, new_method
 from hf_disparse.trainer.methods.base import Stream
 from hf_disparse.trainer.reinitialise import reinitialise
-from hf_disparse.trainer.rules import check_pattern, gone_layers, prunable_sites, pruned_fractions
+from hf_disparse.trainer.rules import check_pattern, count_pruned_parts, gone_layers, prunable_sites
 
 _FIT_BATCHES = 8  # of a task at most, to reconstruct on: docs/glue.md shows that 4 are nearly as good
 
@@ -47,7 +48,7 @@ class PruningCallback(TrainerCallback):
             part of every batch.
         masks: weights already pruned, such as `find_masks` finds in a sparse checkpoint. They stay pruned.
         loss_fn: (model, batch) -> loss.
-        weights: task -> weight in the joint decision.
+        task_weights: task -> weight in the joint decision.
         guard: what undoes a pruning step that costs a task too much, as `config.max_drop` asks for it.
 
     Attributes:
@@ -63,7 +64,7 @@ class PruningCallback(TrainerCallback):
         *,
         masks: Mapping[str, Tensor] | None = None,
         loss_fn: LossFunction = model_loss,
-        weights: Mapping[str, float] | None = None,
+        task_weights: Mapping[str, float] | None = None,
         guard: Guard | None = None,
     ):
         if config is not None and config.quorum > len(loaders):
@@ -75,21 +76,20 @@ class PruningCallback(TrainerCallback):
                 "pruning.max_drop: expected a DisparseTrainer, which measures the tasks, got another Trainer"
             )
         self.config, self.loaders, self.masks, self.guard = config, loaders, masks, guard
-        self.method = new_method(config) if config and config.sparsity else None
         self.task = next(iter(loaders), "")  # whose batch the next backward pass is of
-        self._loss_fn, self._weights = loss_fn, weights
+        self._loss_fn, self._task_weights = loss_fn, task_weights
         self._parameters: dict[str, nn.Parameter] = {}
-        self._hooks: MaskHooks | None = None
-        self._watches: list[torch.utils.hooks.RemovableHandle] = []
+        self._mask_hooks: MaskHooks | None = None
+        self._gradient_hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._loaded_state: dict[str, Tensor] | None = None
         self._scores_folder: Path | None = None  # where scores are kept, if they are
-        self.backward_passes = 0
-        self.measures: dict[str, float] = {}
+        self.restart()
 
     def restart(self) -> None:
         """Forgets an earlier training, but for the masks."""
         self.method = new_method(self.config) if self.config and self.config.sparsity else None
-        self.backward_passes, self.measures = 0, {}
+        self.backward_passes = 0
+        self.measures: dict[str, float] = {}
         if self.guard:
             self.guard.forget()
 
@@ -105,9 +105,8 @@ class PruningCallback(TrainerCallback):
 
     @property
     def last_update(self) -> int:
-        """The optimizer step of the last change of masks, -1 without any; of a relative schedule once training began."""
-        steps = list(self.method.steps) or update_steps(self.config) if self.method else ()
-        return steps[-1] if steps else -1
+        """The optimizer step of the last change of masks in the training that began, -1 without any."""
+        return self.method.steps[-1] if self.method and self.method.steps else -1
 
     def on_train_begin(self, args, state, control, *, model, optimizer=None, **kwargs):
         """Holds the masks there are; refuses a schedule that training would cut off."""
@@ -147,11 +146,11 @@ class PruningCallback(TrainerCallback):
                     f"pruning.max_drop: expected to begin before pruning does, got {got}; start a run of its own"
                 )
             if done and self.masks is None:  # resumed from a checkpoint without masks: a foreign Trainer's, say
-                self.masks = self._masks_in_zeros(model, parameters, done[-1], state.max_steps)
+                self.masks = self._masks_in_zeros(model, parameters, done[-1])
         if self.masks is not None:
             self._hold(model, self.masks)
         if self.method and self.method.sees_gradients:
-            self._watch(model, parameters)
+            self._hook_gradients(model, parameters)
 
     def _check(self, model: nn.Module, args) -> dict[str, nn.Parameter]:
         """Refuses now what would fail at the first update; returns the prunable weights."""
@@ -172,14 +171,14 @@ class PruningCallback(TrainerCallback):
             )
         return parameters
 
-    def _watch(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    def _hook_gradients(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         """Shows the method the gradients of training, not those of scoring."""
 
         def see(name: str, parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
             if model.training:
                 return self.method.gradient(name, parameter.detach(), gradient, self.task)
 
-        self._watches = [p.register_hook(partial(see, name, p)) for name, p in parameters.items()]
+        self._gradient_hooks = [p.register_hook(partial(see, name, p)) for name, p in parameters.items()]
 
     def on_step_begin(self, args, state, control, *, model, optimizer=None, lr_scheduler=None, **kwargs):
         """Changes the masks if it is time, on the weights as the last step left them."""
@@ -220,11 +219,11 @@ class PruningCallback(TrainerCallback):
         else:
             self._hold(model, masks)
 
-    def _masks_in_zeros(self, model: nn.Module, parameters: Mapping[str, Tensor], step: int, max_steps: int):
+    def _masks_in_zeros(self, model: nn.Module, parameters: Mapping[str, Tensor], step: int) -> Masks:
         """The masks of a model that was last pruned at `step`, from its zeros."""
         masks, sites = find_masks(parameters), prunable_sites(model, self.config)
-        sparsity = self.method.sparsity_at(step, max_steps, masks, sites)
-        for kind, (pruned, size) in pruned_fractions(masks, sites, self.config).items():
+        sparsity = self.method.sparsity_at(step, masks, sites)
+        for kind, (pruned, size) in count_pruned_parts(masks, sites, self.config).items():
             if pruned < round(sparsity * size):
                 got = f"{pruned} pruned among {size} {kind}s"
                 raise UserError(
@@ -239,11 +238,9 @@ class PruningCallback(TrainerCallback):
         masks = {name: held.get(name, torch.ones_like(p, dtype=torch.bool)) for name, p in parameters.items()}
         now = Update(
             step=step,
-            model=model,
             parameters=parameters,
             masks=masks,
             sites=prunable_sites(model, self.config),
-            tasks=tuple(self.loaders),
             score=partial(self._score, model, parameters, progress),
             optimizer=optimizer,
             gradients=partial(self._gradients, model, parameters, progress),
@@ -287,7 +284,7 @@ class PruningCallback(TrainerCallback):
 
         def update(masks, score):
             def seen(criterion: str, joint: bool = False) -> Stream:  # a weight is zero where its mask is
-                return self._seen(score(criterion, joint), masks, (self.masks and masks) or {}, criterion, joint)
+                return self._observed(score(criterion, joint), masks, (self.masks and masks) or {}, criterion, joint)
 
             return self.method.update(replace(now, masks=masks, score=seen))
 
@@ -300,49 +297,40 @@ class PruningCallback(TrainerCallback):
     def _score(self, model, parameters, progress: bool, criterion: str, joint: bool = False) -> Stream:
         if criterion in GRADIENT_CRITERIA:
             self.backward_passes += len(self.loaders) * self.config.score_batches
-        stream = score(
-            model,
-            self.loaders,
-            criterion,
-            parameters=parameters,
-            num_batches=self.config.score_batches,
-            joint=joint,
-            weights=self._weights,
-            loss_fn=self._loss_fn,
-            average=self._average,
-            seed=self.config.seed,
-            progress=progress,
-        )
-        return stream if is_sharded(parameters) else self._seen(stream, parameters, self.masks or {}, criterion, joint)
+        shared = self._scoring(parameters, progress, joint)
+        stream = score(model, self.loaders, criterion, seed=self.config.seed, **shared)
+        if is_sharded(parameters):
+            return stream
+        return self._observed(stream, parameters, self.masks or {}, criterion, joint)
 
-    def _seen(
-        self, stream: Stream, weights, masks: Mapping[str, Tensor], criterion: str, joint: bool = False
-    ) -> Stream:
+    def _observed(self, stream: Stream, weights, masks: Mapping[str, Tensor], criterion: str, joint: bool) -> Stream:
         """Hands whole scores on: keeps them, if they are to be kept, and what the tasks agree on for the log."""
         if self._scores_folder:
             stream = keep_scores(stream, self._scores_folder, masks)
         if joint or criterion not in TASK_CRITERIA or len(self.loaders) < 2:
             return stream  # nothing that tells tasks apart, or what to grow, which is zero now
-        return self._watched(Watch(weights, self.config.sparsity, self.config.seed), stream)
+        return self._agreement_logged(Watch(weights, self.config.sparsity, self.config.seed), stream)
 
-    def _watched(self, watch: Watch, stream: Stream) -> Stream:
+    def _agreement_logged(self, watch: Watch, stream: Stream) -> Stream:
         """Hands the tasks' scores on, then has something to log."""
         yield from watch.watch(stream)
         self.measures = watch.scalars()
 
     def _gradients(self, model, parameters, progress: bool, joint: bool = False):
         self.backward_passes += len(self.loaders) * self.config.score_batches
-        return gradients(
-            model,
-            self.loaders,
-            parameters=parameters,
-            num_batches=self.config.score_batches,
-            joint=joint,
-            weights=self._weights,
-            loss_fn=self._loss_fn,
-            average=self._average,
-            progress=progress,
-        )
+        return gradients(model, self.loaders, **self._scoring(parameters, progress, joint))
+
+    def _scoring(self, parameters, progress: bool, joint: bool) -> dict[str, Any]:
+        """What `score` and `gradients` are asked alike."""
+        return {
+            "parameters": parameters,
+            "num_batches": self.config.score_batches,
+            "joint": joint,
+            "task_weights": self._task_weights,
+            "loss_fn": self._loss_fn,
+            "average": self._average,
+            "progress": progress,
+        }
 
     def state(self) -> dict[str, Tensor]:
         """The method's, for a checkpoint."""
@@ -359,19 +347,19 @@ class PruningCallback(TrainerCallback):
         apply_masks(model, self.masks)  # refuses the masks of another model
         if self.config and "layer" in self.config.granularity:
             model.skip_layers(sorted({*model.config.skipped_layers, *gone_layers(model, self.masks)}))
-        self._hooks = MaskHooks(model, self.masks)
+        self._mask_hooks = MaskHooks(model, self.masks)
 
     def release(self) -> None:
         """Lets the gradients of pruned weights pass again."""
-        if self._hooks:
-            self._hooks.remove()
-            self._hooks = None
+        if self._mask_hooks:
+            self._mask_hooks.remove()
+            self._mask_hooks = None
 
     def end(self) -> None:
         """Lets go of the model."""
         if self.method:
             self.method.end()
         self.release()
-        for watch in self._watches:
-            watch.remove()
-        self._watches = []
+        for hook in self._gradient_hooks:
+            hook.remove()
+        self._gradient_hooks = []

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_disparse import decision
-from hf_disparse.architectures import find_sites, layout_of
+from hf_disparse.architectures import encoder_layers, find_sites
 from hf_disparse.config import PruningConfig, UserError
 from hf_disparse.masks import count_pruned
 from hf_disparse.methods.patterns import decide_n_of_m, expand_blocks, misfits, pool_blocks, pruned_in_groups
-from hf_disparse.methods.rank import numbers_saved
+from hf_disparse.methods.rank import parameters_saved
 from hf_disparse.model import prunable_parameters
-from hf_disparse.parts import Site, channels, mask_of_parts, sum_by_part
+from hf_disparse.parts import Site, channels, masks_of_parts, sum_by_part
 
 Sites = Mapping[str, Mapping[str, Site]]
 
@@ -40,7 +40,7 @@ def decide_parts(
 ) -> decision.Masks:
     """The masks of the weights once `round(sparsity * parts)` parts of each kind are gone.
 
-    Exactly so many, but where a layer goes after parts of other layers went: nothing that is pruned comes back.
+    More may go where a whole layer is pruned after heads or neurons of other layers were, for nothing that is pruned comes back.
 
     A part's score for a task is the sum of those of its weights; `config.decision` decides over parts as over weights. The
     best part of every site stays, by the same rule: an encoder needs a head in each layer.
@@ -66,12 +66,13 @@ def decide_scored_parts(
 ) -> decision.Masks:
     """As `decide_parts`, of scores of parts: (task, kind -> site -> (parts,))."""
     masks = dict(active)
-    for kind in sorted(sites, key="layer".__ne__):  # layers first: their heads and neurons are gone, and count
+    for kind in sorted(
+        sites, key=lambda kind: kind != "layer"
+    ):  # layers first: their heads and neurons are gone, and count
         places = sites[kind]
         live = {name: sum_by_part(masks, site) > 0 for name, site in places.items()}
         keep = keep_parts(config, kind, [(task, scores[kind]) for task, scores in by_part], sparsity, live)
-        for name, site in places.items():
-            masks |= mask_of_parts(masks, site, keep[name])
+        masks |= masks_of_parts(masks, places, keep)
     return masks
 
 
@@ -89,18 +90,28 @@ def keep_parts(
     Raises:
         UserError: the sparsity would leave a site without any part.
     """
-    count = check_sparsity(kind, [len(alive) for alive in live.values()], sparsity)
+    count = parts_to_prune(kind, [len(alive) for alive in live.values()], sparsity)
     if count <= sum(int((~alive).sum()) for alive in live.values()):
         return {name: alive.clone() for name, alive in live.items()}
     best = best_parts(config, task_scores, live)
     rest = sum(int((~stays).sum()) for stays in best.values())
     if count == rest:
         return best
-    others = [(task, {name: by_site[name][~best[name]] for name in live}) for task, by_site in task_scores]
-    chosen = decide_by(config, others, count / rest, active={name: live[name][~best[name]] for name in live})
-    for name, keep in best.items():
-        keep[~keep] = chosen[name]
-    return best
+    return keep_of_the_rest(config, task_scores, best, live, sparsity=count / rest)
+
+
+def keep_of_the_rest(
+    config: PruningConfig,
+    task_scores: list[tuple[str, dict[str, Tensor]]],
+    best: dict[str, Tensor],
+    live: dict[str, Tensor],
+    sparsity: float = 0.0,
+    cut: decision.Cut | None = None,
+) -> dict[str, Tensor]:
+    """The best parts of `best_parts`, and what `config.decision` keeps of the others. Shapes and arguments as in `decide_by`."""
+    others = [(task, {name: by_site[name][~best[name]] for name in best}) for task, by_site in task_scores]
+    chosen = decide_by(config, others, sparsity, {name: live[name][~best[name]] for name in best}, cut)
+    return {name: keep.masked_scatter(~keep, chosen[name]) for name, keep in best.items()}
 
 
 def best_parts(
@@ -148,7 +159,7 @@ def check_pattern(config: PruningConfig, parameters: Mapping[str, Tensor], masks
             )
 
 
-def check_sparsity(kind: str, parts: Sequence[int], sparsity: float) -> int:
+def parts_to_prune(kind: str, parts: Sequence[int], sparsity: float) -> int:
     """How many parts of a kind a sparsity prunes, of so many at each site; refuses one that leaves a site without."""
     size = sum(parts)
     count, most = round(sparsity * size), size - len(parts)
@@ -176,19 +187,17 @@ def prunable_sites(model: nn.Module, config: PruningConfig) -> Sites:
     return sites
 
 
-def pruned_fractions(
-    masks: decision.Masks, sites: Sites, config: PruningConfig | None = None
-) -> dict[str, tuple[int, int]]:
+def count_pruned_parts(masks: decision.Masks, sites: Sites, config: PruningConfig) -> dict[str, tuple[int, int]]:
     """kind -> how many are pruned, of how many; of weights if there are no sites; as the pattern of `config` counts."""
-    if config and config.n_of_m:
+    if config.n_of_m:
         return {"weight": pruned_in_groups(masks, *config.n_of_m)}
-    if config and config.block:
+    if config.block:
         kept = torch.cat([blocks.flatten() for blocks in pool_blocks(masks, *config.block).values()])
         return {"block": (int((kept == 0).sum()), len(kept))}
     if not sites:
         return {"weight": count_pruned(masks)}
     if "rank" in sites:
-        return {"number": numbers_saved(masks, sites["rank"])}
+        return {"parameter": parameters_saved(masks, sites["rank"])}
     counts = {}
     for kind, places in sites.items():
         gone = torch.cat([sum_by_part(masks, site) == 0 for site in places.values()])
@@ -198,7 +207,7 @@ def pruned_fractions(
 
 def gone_layers(model: nn.Module, masks: decision.Masks) -> list[int]:
     """The layers of which the masks keep nothing, by their place."""
-    layers = model.base_model.get_submodule(layout_of(model.base_model).layers)
+    layers = encoder_layers(model.base_model)
     keeps = {id(p): bool(masks[name].any()) for name, p in model.named_parameters() if name in masks}
     by_layer = [[keeps[id(p)] for p in layer.parameters() if id(p) in keeps] for layer in layers]
     return [i for i, kept in enumerate(by_layer) if kept and not any(kept)]

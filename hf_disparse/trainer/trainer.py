@@ -93,7 +93,7 @@ class DisparseTrainer(Trainer):
             {task: ScoringBatches(self, task) for task in judges},
             masks=masks,
             loss_fn=self.scoring_loss,
-            weights={name: task.weight for name, task in self.tasks.items()},
+            task_weights={name: task.weight for name, task in self.tasks.items()},
             guard=new_guard(self),
         )
         self.add_callback(self.pruner)

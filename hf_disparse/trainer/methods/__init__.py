@@ -31,10 +31,7 @@ def new_method(config: PruningConfig) -> Method:
 __all__ = [
     "L0",
     "METHODS",
-    "Dynamic",
     "Flop",
-    "GroupLasso",
-    "Method",
     "Movement",
     "Platon",
     "Rank",

@@ -1,6 +1,6 @@
 """What a pruning method is to the trainer: it decides masks, and may look at every gradient on the way."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 
 from hf_disparse.config import PruningConfig
 from hf_disparse.decision import Masks
-from hf_disparse.schedule import sparsity_at, update_steps
-from hf_disparse.trainer.rules import Sites, check_sparsity
+from hf_disparse.schedule import end_of, sparsity_at, update_steps
+from hf_disparse.trainer.rules import Sites, parts_to_prune
 
 Stream = Iterator[tuple[str, dict[str, Tensor]]]
 
@@ -24,7 +24,6 @@ class Update:
         parameters: the prunable weights by name; they hold +0.0 where they are pruned.
         masks: those in force, by the same names; all True before the first pruning.
         sites: the parts that go as a whole, empty where weights do.
-        tasks: the names of those that judge, in order.
         score: (criterion) -> (task, scores) one task at a time, on batches of its own; (criterion, True) -> one pair
             "joint", of the summed losses. Every call takes backward passes.
         optimizer: None in a loop that hides it.
@@ -32,11 +31,9 @@ class Update:
     """
 
     step: int
-    model: nn.Module
     parameters: Mapping[str, nn.Parameter]
     masks: Masks
     sites: Sites
-    tasks: tuple[str, ...]
     score: Callable[..., Stream]
     optimizer: Optimizer | None
     gradients: Callable[..., Iterator[tuple[str, Iterator[dict[str, Tensor]]]]] | None = None
@@ -50,17 +47,18 @@ class Method:
 
     Attributes:
         sees_gradients: whether `gradient` is to be called.
-        may_revive: whether a weight that was pruned can come back.
         keeps_state: whether a training cannot go on without what `state` returned, until the last update is done.
+        max_steps, steps, last: of the training that began, the steps before which `update` is called, and that of the end of the
+            schedule.
     """
 
     sees_gradients = False
-    may_revive = False
     keeps_state = False
 
     def __init__(self, config: PruningConfig):
         self.config = config
-        self.steps: Iterable[int] = range(0)
+        self.max_steps: int | None = None
+        self.steps: Sequence[int] = range(0)
 
     def prepare(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         """Before there is an optimizer: the method may put new modules into the model. Called again once there is one."""
@@ -68,15 +66,16 @@ class Method:
     def check(self, parameters: Mapping[str, Tensor], sites: Sites) -> None:
         """Refuses before the first step what `update` could not do."""
         for kind, places in sites.items():
-            check_sparsity(kind, [site.parts for site in places.values()], self.config.sparsity)
+            parts_to_prune(kind, [site.parts for site in places.values()], self.config.sparsity)
 
     def begin(self, parameters: Mapping[str, nn.Parameter], tasks: Iterable[str], max_steps: int) -> None:
         """Before the first step of a training, also of one that goes on: the state of that comes by `load_state`."""
+        self.max_steps, self.last = max_steps, end_of(self.config, max_steps)
         self.steps = update_steps(self.config, max_steps)
 
-    def sparsity_at(self, step: int, max_steps: int, masks: Masks, sites: Sites) -> float:
-        """How far a model has to be pruned, as `pruned_fractions` counts it, once `step` has updated its masks."""
-        return sparsity_at(self.config, step, max_steps)
+    def sparsity_at(self, step: int, masks: Masks, sites: Sites) -> float:
+        """How far a model has to be pruned, as `count_pruned_parts` counts it, once `step` has updated its masks."""
+        return sparsity_at(self.config, step, self.max_steps)
 
     @staticmethod
     def scorings(config: PruningConfig, max_steps: int) -> int:

@@ -27,14 +27,14 @@ class ByTask(Method):
 
     def begin(self, parameters: Mapping[str, nn.Parameter], tasks: Iterable[str], max_steps: int) -> None:
         super().begin(parameters, tasks, max_steps)
-        self.max_steps, self._parameters = max_steps, parameters
+        self._parameters = parameters
         self._tasks = ("joint",) if self.config.decision == "joint" else tuple(tasks)
         self.buffers: dict[str, dict[str, dict[str, Tensor]]] = {}  # task -> kind -> parameter name -> tensor
         self.over = False
 
     def before_step(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:
         """Lets go of the memory once the last update is done."""
-        if step >= self.steps[-1]:
+        if step >= self.last:
             self.over = True
             self.forget()
 
@@ -58,7 +58,7 @@ class ByTask(Method):
             for name, p in self._parameters.items()
         }
 
-    def judges(self) -> dict[str, dict[str, dict[str, Tensor]]]:
+    def ordered_buffers(self) -> dict[str, dict[str, dict[str, Tensor]]]:
         """The buffers in the order of the tasks, whichever had the first batch."""
         return {task: self.buffers[task] for task in self._tasks if task in self.buffers}
 

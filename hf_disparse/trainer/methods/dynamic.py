@@ -19,12 +19,6 @@ class Dynamic(Method):
     Masks that are there before, of a sparse model, are where it starts: they are brought to the budget by the first update.
     """
 
-    may_revive = True
-
-    def begin(self, parameters, tasks, max_steps: int) -> None:
-        super().begin(parameters, tasks, max_steps)
-        self.last = end_of(self.config, max_steps)
-
     @staticmethod
     def scorings(config: PruningConfig, max_steps: int) -> int:
         """For the first mask, and for each exchange once, twice if what is dropped is by gradients, too."""

@@ -1,4 +1,4 @@
-"""Ranks by hard-concrete gates and a Lagrangian over numbers: `method: flop`."""
+"""Ranks by hard-concrete gates and a Lagrangian over parameters: `method: flop`."""
 
 from collections.abc import Iterable, Mapping
 
@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from hf_disparse.decision import Masks
 from hf_disparse.methods.l0 import ascend, open_probability, pull, slope
-from hf_disparse.methods.rank import numbers_saved
+from hf_disparse.methods.rank import parameters_saved
 from hf_disparse.schedule import linear_sparsity
 from hf_disparse.trainer.methods.base import Update
 from hf_disparse.trainer.methods.l0 import L0
@@ -20,7 +20,7 @@ _UP, _DOWN = ".up.weight", ".down.weight"
 class Flop(L0, Rank):
     """As `L0`, but a gate is of a component: W = up diag(z) down. At the end the largest log_alpha that fit the budget stay.
 
-    The sparsity that the Lagrangian holds is of the numbers of the dense matrices; a gate counts for out + in of them.
+    The sparsity that the Lagrangian holds is of the parameters of the dense matrices; a gate counts for out + in of them.
     """
 
     def begin(self, parameters: Mapping[str, nn.Parameter], tasks: Iterable[str], max_steps: int) -> None:
@@ -69,7 +69,7 @@ class Flop(L0, Rank):
     def update(self, now: Update) -> Masks:
         """The masks by log_alpha, once and for all; what was pruned before training stays pruned and counts."""
         masks, sites = dict(now.masks), now.sites["rank"]
-        saved, dense = numbers_saved(now.masks, sites)
+        saved, dense = parameters_saved(now.masks, sites)
         if dense - saved > self.allowed(now.step, now.masks, now.sites):
             masks = self.decide([("joint", {name: self.log_alpha[name + _UP] for name in sites})], now)
         self._fold()

@@ -8,10 +8,9 @@ from torch.optim import Optimizer
 
 from hf_disparse.decision import Masks
 from hf_disparse.methods.group_lasso import penalty_in_time, rms, shrink, shrinkage, sizes
-from hf_disparse.parts import Site, mask_of_parts
-from hf_disparse.schedule import end_of
+from hf_disparse.parts import Site, masks_of_parts
 from hf_disparse.trainer.methods.base import Method, Update
-from hf_disparse.trainer.rules import Sites, check_sparsity, keep_parts
+from hf_disparse.trainer.rules import Sites, keep_parts, parts_to_prune
 
 _NO_LR = 1e-30  # a warm-up begins at 0
 
@@ -42,15 +41,6 @@ class GroupLasso(Method):
         }
         self._size = {n: sizes(parameters, site) for places in self._sites.values() for n, site in places.items()}
 
-    def begin(self, parameters: Mapping[str, nn.Parameter], tasks, max_steps: int) -> None:
-        """Masks change once, at the end."""
-        self._end = end_of(self.config, max_steps)
-        self.steps = range(self._end, self._end + 1) if self.config.sparsity else range(0)
-
-    def sparsity_at(self, step: int, max_steps: int, masks: Masks, sites: Sites) -> float:
-        """All of it, as there is one update."""
-        return self.config.sparsity
-
     def before_step(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:
         """Which step it is, for the penalty."""
         self._step = step
@@ -58,7 +48,7 @@ class GroupLasso(Method):
     @torch.no_grad()
     def after_optimizer(self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer | None) -> None:
         """The proximal step."""
-        if not self.config.start_step <= self._step < self._end:
+        if not self.config.start_step <= self._step < self.last:
             return
         rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
         for kind, places in self._sites.items():
@@ -69,8 +59,8 @@ class GroupLasso(Method):
             }
             flat, rate = torch.cat(list(norms.values())), torch.cat(list(lr.values()))
             if self.config.penalty is None:
-                count = check_sparsity(kind, [site.parts for site in places.values()], self.config.sparsity)
-                penalty = penalty_in_time(flat, rate, count, self._end - self._step)
+                count = parts_to_prune(kind, [site.parts for site in places.values()], self.config.sparsity)
+                penalty = penalty_in_time(flat, rate, count, self.last - self._step)
             else:
                 penalty = torch.tensor(self.config.penalty, dtype=flat.dtype, device=flat.device)
             factors = shrinkage(flat, rate, penalty).split([site.parts for site in places.values()])
@@ -85,8 +75,7 @@ class GroupLasso(Method):
             norms = {name: rms(now.parameters, site, self._size[name]).detach() for name, site in places.items()}
             live = {name: torch.ones_like(norm, dtype=torch.bool) for name, norm in norms.items()}
             keep = keep_parts(self.config, kind, [("norms", norms)], self.config.sparsity, live)
-            for name, site in places.items():
-                masks |= mask_of_parts(masks, site, keep[name])
+            masks |= masks_of_parts(masks, places, keep)
         return masks
 
 

@@ -9,7 +9,7 @@ from torch.optim import Adam, Optimizer
 from hf_disparse.decision import Masks
 from hf_disparse.masks import count_pruned
 from hf_disparse.methods.l0 import ascend, expected_gate, initial, logistic, open_probability, pull, sample, slope
-from hf_disparse.schedule import end_of, linear_sparsity
+from hf_disparse.schedule import linear_sparsity
 from hf_disparse.trainer.methods.base import Method, Update
 from hf_disparse.trainer.rules import decide_by
 
@@ -24,7 +24,8 @@ class L0(Method):
     """Trains a gate for every weight beside it; at the end the gates with the largest log_alpha are open for good.
 
     In a step the model has w z with sampled gates z, for the optimizer the latent w, between steps w times the gate without
-    noise. The noise of a tensor is a stretch, from a random place in every step, of a pool that is drawn once. At the end that gate is folded into the weight, so that the outputs change by the pruned weights alone.
+    noise. At the end the gate without noise is multiplied into the weight, so that the outputs change by the pruned weights
+    alone. The noise of a tensor is a stretch, from a random place in every step, of a pool that is drawn once.
     """
 
     sees_gradients = True  # in `before_optimizer`; as with `gradient`, not those that fp16 scales
@@ -36,7 +37,6 @@ class L0(Method):
 
     def begin(self, parameters: Mapping[str, nn.Parameter], tasks: Iterable[str], max_steps: int) -> None:
         super().begin(parameters, tasks, max_steps)
-        self.last = end_of(self.config, max_steps)
         self.risen = self.config.start_step + max(1, round(_RISE * (self.last - self.config.start_step)))
         self.multipliers = (0.0, _DAMPING)
         self.over = False

@@ -22,7 +22,6 @@ class Movement(ByTask):
     weight decay, but their scores go on. What was pruned before training has no value to come back with, and stays pruned.
     """
 
-    may_revive = True
     kinds = ("score",)
 
     def begin(self, parameters: Mapping[str, nn.Parameter], tasks: Iterable[str], max_steps: int) -> None:
@@ -43,9 +42,9 @@ class Movement(ByTask):
         soft_step(*buffers, moved.div_(unit), self.config.score_learning_rate, self.config.penalty)
 
     def update(self, now: Update) -> Masks:
-        scores = {task: kinds["score"] for task, kinds in self.judges().items()}
+        scores = {task: kinds["score"] for task, kinds in self.ordered_buffers().items()}
         live = {name: mask | (self.held[name] != 0) if self.held else mask for name, mask in now.masks.items()}
-        masks = self._soft_masks(scores, live) if self.soft and now.step < self.steps[-1] else None
+        masks = self._soft_masks(scores, live) if self.soft and now.step < self.last else None
         if masks is None:
             sparsity = self.config.sparsity if self.soft else sparsity_at(self.config, now.step, self.max_steps)
             masks = self.decide(scores, sparsity, live)

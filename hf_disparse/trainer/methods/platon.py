@@ -20,6 +20,6 @@ class Platon(ByTask):
     def update(self, now: Update) -> Masks:
         scores = {
             task: {name: score(kinds["importance"][name], kinds["uncertainty"][name]) for name in now.parameters}
-            for task, kinds in self.judges().items()
+            for task, kinds in self.ordered_buffers().items()
         }
         return self.decide(scores, sparsity_at(self.config, now.step, self.max_steps), now.masks)

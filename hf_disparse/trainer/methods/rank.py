@@ -1,6 +1,6 @@
 """Pruning ranks by scores: `method: rank`. Matrices become two factors, and components of them go."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -10,24 +10,18 @@ from torch.optim import Optimizer
 from hf_disparse.config import UserError
 from hf_disparse.decision import Masks
 from hf_disparse.export.factorise import factorise, is_factorised
-from hf_disparse.methods.rank import matrix_shape, numbers_allowed, numbers_saved, take, worth
-from hf_disparse.parts import Site, mask_of_parts, sum_by_part
+from hf_disparse.methods.rank import fill_budget, matrix_shape, parameter_budget, parameters_saved, score_per_parameter
+from hf_disparse.parts import masks_of_parts, sum_by_part
 from hf_disparse.schedule import sparsity_at
 from hf_disparse.trainer.methods.base import Method, Update
 from hf_disparse.trainer.methods.saliency import Saliency
-from hf_disparse.trainer.rules import Sites, best_parts, decide_by
+from hf_disparse.trainer.rules import Sites, best_parts, keep_of_the_rest
 
 
 class Rank(Method):
     """Scores every task on the factors as they are and decides over components; what is pruned stays pruned."""
 
-    max_steps: int | None = None  # of the training that began
-
     scorings = Saliency.scorings
-
-    def begin(self, parameters: Mapping[str, nn.Parameter], tasks: Iterable[str], max_steps: int) -> None:
-        super().begin(parameters, tasks, max_steps)
-        self.max_steps = max_steps
 
     def prepare(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         """Puts two factors in place of every matrix that is to be pruned."""
@@ -47,25 +41,25 @@ class Rank(Method):
         shapes = [matrix_shape(parameters, site) for site in places.values()]
         shapes += [tuple(p.shape) for name, p in parameters.items() if name not in factors]  # not factorised yet
         dense, least = sum(rows * columns for rows, columns in shapes), sum(rows + columns for rows, columns in shapes)
-        if numbers_allowed(shapes, self.config.sparsity) < least:
+        if parameter_budget(shapes, self.config.sparsity) < least:
             raise UserError(
                 f"pruning.sparsity: expected at most {1 - least / dense:.3f}, for one component of each of {len(shapes)} "
                 f"matrices stays, got {self.config.sparsity}"
             )
 
     def allowed(self, step: int, masks: Mapping[str, Tensor], sites: Sites) -> int:
-        """How many numbers the factors may take from this step on.
+        """How many parameters the factors may have from this step on.
 
-        A gradual schedule leads there from what they take at full rank, which is more than the dense matrices do.
+        A gradual schedule leads there from what they have at full rank, which is more than the dense matrices do.
         """
         places = sites["rank"].values()
         shapes = [matrix_shape(masks, site) for site in places]
         full = sum(site.parts * sum(shape) for site, shape in zip(places, shapes, strict=True))
-        last = numbers_allowed(shapes, self.config.sparsity)
+        last = parameter_budget(shapes, self.config.sparsity)
         share = sparsity_at(self.config, step, self.max_steps) / self.config.sparsity
         return last + int(max(full - last, 0) * (1 - share))
 
-    def sparsity_at(self, step: int, max_steps: int, masks: Masks, sites: Sites) -> float:
+    def sparsity_at(self, step: int, masks: Masks, sites: Sites) -> float:
         """What `allowed` saves of the dense matrices; below 0 while the factors are larger."""
         dense = sum(rows * columns for rows, columns in (matrix_shape(masks, site) for site in sites["rank"].values()))
         return 1 - self.allowed(step, masks, sites) / dense
@@ -73,11 +67,14 @@ class Rank(Method):
     def update(self, now: Update) -> Masks | None:
         """None for a model that is as small already."""
         sites = now.sites["rank"]
-        saved, dense = numbers_saved(now.masks, sites)
+        saved, dense = parameters_saved(now.masks, sites)
         if dense - saved <= self.allowed(now.step, now.masks, now.sites):
             return None
         stream = now.score(self.config.criterion, self.config.decision == "joint")
-        scores = [(task, {name: worth(by_weight, site) for name, site in sites.items()}) for task, by_weight in stream]
+        scores = [
+            (task, {name: score_per_parameter(by_weight, site) for name, site in sites.items()})
+            for task, by_weight in stream
+        ]
         return self.decide(scores, now)
 
     def decide(self, scores: list[tuple[str, dict[str, Tensor]]], now: Update) -> Masks:
@@ -91,21 +88,13 @@ class Rank(Method):
         sizes = {name: sum(matrix_shape(now.masks, site)) for name, site in sites.items()}
         keep = best_parts(config, scores, live)
         spent = sum(int(kept.sum()) * sizes[name] for name, kept in keep.items())
-        others = [(task, {name: by_site[name][~keep[name]] for name in keep}) for task, by_site in scores]
         each = torch.cat([torch.full((int((~keep[name]).sum()),), sizes[name]) for name in keep])
-        active = {name: live[name][~keep[name]] for name in keep}
-        cut = partial(_take_live, sizes=each, live=torch.cat(list(active.values())), budget=max(allowed - spent, 0))
-        chosen = decide_by(config, others, 0.0, active, cut)
-        for name, kept in keep.items():
-            kept[~kept] = chosen[name]
-        return now.masks | _masks(now.masks, sites, keep)
+        left = torch.cat([live[name][~keep[name]] for name in keep])
+        cut = partial(_take_live, sizes=each, live=left, budget=max(allowed - spent, 0))
+        return now.masks | masks_of_parts(now.masks, sites, keep_of_the_rest(config, scores, keep, live, cut=cut))
 
 
 def _take_live(cost: Tensor, sizes: Tensor, live: Tensor, budget: int) -> Tensor:
-    """`take` among those that are not pruned yet."""
+    """`fill_budget` among those that are not pruned yet."""
     sizes = torch.where(live.cpu(), sizes, budget + 1)  # does not fit
-    return take(cost, sizes, budget)
-
-
-def _masks(masks: Masks, sites: Mapping[str, Site], keep: Mapping[str, Tensor]) -> Masks:
-    return {k: v for name, site in sites.items() for k, v in mask_of_parts(masks, site, keep[name]).items()}
+    return fill_budget(cost, sizes, budget)

@@ -6,7 +6,7 @@ from hf_disparse.methods.agreement import PartScores, agreement, agreement_score
 from hf_disparse.schedule import sparsity_at, update_steps
 from hf_disparse.scores import GRADIENT_CRITERIA
 from hf_disparse.trainer.methods.base import Method, Update
-from hf_disparse.trainer.rules import decide_by, decide_parts, decide_pattern, decide_scored_parts, pruned_fractions
+from hf_disparse.trainer.rules import count_pruned_parts, decide_by, decide_parts, decide_pattern, decide_scored_parts
 
 
 class Saliency(Method):
@@ -21,7 +21,7 @@ class Saliency(Method):
     def update(self, now: Update) -> Masks | None:
         """None for a model that is as sparse already."""
         config, sparsity = self.config, sparsity_at(self.config, now.step)
-        done = pruned_fractions(now.masks, now.sites, config).values()
+        done = count_pruned_parts(now.masks, now.sites, config).values()
         if all(pruned >= round(sparsity * size) for pruned, size in done):
             return None
         if config.criterion in PART_CRITERIA:
