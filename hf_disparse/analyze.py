@@ -49,7 +49,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class _Source:
+class _Setup:
     """What all stages share."""
 
     recipe: Recipe
@@ -87,13 +87,13 @@ def analyze(
     recipe = _plain(recipe)
     loads = _stages(Path(source), recipe)
     tokenizer, data, _ = prepare(recipe, source if Path(source, "tokenizer_config.json").is_file() else None)
-    shared, stages, costs, model = _Source(recipe, tokenizer, data), [], None, None
+    setup, stages, costs, model = _Setup(recipe, tokenizer, data), [], None, None
     wanted = curve is not None and any(curve.sparsities)
     for name, load in loads.items():
         model = load()
         name = name or _stage_of(model, recipe)
         say(f"analysis: {name}")
-        measures, found = _examine(shared, model, draws, wanted and name == "dense")
+        measures, found = _examine(setup, model, draws, wanted and name == "dense")
         stages.append({"name": name, **measures})
         costs = costs if found is None else (load, found)
     if wanted and costs is None:
@@ -107,7 +107,7 @@ def analyze(
         "score_batches": recipe.pruning.score_batches,
         "seed": recipe.seed,
         "stages": stages,
-        "curve": _measure_curve(shared, *costs, curve) if wanted and costs else None,
+        "curve": _measure_curve(setup, *costs, curve) if wanted and costs else None,
         "footprint": footprint(model),
     }
     write(result, folder)
@@ -185,17 +185,17 @@ def _weights(model: MultitaskModel, recipe: Recipe) -> dict[str, Tensor]:
 
 
 def _examine(
-    source: _Source, model: MultitaskModel, draws: int, ranked: bool
+    setup: _Setup, model: MultitaskModel, draws: int, ranked: bool
 ) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
     """The measures of one stage; if it is to be `ranked`, also what keeping each weight costs, from the same scores."""
-    config = source.recipe.pruning
+    config = setup.recipe.pruning
     try:
         sites = find_sites(model.encoder, "encoder.")
     except UserError:  # an encoder whose layers are not known has no heads and neurons to show
         sites = {}
     with TemporaryDirectory() as folder:
-        trainer = source.trainer(model, folder)
-        weights = _weights(model, source.recipe)
+        trainer = setup.trainer(model, folder)
+        weights = _weights(model, setup.recipe)
         wanted = {kind: sites[kind] for kind in ("head", "neuron") if kind in sites}
         exam = Examination(weights, config.criterion, config.sparsity, wanted, seed=config.seed)
         stream = exam.watch(
@@ -232,36 +232,36 @@ def _costs(config: PruningConfig, task_scores) -> dict[str, Tensor]:
     return {name: piece.reshape(keep.shape) for piece, (name, keep) in zip(pieces, masks.items(), strict=True)}
 
 
-def _measure_curve(source: _Source, load: Callable, costs: Mapping[str, Tensor], curve: Curve) -> dict[str, Any]:
+def _measure_curve(setup: _Setup, load: Callable, costs: Mapping[str, Tensor], curve: Curve) -> dict[str, Any]:
     """Prunes the dense model further and further by one set of scores, and evaluates it, as it is and trained on."""
-    rows = {task: _some(rows, source.recipe.pruning.seed) for task, rows in source.data["validation"].items()}
+    rows = {task: _some(rows, setup.recipe.pruning.seed) for task, rows in setup.data["validation"].items()}
     with TemporaryDirectory() as folder:
         model = load()
-        trainer = source.trainer(model, folder)
+        trainer = setup.trainer(model, folder)
 
         def measure(sparsity: float, recovered: bool) -> dict[str, float]:
             say(f"cost of {100 * sparsity:g} %" + (", recovered" if recovered else ""))
             masks = {name: keep.to(model.device) for name, keep in masks_at(costs, sparsity).items()}
             if recovered:
-                return _evaluate(_recovered(source, load(), masks, curve.recover, folder), rows)
+                return _evaluate(_recovered(setup, load(), masks, curve.recover, folder), rows)
             apply_masks(model, masks)  # in place: they are nested, so that pruning one model further is pruning it anew
             return _evaluate(trainer, rows)
 
         return cost_curve(measure, curve.sparsities, recover=curve.recover > 0, within=curve.within)
 
 
-def _recovered(source: _Source, model: MultitaskModel, masks, steps: int, folder: str) -> DisparseTrainer:
+def _recovered(setup: _Setup, model: MultitaskModel, masks, steps: int, folder: str) -> DisparseTrainer:
     """The trainer of a model that was pruned and then trained for so many steps, as the recipe recovers."""
     recovery = {"max_steps": steps, "load_best_model_at_end": False}
     recovery |= {f"{what}_strategy": "no" for what in ("save", "eval", "logging")}
-    recipe = replace(source.recipe, recovery={**source.recipe.recovery, **recovery})
+    recipe = replace(setup.recipe, recovery={**setup.recipe.recovery, **recovery})
     judge_as(recipe, model)
     trainer = DisparseTrainer(
         model,
         recipe.arguments("sparse", folder),
         masks=masks,
-        train_dataset={task: source.data["train"][task] for task in recipe.voters},
-        processing_class=source.tokenizer,
+        train_dataset={task: setup.data["train"][task] for task in recipe.voters},
+        processing_class=setup.tokenizer,
     )
     trainer.train()
     return trainer

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from hf_disparse.analysis.names import places
+from hf_disparse.analysis.names import layer_and_kind
 
 
 def names(layers: int) -> list[str]:
@@ -24,6 +24,6 @@ def planted_gradients(tasks: int, layers: int, same: int, batches: int = 8, n: i
     shared = {name: draw.exponential(size=n) ** 2 for name in names(layers)}
     for t in range(tasks):
         own = {name: draw.exponential(size=n) ** 2 for name in names(layers)}
-        mean = {name: shared[name] if places([name])[name][0] < same else own[name] for name in shared}
+        mean = {name: shared[name] if layer_and_kind([name])[name][0] < same else own[name] for name in shared}
         noisy = [{k: torch.tensor(m * draw.normal(1, 0.1, n)).float() for k, m in mean.items()} for _ in range(batches)]
         yield f"t{t}", noisy

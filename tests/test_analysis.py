@@ -24,7 +24,7 @@ from hf_disparse.analysis import (
     watershed,
     watershed_interval,
 )
-from hf_disparse.analysis.names import places
+from hf_disparse.analysis.names import layer_and_kind
 from hf_disparse.parts import Site
 from tests.planted import names, random_masks
 
@@ -44,14 +44,14 @@ def test_a_kind_is_the_shortest_ending_that_tells_matrices_of_a_layer_apart():
     bert = [
         "attention.self.query", "attention.self.key", "attention.output.dense", "intermediate.dense", "output.dense",
     ]  # fmt: skip
-    found = places(
+    found = layer_and_kind(
         [*(f"encoder.encoder.layer.{i}.{name}.weight" for i in (0, 11) for name in bert), "encoder.pooler.weight"]
     )
     assert [kind for _, kind in found.values()] == 2 * ["query", "key", "attention.output", "intermediate", "output"]
     assert [layer for layer, _ in found.values()] == [0] * 5 + [11] * 5  # and what is in no layer is left out
-    factors = places(["layer.0.a.query.up.weight", "layer.0.a.key.up.weight", "layer.0.a.key.down.weight"])
+    factors = layer_and_kind(["layer.0.a.query.up.weight", "layer.0.a.key.up.weight", "layer.0.a.key.down.weight"])
     assert [kind for _, kind in factors.values()] == ["query.up", "key.up", "down"]
-    assert places(["backbone.blocks.2.0.conv1"]) == {"backbone.blocks.2.0.conv1": (2, "conv1")}
+    assert layer_and_kind(["backbone.blocks.2.0.conv1"]) == {"backbone.blocks.2.0.conv1": (2, "conv1")}
 
 
 @settings(deadline=None)
@@ -181,7 +181,7 @@ def test_the_interval_of_a_watershed_is_that_of_its_samples():
 def test_masks_that_are_identical_below_a_layer_and_independent_above_have_their_watershed_there(same):
     masks = random_masks(3, 6, density=0.2)
     for name in names(6):
-        if places([name])[name][0] < same:
+        if layer_and_kind([name])[name][0] < same:
             masks["t1"][name] = masks["t2"][name] = masks["t0"][name]
     layers, curve = by_layer(tally(masks))
     assert layers == list(range(6))

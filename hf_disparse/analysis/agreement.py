@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_disparse.analysis.names import places
+from hf_disparse.analysis.names import layer_and_kind
 
 TaskMasks = Mapping[str, Mapping[str, Tensor]]  # task -> parameter name -> bool, True = keep
 WHOLE = "all"  # the kind that stands for all matrices of a layer
@@ -50,7 +50,7 @@ def tally(masks: TaskMasks, live: Mapping[str, Tensor] | None = None) -> Tally:
     """
     tasks, counted = tuple(masks), {}
     names = list(next(iter(masks.values())))
-    for name, place in places(names).items():
+    for name, place in layer_and_kind(names).items():
         alive = None if live is None else live[name].reshape(-1)
         rows = [mask[name].reshape(-1) for mask in masks.values()]
         add(counted, place, *count(rows, alive))

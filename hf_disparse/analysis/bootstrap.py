@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from hf_disparse.analysis.agreement import WHOLE, Tally, add, agreement, by_layer, count, overlaps, summed_by_layer
-from hf_disparse.analysis.names import places
-from hf_disparse.analysis.watershed import watershed, watershed_interval
+from hf_disparse.analysis.names import layer_and_kind
+from hf_disparse.analysis.watershed import middle, watershed, watershed_interval
 from hf_disparse.decision import keep_smallest
 
 SAMPLE = 1 << 18  # weights
@@ -49,12 +49,12 @@ def draw_sample(live: Mapping[str, Tensor], size: int = SAMPLE, seed: int = 0) -
     sample = {}
     for name, alive in live.items():
         wanted = math.ceil(share * counts[name])
-        places_ = alive.reshape(-1).cpu().nonzero().squeeze(1) if counts[name] < alive.numel() else None
+        places = alive.reshape(-1).cpu().nonzero().squeeze(1) if counts[name] < alive.numel() else None
         if wanted < counts[name]:
             drawn = torch.randperm(counts[name], generator=generator)[:wanted].sort().values
         else:
             drawn = torch.arange(counts[name])
-        sample[name] = drawn if places_ is None else places_[drawn]
+        sample[name] = drawn if places is None else places[drawn]
     return sample
 
 
@@ -75,7 +75,7 @@ def bootstrap(samples: Mapping[str, Sampled], sparsity: float, draws: int = DRAW
     """
     tasks, generator = tuple(samples), torch.Generator().manual_seed(seed)
     names = [name for name, column in next(iter(samples.values())).weights.items() if len(column)]
-    where = places(names)
+    where = layer_and_kind(names)
     sizes = [len(next(iter(samples.values())).weights[name]) for name in names]
     kept = sum(sizes) - round(sparsity * sum(sizes))
     flat = [
@@ -99,7 +99,7 @@ def bootstrap(samples: Mapping[str, Sampled], sparsity: float, draws: int = DRAW
     return torch.stack([overlaps(drawn.pairs, drawn.votes)[2] for drawn in found])
 
 
-def with_intervals(counts: Tally, drawn: Tensor, level: float = 0.95) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def with_intervals(counts: Tally, drawn: Tensor) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows of `agreement` with `low` and `high`, and the watershed with its own.
 
     Args:
@@ -112,21 +112,18 @@ def with_intervals(counts: Tally, drawn: Tensor, level: float = 0.95) -> tuple[l
     """
     rows = agreement(counts)
     spread = drawn - drawn.mean(0)
-    tails = [round(q * (len(spread) - 1)) for q in ((1 - level) / 2, (1 + level) / 2)]
-    ends = spread.sort(0).values[tails]  # (2, groups, sets)
+    ends = spread.sort(0).values[list(middle(len(spread)))]  # (2, groups, sets)
     for row, (low, high) in zip(rows, ends.flatten(1).T.tolist(), strict=True):
         row["low"], row["high"] = row["beyond_chance"] + low, min(1.0, row["beyond_chance"] + high)
     layers, curve = by_layer(counts)
     whole = [g for g, (_, kind) in enumerate(counts.groups) if kind == WHOLE]
     curves = (torch.tensor(curve) + spread[:, whole, -1]).tolist() if curve else []
-    return rows, placed(layers, curve, curves, level)
+    return rows, placed(layers, curve, curves)
 
 
-def placed(
-    layers: Sequence[int], curve: Sequence[float], curves: Sequence[Sequence[float]], level: float = 0.95
-) -> dict[str, Any]:
+def placed(layers: Sequence[int], curve: Sequence[float], curves: Sequence[Sequence[float]]) -> dict[str, Any]:
     """The watershed of a curve over `layers` with what its draws say of it, as `with_intervals` returns it."""
-    place, (low, high, share) = watershed(curve), watershed_interval(curves, level=level)
+    place, (low, high, share) = watershed(curve), watershed_interval(curves)
     if place is None or share < 0.5:
         return {"layer": None, "low": None, "high": None, "share": share}
     return {"layer": layers[place], "low": layers[low], "high": layers[high], "share": share}

@@ -73,14 +73,14 @@ def knees(points: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     return {name: knee(at, values) for name, values in curves.items()}
 
 
-def knee(sparsities: Sequence[float], points: Sequence[float], least: float = 1.0) -> float | None:
+def knee(sparsities: Sequence[float], points: Sequence[float]) -> float | None:
     """The sparsity beyond which the metric goes down fast: where the curve is furthest above its chord.
 
     Both axes scaled to [0, 1], that is the largest x_i - (y_0 - y_i) / (y_0 - y_n). Source: Kneedle, Satopaa et al. 2011 (ICDCSW),
-    without its smoothing. None of fewer than three points, where less than `least` points are lost from the first to the last, or
+    without its smoothing. None of fewer than three points, where less than one point is lost from the first to the last, or
     where the curve is nowhere above its chord.
     """
-    if len(sparsities) < 3 or points[0] - points[-1] < least:
+    if len(sparsities) < 3 or points[0] - points[-1] < 1.0:
         return None
     span, drop = sparsities[-1] - sparsities[0], points[0] - points[-1]
     above = [(x - sparsities[0]) / span - (points[0] - y) / drop for x, y in zip(sparsities, points, strict=True)]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_disparse.analysis.agreement import Tally, TaskMasks, tally
-from hf_disparse.analysis.names import places
+from hf_disparse.analysis.names import layer_and_kind
 from hf_disparse.analysis.own_masks import own_mask
 from hf_disparse.parts import Site, sum_by_part
 
@@ -36,10 +36,10 @@ def part_scores(scores: Mapping[str, Tensor], sites: Sites) -> dict[str, dict[st
     return {
         kind: {
             name: sum_by_part(scores, site)
-            for name, site in places_.items()
+            for name, site in places.items()
             if all(f"{module}.weight" in scores for module in site.members)
         }
-        for kind, places_ in sites.items()
+        for kind, places in sites.items()
     }
 
 
@@ -61,7 +61,7 @@ def parts(task_scores: Mapping[str, Mapping[str, Mapping[str, Tensor]]], sparsit
         if not any(alive.any() for alive in live.values()):
             continue
         masks = {task: own_mask(scores[kind], sparsity, live) for task, scores in task_scores.items()}
-        for name, (layer, _) in places(sites).items():
+        for name, (layer, _) in layer_and_kind(sites).items():
             by_task = {task: mask[name].cpu() for task, mask in masks.items()}
             votes = sum(keep.long() for keep in by_task.values())
             row = {

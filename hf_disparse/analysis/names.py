@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 
-def places(names: Iterable[str]) -> dict[str, tuple[int, str]]:
+def layer_and_kind(names: Iterable[str]) -> dict[str, tuple[int, str]]:
     """name -> (layer, kind): the first number in the name, and the shortest ending of what follows that tells kinds apart.
 
     `encoder.layer.3.attention.self.query.weight` is (3, "query"); BERT's `attention.output.dense` and `output.dense` are

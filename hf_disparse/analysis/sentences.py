@@ -22,7 +22,6 @@ from hf_disparse.analysis.values import (
 )
 
 ONE_TASK = "One task was analysed: there is no other to agree or disagree with."
-_ENOUGH = 0.5  # of the bootstrap samples; a watershed that fewer have is no finding
 
 
 def agreement(stages: Sequence[Mapping]) -> str:
@@ -31,10 +30,7 @@ def agreement(stages: Sequence[Mapping]) -> str:
     lines = lines_of(last["agreement"], "all")
     if not lines:
         return ONE_TASK
-    rows = [row for row in lines[together(lines)] if math.isfinite(number(row["beyond_chance"]))]
-    when = _when(last)
-    if not rows:
-        return f"{when}, agreement cannot be told from chance in any layer: the masks keep everything or nothing."
+    rows, when = lines[together(lines)], _when(last)
     who = "both tasks" if len(together(lines)) == 2 else f"all {len(together(lines))} tasks"
     intervals = [row for row in rows if row["low"] is not None and row["high"] is not None]
     if intervals and len(intervals) == len(rows) and all(row["low"] <= 0 <= row["high"] for row in rows):
@@ -62,7 +58,6 @@ def watersheds(stages: Sequence[Mapping]) -> str:
         if mark["low"] is not None and mark["high"] is not None and mark["low"] < mark["high"]:
             told += f" ({mark['low']} to {mark['high']})"
         told += f", in {_percent(mark['share'])} of the bootstrap samples"
-        told += ", too few to rely on" if mark["share"] < _ENOUGH else ""
         where.setdefault(told, []).append(stage_name(stage))
     told = [f"{' and '.join(names)} it is {place}" for place, names in where.items()]
     rest = [stage_name(stage) for stage in stages if stage not in found]
@@ -117,7 +112,7 @@ def affinity(stage: Mapping, tasks: Sequence[str]) -> str:
         told.append(
             f"The gradients of {against} of {total} pairs point against each other."
             if against
-            else f"{'No two tasks' if total > 1 else 'The tasks'}{'' if total > 1 else ' do not'} have gradients that point against each other."
+            else f"{'No two tasks' if total > 1 else 'The two tasks do not'} have gradients that point against each other."
         )
     return f"{_when(stage)}: " + " ".join(told)
 

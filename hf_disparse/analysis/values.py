@@ -103,13 +103,12 @@ def named_tasks(curve: Mapping) -> list[str]:
     return tasks if len(tasks) <= PAIRS_UP_TO else extremes({task: loss(curve, task) for task in tasks})
 
 
-def loss(curve: Mapping, task: str | None, recovered: bool | None = None) -> float:
-    """Points lost from the lowest to the highest sparsity; `task` None: of the average; the recovered if there are any."""
+def loss(curve: Mapping, task: str) -> float:
+    """Points that the task loses from the lowest to the highest sparsity; the recovered if there are any."""
     points = curve["points"]
-    if recovered is None:
-        recovered = any(point["recovered"] for point in points)
+    recovered = any(point["recovered"] for point in points)
     some = sorted((p for p in points if p["recovered"] is recovered), key=lambda point: point["sparsity"])
-    values = [number(p["average"] if task is None else p["metrics"].get(task)) for p in some]
+    values = [number(p["metrics"].get(task)) for p in some]
     values = [value for value in values if math.isfinite(value)]
     return values[0] - values[-1] if values else math.nan
 

@@ -2,8 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 
+LEAST_FALL = 0.05  # of agreement; smaller ones are noise
+LEVEL = 0.95  # of intervals
 
-def watershed(agreement: Sequence[float], least: float = 0.05) -> int | None:
+
+def watershed(agreement: Sequence[float]) -> int | None:
     """The layer after the largest fall of agreement that is never recovered, or None.
 
     What is never recovered of the fall before layer i is a[i-1] - max(a[i:]): a dip that comes back counts for nothing.
@@ -11,32 +14,35 @@ def watershed(agreement: Sequence[float], least: float = 0.05) -> int | None:
 
     Args:
         agreement: per layer, first to last; IoU, or what of it is beyond chance.
-        least: smaller falls are noise.
 
     Returns:
         An index into `agreement`, the first of equals.
     """
-    best, place, highest = least, None, float("-inf")
+    best, place, highest = LEAST_FALL, None, float("-inf")
     for i in range(len(agreement) - 1, 0, -1):
         highest = max(highest, agreement[i])
         fall = agreement[i - 1] - highest
-        if fall >= best and fall > 0:
+        if fall >= best:
             best, place = fall, i
     return place
 
 
-def watershed_interval(
-    curves: Iterable[Sequence[float]], least: float = 0.05, level: float = 0.95
-) -> tuple[int | None, int | None, float]:
+def watershed_interval(curves: Iterable[Sequence[float]]) -> tuple[int | None, int | None, float]:
     """Between which layers the watershed is, over bootstrap samples of the agreement.
 
     Returns:
-        The (1 - level) / 2 and (1 + level) / 2 quantiles of the watersheds there are, each one that occurred (None without any), and
-        the share of samples that have one.
+        The ends of the middle LEVEL of the watersheds there are, each one that occurred (None without any), and the share of samples
+        that have one.
     """
-    found = [watershed(curve, least) for curve in curves]
+    found = [watershed(curve) for curve in curves]
     places = sorted(place for place in found if place is not None)
     if not places:
         return None, None, 0.0
-    low, high = (round(q * (len(places) - 1)) for q in ((1 - level) / 2, (1 + level) / 2))
+    low, high = middle(len(places))
     return places[low], places[high], len(places) / len(found)
+
+
+def middle(count: int) -> tuple[int, int]:
+    """Where the middle LEVEL of so many sorted values begins and ends."""
+    low, high = (round(q * (count - 1)) for q in ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    return low, high
