@@ -97,7 +97,7 @@ def _leave() -> None:
 
 @contextmanager
 def _stopping(how_to_go_on: Callable[[], str]) -> Iterator[None]:
-    """Ends with one line where Ctrl-C or SIGTERM stops what can go on later, and with the status of that."""
+    """On Ctrl-C or SIGTERM says in one line how to resume, and exits with 130 or 143."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:

@@ -6,7 +6,7 @@ cell being a method, a criterion, a sparsity and a seed. Starting the same compa
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -42,10 +42,10 @@ def compare(recipe: Recipe, cells: Sequence[Cell]) -> dict[str, Any]:
     folder = Path(recipe.output_dir)
     refuse_others(folder, recipe)
     recipes = {cell: recipe_of(recipe, cell) for cell in cells}  # refuses nonsense before anything runs
-    most = {}  # of each kind of cell the one that asks for most
+    sparsest = {}  # of each method and granularity
     for cell in sorted(cells, key=lambda cell: (cell.sparsity, cell.criterion)):
-        most[recipes[cell].pruning.method, recipes[cell].pruning.granularity] = cell
-    failed = run_cells(recipe, recipes, folder, list(most.values()))
+        sparsest[recipes[cell].pruning.method, recipes[cell].pruning.granularity] = cell
+    failed = run_cells(recipe, recipes, folder, list(sparsest.values()))
     results = _finished(folder)
     report = {
         "rows": tabulate(results),
@@ -59,20 +59,26 @@ def compare(recipe: Recipe, cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def _write(report: dict[str, Any], folder: Path) -> None:
-    with writing(folder):
-        write_whole(folder / JSON_NAME, json.dumps(report, indent=2) + "\n")
-        write_whole(folder / MARKDOWN_NAME, markdown(report))
-        if not missing_libraries():  # of the extra `plot`
+    write_tables(report, folder, JSON_NAME, MARKDOWN_NAME, markdown(report))
+    if not missing_libraries():  # of the extra `plot`
+        with writing(folder):
             write_comparison(report, folder)
 
 
-def run_cells(recipe: Recipe, recipes: Mapping[Any, Recipe], folder: Path, most: Sequence[Any]) -> dict[str, str]:
+def write_tables(report: dict[str, Any], folder: Path, json_name: str, markdown_name: str, text: str) -> None:
+    """Writes a report as JSON, and its text beside it."""
+    with writing(folder):
+        write_whole(folder / json_name, json.dumps(report, indent=2) + "\n")
+        write_whole(folder / markdown_name, text)
+
+
+def run_cells(recipe: Recipe, recipes: Mapping[Any, Recipe], folder: Path, rehearsed: Sequence[Any]) -> dict[str, str]:
     """Runs the cells that `folder` does not have yet, each from the dense model that is trained once for its `start`.
 
     Args:
         recipe: that of all; its folder is claimed.
         recipes: cell -> its recipe; a cell has `name`, `start` and `seed`.
-        most: the cells that together ask for whatever any cell does, for a rehearsal.
+        rehearsed: the cells that are tried before any of them runs: together they ask for whatever any cell does.
 
     Returns:
         Name -> reason, of the cells that failed.
@@ -83,7 +89,7 @@ def run_cells(recipe: Recipe, recipes: Mapping[Any, Recipe], folder: Path, most:
         expect_dense(recipes[cell], folder / start)
     if todo:
         data_of = _DataBySeed(recipe)
-        for cell in most:
+        for cell in rehearsed:
             rehearse(recipes[cell], *data_of(recipes[cell]))
         claim(Path(recipe.output_dir), recipe)
     for cell in tqdm(todo, desc="cells", disable=None if is_main() else True):
@@ -231,10 +237,11 @@ def caption(report: dict[str, Any]) -> str:
     )
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """The table, its caption and what failed, as Markdown."""
+def markdown(report: dict[str, Any], table: Callable = table, caption: Callable = caption) -> str:
+    """The table, its caption and what failed, as Markdown; the first two as another protocol's report has them."""
+    lines = [*markdown_table(*table(report)), "", caption(report), ""] if report["rows"] else []
     failed = [f"Failed: {name}: {reason}\n" for name, reason in report["failed"].items()]
-    return "\n".join([*markdown_table(*table(report)), "", caption(report), "", *failed]).rstrip() + "\n"
+    return "\n".join([*lines, *failed]).rstrip() + "\n"
 
 
 def progress(folder: str | Path, cells: Sequence[Any]) -> str:

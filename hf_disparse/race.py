@@ -8,7 +8,6 @@ is stretched likewise. Helpers are left out on both sides. Protocol: Xia and Shi
 The folder `equal-budget` in the output folder holds the dense models and one file per finished cell, as in `compare`.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -16,13 +15,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from hf_disparse.compare import cell_file, markdown_table, over_seeds, run_cells, shown
+from hf_disparse.compare import cell_file, markdown, over_seeds, run_cells, shown, write_tables
 from hf_disparse.config import UserError, require
 from hf_disparse.distributed import from_main
-from hf_disparse.faults import writing
 from hf_disparse.recipes import Recipe, parse_recipe
 from hf_disparse.run import environment
-from hf_disparse.run_folder import read_json, refuse_others, write_whole
+from hf_disparse.run_folder import read_json, refuse_others
 from hf_disparse.tasks import average, average_name, counted_tasks
 
 FOLDER_NAME, JSON_NAME, MARKDOWN_NAME = "equal-budget", "equal-budget.json", "equal-budget.md"
@@ -205,14 +203,9 @@ def run(race: Race) -> dict[str, Any]:
         "environment": environment(),
     }
     if results:
-        from_main(lambda: _write(report, Path(recipe.output_dir)))
+        text = markdown(report, table, caption)
+        from_main(lambda: write_tables(report, Path(recipe.output_dir), JSON_NAME, MARKDOWN_NAME, text))
     return report
-
-
-def _write(report: dict[str, Any], folder: Path) -> None:
-    with writing(folder):
-        write_whole(folder / JSON_NAME, json.dumps(report, indent=2) + "\n")
-        write_whole(folder / MARKDOWN_NAME, markdown(report))
 
 
 def tabulate(race: Race, results: Mapping[Cell, dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, dict]]:
@@ -318,10 +311,3 @@ def caption(report: dict[str, Any]) -> str:
         f"{passes['ensemble'] or 'no'} backward passes per ensemble and {passes['shared'] or 'no'} per shared model, dense "
         "training and scoring included."
     )
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The table, its caption and what failed, as Markdown."""
-    lines = [*markdown_table(*table(report)), "", caption(report), ""] if report["rows"] else []
-    failed = [f"Failed: {name}: {reason}\n" for name, reason in report["failed"].items()]
-    return "\n".join([*lines, *failed]).rstrip() + "\n"

@@ -77,9 +77,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         "unlabelled": unlabelled,
         "bytes": {"dense": dense.pop("bytes"), "sparse": sparse.pop("bytes")},
         "seconds": {**seconds, "total": sum(seconds.values())},
-        "log": [
-            {"phase": name, **row} for name, p in (("dense", dense), ("sparse", sparse)) for row in p.pop("log", [])
-        ],
+        "log": [{"phase": name, **row} for name, p in (("dense", dense), ("sparse", sparse)) for row in p.pop("log")],
         "environment": environment(),
     }
     if "guard" in sparse:

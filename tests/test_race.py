@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_disparse import UserError, race, run
+from hf_disparse.compare import markdown
 from hf_disparse.race import Cell, Race, best_ensemble, recipe_of, tabulate
 from hf_disparse.recipes import parse_recipe
 from tests.cli_helpers import changed, refused, snapshot, write_recipe
@@ -186,4 +187,4 @@ def test_a_seed_that_lacks_a_point_has_no_ensemble_and_the_choice_is_one_for_all
     (shared,), _ = tabulate(contest(), given_results({k: v for k, v in GIVEN.items() if k[0] != "b"}))
     assert shared["model"] == "shared" and shared["against_ensemble"] is None
     report = {"rows": [], "cells": [], "failed": {"x": "why"}}
-    assert race.markdown(report) == "Failed: x: why\n"
+    assert markdown(report, race.table, race.caption) == "Failed: x: why\n"

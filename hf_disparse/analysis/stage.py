@@ -32,7 +32,7 @@ class Evidence:
     Args:
         keep: the mask it would have alone.
         scores: parameter name -> (n,), its scores of the sampled weights.
-        sampled: those batch by batch.
+        sampled: what each scoring batch adds to the scores of the sampled weights.
         gradient: a sketch of the sum of its gradients.
         parts: its scores of the parts: kind -> site -> (parts,).
     """

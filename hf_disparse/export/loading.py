@@ -33,7 +33,7 @@ class StoredFormReader(HfQuantizer):
 
     def __init__(self, quantization_config: StoredForm, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
-        # Beside transformers' own work, which takes as long: digests, and the filling of matrices that it has already.
+        # They compute digests and fill the matrices that have been read, while transformers reads the rest.
         self._threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
         self._jobs: list[Future] = []
 

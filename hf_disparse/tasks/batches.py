@@ -50,7 +50,8 @@ class TaskDataset(Dataset):
 class TaskBatchSampler:
     """Batches of indices into a `TaskDataset`, all of one task and all full, in an order that (seed, epoch) fixes.
 
-    An epoch has as many batches as the tasks' examples fill. The next task is drawn
+    An epoch has as many batches as the tasks' examples fill; with `round_robin`, as the largest task's fill times the tasks. The
+    next task is drawn
     - `proportional`: each task as often as its examples fill batches, so that an epoch sees every example;
     - `temperature`: with probability ~ min(size, cap) ** (1 / temperature);
     - `round_robin`: in turn, small tasks starting over until the largest is through.

@@ -22,8 +22,8 @@ _FAR = 1_000_000_000  # an epoch of a stream that training never comes to
 class Resuming(TrainerCallback):
     """Mends what transformers' Trainer does on a resume.
 
-    It tells a sampler its epoch, but not through what Accelerate wraps around it; and it takes a step, which
-    `training_step` leaves without a gradient, where no step is left.
+    On a resume it sets the epoch on Accelerate's wrapper alone, so that our sampler would repeat epoch 0; and a run that is
+    resumed at its last step takes a step too many, which `training_step` makes none and this takes off the count.
     """
 
     def __init__(self, trainer: Trainer):
@@ -105,8 +105,8 @@ class ScoringBatches:
 
 @contextmanager
 def checkpointed_layers(model: nn.Module) -> Iterator[None]:
-    """Lets layers that drop what backward needs in training do so in eval mode, too, where scores are taken: a GPU that has room
-    for no more would run out of memory. They go by their own `training`, which changes nothing else in them.
+    """Keeps gradient checkpointing on while scores are taken: that is in eval mode, where transformers turns it off, and scoring
+    would need more memory than training. Layers go by their own `training`, which changes nothing else in them.
     """
 
     def drops(layer: nn.Module) -> bool:
