@@ -38,10 +38,8 @@ _OWN_CRITERION = {
     "flop": {"method": "flop"},
     "group_lasso": {"method": "group_lasso"},
 }
-METHODS = (
-    "dense",
-    *dict.fromkeys((*list(_OWN_CRITERION)[:2], *_OPEN_CRITERION, *_OWN_CRITERION)),
-)  # in the order of tables
+# In the order of tables.
+METHODS = ("dense", *dict.fromkeys((*list(_OWN_CRITERION)[:2], *_OPEN_CRITERION, *_OWN_CRITERION)))
 # What a row takes from a recipe of another method.
 _MODULES = ("target_modules", "exclude_modules")
 _OF_ANY_METHOD = (*_MODULES, "score_batches")
@@ -113,11 +111,8 @@ def _fields(method: str) -> dict[str, Any] | None:
 
 def default_criterion(config: PruningConfig) -> str:
     """Of rows that have none of their own: the recipe's, where a row of any decision can have it."""
-    return (
-        config.criterion
-        if config.criterion in CRITERIA and config.criterion != "agreement"
-        else PruningConfig.criterion
-    )
+    of_any_decision = config.criterion in CRITERIA and config.criterion != "agreement"
+    return config.criterion if of_any_decision else PruningConfig.criterion
 
 
 def grid(

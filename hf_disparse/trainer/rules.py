@@ -68,7 +68,7 @@ def decide_scored_parts(
     masks = dict(active)
     for kind in sorted(
         sites, key=lambda kind: kind != "layer"
-    ):  # layers first: their heads and neurons are gone, and count
+    ):  # first, for their heads and neurons are gone and count
         places = sites[kind]
         live = {name: sum_by_part(masks, site) > 0 for name, site in places.items()}
         keep = keep_parts(config, kind, [(task, scores[kind]) for task, scores in by_part], sparsity, live)
