@@ -66,9 +66,8 @@ def decide_scored_parts(
 ) -> decision.Masks:
     """As `decide_parts`, of scores of parts: (task, kind -> site -> (parts,))."""
     masks = dict(active)
-    for kind in sorted(
-        sites, key=lambda kind: kind != "layer"
-    ):  # first, for their heads and neurons are gone and count
+    layers_first = sorted(sites, key=lambda kind: kind != "layer")  # whose heads and neurons are gone, and count
+    for kind in layers_first:
         places = sites[kind]
         live = {name: sum_by_part(masks, site) > 0 for name, site in places.items()}
         keep = keep_parts(config, kind, [(task, scores[kind]) for task, scores in by_part], sparsity, live)
