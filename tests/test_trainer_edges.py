@@ -246,7 +246,7 @@ def test_evaluation_says_what_it_lacks(tmp_path):
     with pytest.raises(UserError, match=r"expected the rows of one task, got two, three, real"):
         trainer.get_eval_dataloader()
     trainer.eval_dataset = None
-    for call in (trainer.evaluate, trainer.get_eval_dataloader):
+    for call in (trainer.evaluate, trainer.get_eval_dataloader, lambda: trainer.evaluate("two")):
         with pytest.raises(
             UserError, match=r"eval_dataset: expected a dict of task -> Dataset to evaluate on, got none"
         ):

@@ -115,15 +115,13 @@ class DisparseTrainer(Trainer):
 
     def _eval_rows(self, eval_dataset):
         """What is to be evaluated of several tasks: {task: rows}; a name stands for that task's rows, None for all there are."""
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(rows, str):
-            if rows not in (self.eval_dataset or {}):
-                raise UserError(
-                    f"eval_dataset: there are no rows of a task '{rows}'{closest(rows, self.eval_dataset or {})}"
-                )
-            rows = {rows: self.eval_dataset[rows]}
-        if rows is None:
+        rows, known = self.eval_dataset if eval_dataset is None else eval_dataset, self.eval_dataset or {}
+        if rows is None or (isinstance(rows, str) and not known):
             raise UserError("eval_dataset: expected a dict of task -> Dataset to evaluate on, got none")
+        if isinstance(rows, str):
+            if rows not in known:
+                raise UserError(f"eval_dataset: there are no rows of a task '{rows}'{closest(rows, known)}")
+            rows = {rows: known[rows]}
         return rows
 
     def _get_eval_sampler(self, eval_dataset):
