@@ -203,9 +203,12 @@ def run(race: Race) -> dict[str, Any]:
         "environment": environment(),
     }
     if results:
-        text = markdown(report, table, caption)
-        from_main(lambda: write_tables(report, Path(recipe.output_dir), JSON_NAME, MARKDOWN_NAME, text))
+        from_main(lambda: _write(report, Path(recipe.output_dir)))
     return report
+
+
+def _write(report: dict[str, Any], folder: Path) -> None:
+    write_tables(report, folder, JSON_NAME, MARKDOWN_NAME, markdown(report, table, caption))
 
 
 def tabulate(race: Race, results: Mapping[Cell, dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, dict]]:

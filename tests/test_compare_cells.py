@@ -135,7 +135,7 @@ def test_every_cell_states_the_backward_passes_that_it_had(recipe, changes, trai
 def test_a_recipe_of_any_method_can_be_compared_with_every_method(recipe, pruning, budget):
     """At 50 %, so that a recipe of a pattern can. Dynamic scores once a step at most."""
     whole = parse_recipe({**recipe, "pruning": pruning, "recovery": {"max_steps": 4}})
-    for cell in grid([*METHODS, "2:4"], [default_criterion(whole.pruning)], [0.5], [1]):
+    for cell in grid([*METHODS, "2:4"], ["snip", default_criterion(whole.pruning)], [0.5], [1]):
         own = recipe_of(whole, cell)
         steps = own.values["recovery"]["max_steps"]
         over = steps + 2 * scoring_batches(own.pruning, steps) - budget

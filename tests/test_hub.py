@@ -14,6 +14,7 @@ from hf_disparse import MultitaskModel, PruningConfig, UserError
 from hf_disparse.export import push
 from tests.hub_server import serve
 from tests.test_compact import prune_parts
+from tests.test_trainer import plain_model
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -165,6 +166,14 @@ def test_shards_are_pushed_with_their_index(hub, folder, tmp_path):
     assert done.returncode == 0, done.stderr
     pulled = load_file(tmp_path / "whole" / "model.safetensors")
     assert all(torch.equal(tensor, pulled[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_cannot_be_pushed_is_refused_before_the_export(folder, tmp_path):
+    with pytest.raises(UserError, match="REPO: expected USER/NAME, got"):
+        push(folder, "a/b/c", api=client("http://127.0.0.1:9"))
+    plain_model().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="--with-tasks: expected nothing with a model of one task"):
+        push(tmp_path, "me/sparse", with_tasks=True, api=client("http://127.0.0.1:9"))
 
 
 def test_a_form_that_is_none(folder):

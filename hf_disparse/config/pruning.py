@@ -133,8 +133,7 @@ class PruningConfig(Config):
                 known = (*self.granularities, *(("2:4", "block16x16") if self.method == PruningConfig.method else ()))
                 raise UserError(f"granularity: unknown value {kind!r}{with_method}{closest(kind, known)}")
         alone = len(self.granularity) == 1 or all(kind in ("head", "neuron", "layer") for kind in self.granularity)
-        expected = "one alone, or several of head, neuron and layer"
-        require(alone, "granularity", expected, list(self.granularity))
+        require(alone, "granularity", "one alone, or several of head, neuron and layer", list(self.granularity))
         n, m = self.n_of_m or (0, 1)
         require(n < m, "granularity", "N below M in a pattern N:M", self.granularity[0])
         if self.criterion in PART_CRITERIA:
