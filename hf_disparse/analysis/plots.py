@@ -255,7 +255,7 @@ def comparison(rows: Sequence[Mapping], ax: Axes) -> Axes:
     gap = min((b - a for a, b in itertools.pairwise(levels)), default=0.1)
     for i, (name, some) in enumerate(lines.items()):
         some = sorted(some, key=lambda row: row["sparsity"])
-        aside = gap * 0.5 * ((i + 0.5) / len(lines) - 0.5)  # side by side, for error bars that would hide one another
+        aside = gap * 0.2 * ((i + 0.5) / len(lines) - 0.5)  # side by side, for error bars that would hide one another
         ax.errorbar(
             [row["sparsity"] + aside for row in some],
             [row["mean"]["average"] for row in some],
