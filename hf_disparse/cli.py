@@ -257,7 +257,7 @@ def analyze_(
         str | None, typer.Option("--output_dir", "--output-dir", help="Default: the model's folder.")
     ] = None,
 ) -> None:
-    """Show what each task needs, where the tasks part, and what sparsity costs; write analysis.json and report.html.
+    """Show what each task needs, where the tasks diverge, and what sparsity costs; write analysis.json and report.html.
 
     Of a run: before training, dense and sparse. More scoring batches (--set pruning.score_batches=64) narrow the intervals.
     """

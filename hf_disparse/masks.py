@@ -54,7 +54,7 @@ def zero_pruned(tensor: Tensor, keep: Tensor) -> None:
 class MaskHooks:
     """Zeroes the gradients of pruned weights as they arrive, hence before they are clipped, until `remove()`.
 
-    The optimizer still moves pruned weights by momentum and weight decay: call `apply_masks` after each of its steps.
+    The optimizer still moves pruned weights by momentum: call `apply_masks` after each of its steps.
     """
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]):

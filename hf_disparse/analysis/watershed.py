@@ -1,4 +1,4 @@
-"""The layer above which the tasks part. Pure functions on agreement per layer."""
+"""The layer from which on the tasks diverge. Pure functions on agreement per layer."""
 
 from collections.abc import Iterable, Sequence
 

@@ -198,7 +198,7 @@ class PruningCallback(TrainerCallback):
             self.method.before_optimizer(self._parameters)
 
     def on_optimizer_step(self, args, state, control, *, model, optimizer=None, **kwargs):
-        """Undoes what momentum and weight decay did to pruned weights."""
+        """Undoes what momentum did to pruned weights."""
         if self.method:
             self.method.after_optimizer(self._parameters, optimizer)
         if self.masks is not None:
