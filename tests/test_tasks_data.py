@@ -156,6 +156,33 @@ def test_a_quotation_mark_does_not_swallow_the_rows_after_it(tmp_path):
     assert "expected a row a line in" in refused(load, path.rename(tmp_path / "glue.TSV"))
 
 
+def test_csv_and_tsv_files_of_a_folder_are_read_as_one_alone(tmp_path):
+    """By its own defaults `datasets` loses the class None there, and takes columns for their neighbours."""
+    contents = {
+        "none.csv": "text,label\nNA,None\nb,yes\n",
+        "trailing.csv": "text,label\na,no,\nb,yes,\n",
+        "tabs.tsv": "text\tlabel\nwell, no\tNA\nb\tyes\n",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+        folder = tmp_path / f"{name} folder"
+        folder.mkdir()
+        (folder / f"train{Path(name).suffix}").write_text(content)
+        assert load(folder)[:] == load(tmp_path / name)[:], name
+    (folder / "train.tsv").write_text('text\tlabel\n"a mark\tno\nb\tyes\nends" here\tno\n')
+    assert "{quoting: 3}" in refused(load, folder)
+    assert load(folder, options={"quoting": 3})["text"][:] == ['"a mark', "b", 'ends" here']
+    (tmp_path / "trailing.csv folder" / "train.csv").write_text("text,label\nwell, yes,1\nhm, no,0\n")
+    assert "quote texts that hold the separator" in refused(load, tmp_path / "trailing.csv folder")
+
+
+def test_a_file_is_found_whatever_its_folder_is_called(tmp_path):
+    folder = tmp_path / "a [1] ü*?"
+    folder.mkdir()
+    (folder / "rows.csv").write_text("text,label\na,no\n")
+    assert texts(folder / "rows.csv") == ["a"]
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [

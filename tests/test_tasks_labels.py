@@ -51,6 +51,7 @@ def refused(call, *args, **kwargs) -> str:
         ([1, 3, 2], ("1", "2", "3"), [0, 2, 1]),
         ([0, 1], ("1", "0"), [1, 0]),
         ([-1, 1], ("-1", "1"), [0, 1]),
+        ([-1.0, 0.0, 1.0], ("-1.0", "0.0", "1.0"), [0, 1, 2]),  # -1 is a class here, not the mark of none
         ([0.5, 2.0], ("0.5", "2"), [0, 1]),
         ([True, False], ("True", "False"), [0, 1]),
         ([True, False], ("true", "false"), [0, 1]),
@@ -268,6 +269,21 @@ def test_columns_named_like_outputs_do_not_disturb_them():
     }
     data, _ = tokenize(rows, task_of(columns="task", label_column="label"), tiny_tokenizer(), 16)
     assert data["labels"][:] == [0, 0] and data["input_ids"][:] == [[2, 1, 3]] * 2
+
+
+@pytest.mark.parametrize(
+    ("values", "feature", "labels", "ids"),
+    [
+        ([True, False, True], None, ("maybe", "no", "yes"), [2, 1, 2]),  # `datasets` would make truths of the ids
+        ([1.0, 0.0, None], None, ("no", "yes"), [1, 0]),  # and floats, which a file with empty cells has
+        ([0, 1, 1], ClassLabel(names=["b", "c"]), ("a", "b", "c"), [1, 2, 2]),
+    ],
+)
+def test_a_label_column_called_labels_keeps_nothing_of_its_type(values, feature, labels, ids):
+    features = Features({"text": Value("string"), "labels": feature}) if feature else None
+    rows = Dataset.from_dict({"text": ["w1"] * 3, "labels": values}, features=features)
+    data, _ = tokenize(rows, task_of(labels=labels, label_column="labels"), tiny_tokenizer(), 16)
+    assert data["labels"][:] == ids and data.features["labels"] == Value("int64")
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch", "pandas"])

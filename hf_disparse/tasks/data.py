@@ -1,13 +1,16 @@
 """From what a user names to tokenized examples: finding the data, checking columns and labels, tokenizing."""
 
+import glob
 import importlib.util
 import warnings
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
+from datasets.packaged_modules.csv.csv import CsvConfig
 from transformers import PreTrainedTokenizerBase
 
 from hf_disparse.config import DataConfig, TaskConfig, UserError, closest, is_count, one_line, require
@@ -25,6 +28,8 @@ _BUILDERS = {
     ".jsonl": ("json", {}),
     ".parquet": ("parquet", {}),
 }
+# Of the options of `load_dataset`, those that choose which files are read.
+_CHOOSE_FILES = ("cache_dir", "data_dir", "data_files", "revision", "token")
 Split = tuple[Dataset, str, range]
 _NO_OPTIONS = {
     "path": "use data",
@@ -70,7 +75,8 @@ def load_task(
             and trained on.
     """
     where = f"tasks.{task.name}"
-    stored = _load_demo(data, where) if data.data.startswith("demo:") else _load_splits(data, where)
+    is_demo = data.data.startswith("demo:")
+    stored, tabs = (_load_demo(data, where), False) if is_demo else _load_splits(data, where)
     if data.validation_fraction is not None:
         rows, _, _ = _split(stored, task, data, "train_split")
         found = dict(zip(("train", "validation"), _hold_out(rows, task, data.validation_fraction, seed), strict=True))
@@ -82,7 +88,8 @@ def load_task(
     capped = []
     for split in splits:
         _check_columns(found[split], task)
-        _refuse_swallowed(found[split], task, data)
+        if tabs:
+            _refuse_swallowed(found[split], task, data)
         rows = _cap(found[split], task, getattr(data, f"max_{split}_rows"), seed)
         if len(rows) == 0:
             which = "training" if split == "train" else split
@@ -103,7 +110,7 @@ def _refuse_overlap(task: TaskConfig, data: DataConfig, train: Split, validation
 
 def _refuse_swallowed(rows: Dataset, task: TaskConfig, data: DataConfig) -> None:
     """A quotation mark that a TSV text begins with takes the rows up to the next one into that text."""
-    if ".tsv" not in data.data.lower() or "quoting" in data.options:
+    if "quoting" in data.options:
         return
     for column in task.columns:
         for text in rows.with_format(None)[column]:
@@ -159,8 +166,8 @@ def _load_demo(data: DataConfig, where: str) -> DatasetDict:
     return demo.load(data.data.removeprefix("demo:"), f"{where}.data")
 
 
-def _load_splits(data: DataConfig, where: str) -> DatasetDict:
-    """All splits of a file, a folder or a Hub id."""
+def _load_splits(data: DataConfig, where: str) -> tuple[DatasetDict, bool]:
+    """All splits of a file, a folder or a Hub id, and whether tabs stand between the fields of its rows."""
     source = resolve(data.data)
     suffix = Path(source.removesuffix(".gz")).suffix.lower()
     builder, defaults = _BUILDERS.get(suffix, (None, {}))
@@ -175,14 +182,15 @@ def _load_splits(data: DataConfig, where: str) -> DatasetDict:
     for option, instead in _NO_OPTIONS.items():
         if option in data.options:
             raise UserError(f"{where}.options: '{option}' cannot be set here; {instead}")
-    arguments = {"path": builder, "data_files": source} if builder else {"path": source, "name": data.subset}
-    clash = [option for option in data.options if option in arguments]
+    named = {"path": builder, "data_files": glob.escape(source)} if builder else {"path": source, "name": data.subset}
+    clash = [option for option in data.options if option in named]
     if clash:
         raise UserError(f"{where}.options: '{clash[0]}' cannot be set here; data names the file")
     try:
         with warnings.catch_warnings():  # pandas warns once of rows longer than the header, and drops their last fields
             warnings.filterwarnings("error", "Length of header or names does not match")
-            return load_dataset(**arguments, **{**defaults, **data.options})
+            options = {**(defaults or _defaults(named, data.options)), **data.options}
+            return load_dataset(**named, **options), (options.get("delimiter") or options.get("sep")) == "\t"
     except Exception as error:  # pandas, arrow, datasets and the Hub's clients raise a dozen kinds here
         if isinstance(error, DatasetGenerationError) and error.__cause__:
             error = error.__cause__  # it says only that something went wrong
@@ -198,6 +206,12 @@ def _load_splits(data: DataConfig, where: str) -> DatasetDict:
         raise UserError(
             f"{where}.data: expected data that `datasets` loads, got {source}: {one_line(error)}{way_out}"
         ) from None
+
+
+def _defaults(named: dict[str, str | None], options: dict[str, Any]) -> dict[str, Any]:
+    """Options for whatever `datasets` finds in a folder or on the Hub: CSV and TSV files are read there as one alone is."""
+    found = load_dataset_builder(**named, **{k: v for k, v in options.items() if k in _CHOOSE_FILES}).config
+    return {**_CSV, "sep": found.delimiter or found.sep} if isinstance(found, CsvConfig) else {}
 
 
 def _positions(size: int, part: str) -> range:
@@ -239,28 +253,31 @@ def tokenize(
     """
     require(is_count(max_length, 3), "max_length", "a whole number of at least 3", max_length)
     _check_columns(rows, task)
-    # Numpy or torch formats, and columns that happen to be named as the outputs are, would shine through.
-    rows = rows.with_format(None).select_columns([*task.columns, task.label_column])
-    labels = LabelEncoder(task, rows.features[task.label_column])
+    # Numpy or torch formats would shine through, and so would columns, or the types of those that are named as the outputs are.
+    raw = {column: f"raw {column}" for column in (*task.columns, task.label_column)}
+    rows = rows.with_format(None).select_columns([*raw]).rename_columns(raw)
+    labels = LabelEncoder(task, rows.features[raw[task.label_column]])
     encode = _encode_texts
     if task.problem_type == "token_classification":
         _check_words(tokenizer)
         encode = _encode_tokens
     batches = {"batched": True, "load_from_cache_file": False, "desc": f"tokenizing {task.name}"}
-    raw = rows[task.label_column]
-    labelled = [i for i, value in enumerate(raw) if not labels.missing(value)]
+    given = rows[raw[task.label_column]]
+    labelled = [i for i, value in enumerate(given) if not labels.missing(value)]
     left_out = len(rows) - len(labelled)
     if not labelled:
         raise UserError(
             f"tasks.{task.name}: expected labelled examples, got {left_out} without a label in '{task.label_column}'"
         )
     rows = rows.select(labelled) if left_out else rows
-    done = rows.map(
-        lambda b: encode(b, task, tokenizer, max_length, labels), remove_columns=rows.column_names, **batches
-    )
+
+    def encode_batch(batch) -> dict[str, list]:
+        return encode({column: batch[name] for column, name in raw.items()}, task, tokenizer, max_length, labels)
+
+    done = rows.map(encode_batch, remove_columns=rows.column_names, **batches)
     if task.problem_type == "token_classification":
         done = _with_a_label(done, task)
-    return done, len(raw) - len(done)
+    return done, len(given) - len(done)
 
 
 def _with_a_label(rows: Dataset, task: TaskConfig) -> Dataset:

@@ -45,7 +45,8 @@ class LabelEncoder:
             return True
         if self.task.problem_type == "token_classification":
             return value == []
-        return self.task.problem_type == "single_label_classification" and value == -1 and "-1" not in self.ids
+        is_class = "-1" in self.ids or -1 in self._numbers
+        return self.task.problem_type == "single_label_classification" and value == -1 and not is_class
 
     def encode(self, value: Any) -> int | float | list[float]:
         """The label of one example; not for token classification, which encodes word by word."""
