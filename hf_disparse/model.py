@@ -7,7 +7,7 @@ and its parameter names are transformers' own, for every architecture and withou
 import copy
 from collections.abc import Sequence
 from dataclasses import field
-from typing import Any
+from typing import Any, ClassVar
 
 import regex
 import torch
@@ -47,6 +47,8 @@ class MultitaskConfig(PreTrainedConfig):
     """
 
     model_type = "hf_disparse_multitask"
+    # An encoder that is configured to return them would have an evaluation gather those of all its examples.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["hidden_states", "attentions"]
 
     encoder_config: dict | PreTrainedConfig | None = None
     tasks: list = field(default_factory=list)

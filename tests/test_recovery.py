@@ -162,6 +162,19 @@ def test_a_teacher_that_cannot_teach_is_refused(tmp_path, make, words):
         trainer_of(tmp_path, make(), distillation=0.5).train()
 
 
+def test_a_plain_teacher_with_the_classes_in_another_order_is_refused(tmp_path):
+    def teach(names):
+        teacher = bert(2)
+        teacher.config.id2label = dict(enumerate(names))
+        return trainer_of(tmp_path, {"two": teacher}, data={"two": tokenized_rows(BINARY, 8)}, distillation=0.5)
+
+    no, yes = BINARY.labels
+    with pytest.raises(UserError, match=r"teachers\.two: expected a teacher with the classes .* in this order, got"):
+        teach([yes.upper(), no.upper()])
+    for names in ([no, yes.upper()], ["LABEL_0", "LABEL_1"]):
+        teach(names).train()
+
+
 def test_uncertainty_divides_by_the_running_mean_of_the_tasks_loss(tmp_path):
     tasks = [TaskConfig(name="two", columns="text", labels=["no", "yes"], weight=2.5), *three_tasks()[1:]]
     model = without_dropout(tiny_model(tasks))

@@ -239,6 +239,16 @@ def test_a_label_smoother_leaves_scoring_the_labels(tmp_path, monkeypatch):
     assert mine > 1 and losses[1] == pytest.approx(losses[0] * mine / ((mine + 1) / 2))
 
 
+def test_an_encoder_that_returns_its_hidden_states_is_evaluated_as_any(tmp_path):
+    found = []
+    for returns in (False, True):
+        model = tiny_model()
+        model.encoder.config.output_hidden_states = returns
+        metrics = multitask_trainer(tmp_path, model=model).evaluate(three_datasets())
+        found.append({key: value for key, value in metrics.items() if not key.endswith(("runtime", "per_second"))})
+    assert found[0] == found[1] and "eval_average" in found[0]
+
+
 def test_evaluation_says_what_it_lacks(tmp_path):
     trainer = multitask_trainer(tmp_path)
     with pytest.raises(UserError, match=r"eval_dataset: there are no rows of a task 'tow'; did you mean 'two'\?"):

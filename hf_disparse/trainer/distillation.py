@@ -37,6 +37,8 @@ def check_teachers(
             raise UserError(f"training.distillation: expected a teacher of task '{name}', got none; pass teachers=")
         if isinstance(teachers[name], MultitaskModel):
             _check_task(tasks[name], teachers[name].tasks)
+        else:
+            _check_order(tasks[name], teachers[name])
     for teacher in teachers.values():
         teacher.to(args.device).eval()
     return teachers
@@ -50,6 +52,14 @@ def _check_task(task: TaskConfig, taught: Mapping[str, TaskConfig]) -> None:
     for key in ("problem_type", "labels"):
         expected, got = getattr(task, key), getattr(taught[task.name], key)
         require(got == expected, f"teachers.{task.name}", f"a teacher with the {key} {expected!r} of the task", got)
+
+
+def _check_order(task: TaskConfig, teacher: nn.Module) -> None:
+    """Refuses a teacher of another kind that has the task's classes in another order; names that are not the task's say nothing."""
+    names = getattr(getattr(teacher, "config", None), "id2label", None) or {}
+    got, expected = ([str(name).lower() for name in some] for some in (dict(sorted(names.items())).values(), task.labels))
+    if got != expected and sorted(got) == sorted(expected):
+        raise UserError(f"teachers.{task.name}: expected a teacher with the classes {expected} in this order, got {got}")
 
 
 def distilled(

@@ -301,8 +301,7 @@ class DisparseTrainer(Trainer):
             check_same_rows(self.train_dataset)
         if self.model_init is not None:
             self.pruner.masks = self.given_masks  # the masks of an earlier trial are of another model
-            self.loss_means = {}
-        self._trained = 0
+        self._trained, self.loss_means = 0, {}
         self.pruner.restart()
         self.pruner.prepare(self.model, self.optimizer)
         if self._surgery:
