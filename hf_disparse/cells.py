@@ -174,6 +174,12 @@ def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
     if whole.method == PruningConfig.method:
         whole = replace(whole, criterion="snip", sparsity=whole.sparsity or 0.5)
     budget = most * every + votes * scoring_batches(whole, most)
+    least = votes * scoring_batches(own, 1)
+    if least > budget:
+        raise UserError(
+            f"recovery.max_steps: expected at least the passes of {cell.name} for scoring alone, {least}, got a budget of {budget}; "
+            "raise it or lower pruning.score_batches"
+        )
     steps = next(n for n in count(1) if n * every + votes * scoring_batches(own, n) >= budget)
     return parse_recipe(
         {

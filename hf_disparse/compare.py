@@ -23,7 +23,16 @@ from hf_disparse.distributed import from_main, is_main, processes
 from hf_disparse.faults import writing
 from hf_disparse.recipes import Recipe
 from hf_disparse.run import environment, prepare, rehearse, say, sizes, train_phase
-from hf_disparse.run_folder import PHASE_NAME, claim, read_json, refuse_others, write_whole
+from hf_disparse.run_folder import (
+    PHASE_NAME,
+    alone_in,
+    check_data,
+    claim,
+    note_data,
+    read_json,
+    refuse_others,
+    write_whole,
+)
 from hf_disparse.tasks import average, average_name
 
 JSON_NAME, MARKDOWN_NAME = "compare.json", "compare.md"
@@ -42,6 +51,7 @@ def compare(recipe: Recipe, cells: Sequence[Cell]) -> dict[str, Any]:
     folder = Path(recipe.output_dir)
     refuse_others(folder, recipe)
     recipes = {cell: recipe_of(recipe, cell) for cell in cells}  # refuses nonsense before anything runs
+    _finished(folder)  # and so does a file that is none of a cell
     sparsest = {}  # of each method and granularity
     for cell in sorted(cells, key=lambda cell: (cell.sparsity, cell.criterion)):
         sparsest[recipes[cell].pruning.method, recipes[cell].pruning.granularity] = cell
@@ -84,7 +94,7 @@ def run_cells(recipe: Recipe, recipes: Mapping[Any, Recipe], folder: Path, rehea
         Name -> reason, of the cells that failed.
     """
     todo = from_main(lambda: [cell for cell in recipes if not cell_file(folder, cell).is_file()])
-    failed, hopeless = {}, {}
+    failed = {}
     for start, cell in {cell.start: cell for cell in todo}.items():
         expect_dense(recipes[cell], folder / start)
     if todo:
@@ -92,6 +102,18 @@ def run_cells(recipe: Recipe, recipes: Mapping[Any, Recipe], folder: Path, rehea
         for cell in rehearsed:
             rehearse(recipes[cell], *data_of(recipes[cell]))
         claim(Path(recipe.output_dir), recipe)
+        with alone_in(Path(recipe.output_dir)):
+            failed = _run_all(recipes, folder, todo, data_of)
+    for cell in set(recipes) - set(todo):  # killed between its result and the end of its clean-up
+        shutil.rmtree(folder / "cells" / cell.name, ignore_errors=True)
+    return failed
+
+
+def _run_all(
+    recipes: Mapping[Any, Recipe], folder: Path, todo: Sequence[Any], data_of: "_DataBySeed"
+) -> dict[str, str]:
+    """Runs cell by cell; name -> reason, of those that failed."""
+    failed, hopeless = {}, {}
     for cell in tqdm(todo, desc="cells", disable=None if is_main() else True):
         say(f"cell {cell.name}, {len(todo)} to run, {len(recipes) - len(todo)} were there")
         try:
@@ -106,8 +128,6 @@ def run_cells(recipe: Recipe, recipes: Mapping[Any, Recipe], folder: Path, rehea
                 hopeless[cell.start] = f"no dense model of seed {cell.seed}: {failed[cell.name]}"
         if cell.start in hopeless:
             failed[cell.name] = hopeless[cell.start]
-    for cell in set(recipes) - set(todo):  # killed between its result and the end of its clean-up
-        shutil.rmtree(folder / "cells" / cell.name, ignore_errors=True)
     return failed
 
 
@@ -121,7 +141,12 @@ def _finished(folder: Path) -> dict[Cell, dict[str, Any]]:
     results = {}
     for path in folder.glob("cells/*.json"):
         result = read_json(path)
-        results[Cell(**result.pop("cell"))] = result
+        try:
+            results[Cell(**result.pop("cell"))] = result
+        except (KeyError, TypeError):
+            raise UserError(
+                f"output_dir: expected a cell of this comparison in {path}, got something else.\nDelete it."
+            ) from None
     place = {method: i for i, method in enumerate(METHODS)}  # another quorum than 2 comes last
 
     def order(cell: Cell) -> tuple:
@@ -133,6 +158,7 @@ def _finished(folder: Path) -> dict[Cell, dict[str, Any]]:
 def _run(recipe: Recipe, cell: Any, root: Path, data_of: "_DataBySeed") -> None:
     """Trains one cell from its dense model, which is trained first if it is not there."""
     tokenizer, data = data_of(recipe)
+    data_of.note()
     dense = root / cell.start
     before = train_phase(recipe, "dense", dense, tokenizer, data)
     from_main(lambda: [shutil.rmtree(path) for path in dense.glob("checkpoint-*")])
@@ -149,11 +175,17 @@ class _DataBySeed:
     """Loads and tokenizes all tasks when the seed changes, for it may choose which rows are taken; gives those of a cell."""
 
     def __init__(self, recipe: Recipe):
-        self._recipe, self._seed, self._loaded = recipe, None, None
+        self._recipe, self._seed, self._loaded, self._digests = recipe, None, None, {}
+
+    def note(self) -> None:
+        """Notes in the claimed folder which examples were loaded last."""
+        note_data(Path(self._recipe.output_dir), self._seed, self._digests)
 
     def __call__(self, recipe: Recipe):
         if self._seed != recipe.seed:
-            tokenizer, data, _ = prepare(replace(self._recipe, seed=recipe.seed))
+            ours = replace(self._recipe, seed=recipe.seed)
+            tokenizer, data, _ = prepare(ours)
+            self._digests = check_data(Path(ours.output_dir), ours, data)
             self._seed, self._loaded = recipe.seed, (tokenizer, data)
         tokenizer, data = self._loaded
         mine = {
@@ -231,9 +263,11 @@ def caption(report: dict[str, Any]) -> str:
     held_out = ", ".join(f"{task} {size:,}" for task, size in report["cells"][0]["examples"]["validation"].items())
     passes = [row["backward_passes"] for row in report["rows"]]
     budget = f"{min(passes):,}" + (f" to {max(passes):,}" if min(passes) < max(passes) else "")
+    precisions = sorted({cell.get("precision") for cell in report["cells"]} - {None})  # None: of an earlier version
+    computed = f" Computed in {' and '.join(precisions)}." if precisions else ""
     return (
         f"Mean ± sample standard deviation over seeds of each task's metrics (0 to 100), on {held_out} held-out examples. "
-        f"Every row had {budget} backward passes after dense training, scoring included."
+        f"Every row had {budget} backward passes after dense training, scoring included.{computed}"
     )
 
 

@@ -36,7 +36,17 @@ from hf_disparse.masks import sparsity_report
 from hf_disparse.model import MultitaskModel, prunable_parameters
 from hf_disparse.pretrained import load_model, load_pretrained
 from hf_disparse.recipes import Recipe, public, read_recipe
-from hf_disparse.run_folder import PHASE_NAME, RECIPE_NAME, claim, find_json, refuse_others, write_whole
+from hf_disparse.run_folder import (
+    PHASE_NAME,
+    RECIPE_NAME,
+    alone_in,
+    check_data,
+    claim,
+    find_json,
+    note_data,
+    refuse_others,
+    write_whole,
+)
 from hf_disparse.stored_scores import SCORES_FOLDER
 from hf_disparse.tasks import average, load_task, resolve, tokenize
 from hf_disparse.teachers import teachers_of, try_teachers
@@ -60,29 +70,34 @@ def train(recipe: Recipe) -> dict[str, Any]:
     expect_dense(recipe, folder / "dense")
     start = time.perf_counter()
     tokenizer, data, unlabelled = prepare(recipe)
+    digests = check_data(folder, recipe, data)
     seconds = {"data": time.perf_counter() - start}
     rehearse(recipe, tokenizer, data)
     claim(folder, recipe)  # only now: a recipe that cannot run must not lay its hand on the folder
-    dense = train_phase(recipe, "dense", folder / "dense", tokenizer, data)
-    sparse = train_phase(recipe, "sparse", folder / "sparse", tokenizer, data, start=folder / "dense")
-    for phase in (dense, sparse):
-        seconds |= phase.pop("seconds")
-    results = {
-        "recipe": public(recipe),
-        "sparsity": {"target": recipe.pruning.sparsity, **sparse.pop("sparsity")},
-        "dense": dense.pop("metrics"),
-        "sparse": sparse.pop("metrics"),
-        "majority": {name: _majority(recipe.tasks[name][0], rows) for name, rows in data["validation"].items()},
-        "examples": sizes(data),
-        "unlabelled": unlabelled,
-        "bytes": {"dense": dense.pop("bytes"), "sparse": sparse.pop("bytes")},
-        "seconds": {**seconds, "total": sum(seconds.values())},
-        "log": [{"phase": name, **row} for name, p in (("dense", dense), ("sparse", sparse)) for row in p.pop("log")],
-        "environment": environment(),
-    }
-    if "guard" in sparse:
-        results["guard"] = sparse["guard"]
-    from_main(lambda: _finish(recipe, folder, tokenizer, results))
+    with alone_in(folder):
+        note_data(folder, recipe.seed, digests)
+        dense = train_phase(recipe, "dense", folder / "dense", tokenizer, data)
+        sparse = train_phase(recipe, "sparse", folder / "sparse", tokenizer, data, start=folder / "dense")
+        for phase in (dense, sparse):
+            seconds |= phase.pop("seconds")
+        results = {
+            "recipe": public(recipe),
+            "sparsity": {"target": recipe.pruning.sparsity, **sparse.pop("sparsity")},
+            "dense": dense.pop("metrics"),
+            "sparse": sparse.pop("metrics"),
+            "majority": {name: _majority(recipe.tasks[name][0], rows) for name, rows in data["validation"].items()},
+            "examples": sizes(data),
+            "unlabelled": unlabelled,
+            "bytes": {"dense": dense.pop("bytes"), "sparse": sparse.pop("bytes")},
+            "seconds": {**seconds, "total": sum(seconds.values())},
+            "log": [
+                {"phase": name, **row} for name, p in (("dense", dense), ("sparse", sparse)) for row in p.pop("log")
+            ],
+            "environment": environment(),
+        }
+        if "guard" in sparse:
+            results["guard"] = sparse["guard"]
+        from_main(lambda: _finish(recipe, folder, tokenizer, results))
     return results
 
 
@@ -106,6 +121,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     refuse_others(Path(recipe.output_dir), recipe)
     expect_dense(recipe, Path(recipe.output_dir, "dense"))
     tokenizer, data, unlabelled = prepare(recipe)
+    check_data(Path(recipe.output_dir), recipe, data)
     model = rehearse(recipe, tokenizer, data)
     return {
         "examples": sizes(data),
@@ -245,6 +261,7 @@ def train_phase(
         "metrics": metrics,
         "seconds": seconds,
         "backward_passes": trainer.backward_passes,
+        "precision": next((p for p in ("bf16", "fp16") if getattr(trainer.args, p)), "float32"),
         "bytes": from_main(lambda: sum(file.stat().st_size for file in folder.glob("*.safetensors"))),
         "sparsity": sparsity_report(model, model.encoder, prunable_parameters(model, recipe.pruning)),
         "prunable": dense_size(model, prunable_parameters(model, recipe.pruning).values()),

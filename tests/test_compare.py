@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hf_disparse import DisparseTrainer, compare, run
+from hf_disparse.analysis import sentences
 from hf_disparse.cells import METHODS, Cell
 from hf_disparse.recipes import parse_recipe
 from hf_disparse.trainer.methods import saliency
@@ -65,7 +66,7 @@ def extended(finished, inputs, tmp_path_factory) -> tuple[SimpleNamespace, Simpl
 def test_every_cell_has_the_backward_passes_that_the_report_states(finished):
     assert finished.passes == dict.fromkeys(figures(finished.folder), 4 + 2 * 2) and len(finished.passes) == 12
     assert {row["backward_passes"] for row in finished.report["rows"]} == {8}
-    assert "had 8 backward passes" in finished.out
+    assert "had 8 backward passes" in finished.out and "Computed in float32." in finished.out
 
 
 # Results, and their reuse
@@ -95,7 +96,15 @@ def test_one_dense_model_per_seed_and_one_training_per_cell(finished):
         ("dense-seed1", "dense-seed2", *(f"cells/{name}" for name in figures(finished.folder))), 1
     )
     assert all(path.suffix == ".json" for path in finished.folder.joinpath("cells").iterdir())
-    names = {"recipe.yaml", "cells", "dense-seed1", "dense-seed2", *(name.split("/")[0] for name in REPORTS)}
+    names = {
+        ".lock",
+        "data.json",
+        "recipe.yaml",
+        "cells",
+        "dense-seed1",
+        "dense-seed2",
+        *(name.split("/")[0] for name in REPORTS),
+    }
     assert all((finished.folder / name).is_file() for name in PAGE)
     assert {path.name for path in finished.folder.iterdir()} == names
     assert not list(finished.folder.rglob("checkpoint-*")) and not finished.folder.with_name("run").exists()
@@ -121,7 +130,10 @@ def test_other_methods_and_seeds_add_cells_and_touch_nothing(extended, finished)
     rows = {row["method"]: row["seeds"] for row in seeds.report["rows"]}
     assert rows["dense"] == rows["magnitude"] == [1, 2, 3]
     before, after = snapshot(finished.folder), snapshot(seeds.folder)
-    assert all(after[name][0] == file[0] for name, file in before.items() if name not in REPORTS)
+    grown = (*REPORTS, "data.json")
+    assert all(after[name][0] == file[0] for name, file in before.items() if name not in grown)
+    old, new = (json.loads(files["data.json"][0]) for files in (before, after))
+    assert old.keys() == {"1", "2"} and new == old | {"3": new["3"]}
 
 
 def test_other_methods_add_rows_to_the_reports(extended):
@@ -215,6 +227,7 @@ def test_rows_are_mean_sample_deviation_and_the_difference_from_dense_of_the_sam
     assert joint["mean"] == pytest.approx({"average": 235 / 3, "two": 250 / 3, "real": 220 / 3})
     assert joint["spread"]["average"] == pytest.approx(math.sqrt((25**2 + 10**2 + 35**2) / 9 / 2))
     assert joint["against_dense"] == pytest.approx(((70 - 80) + (75 - 82)) / 2)  # of the seeds that both have
+    assert "-8.5 points against dense" in sentences.comparison([dense, joint])
     assert dense["against_dense"] == 0 and dense["seconds"] == 2 and joint["seconds"] == (3 + 5 + 10) / 3
 
 
@@ -243,12 +256,13 @@ def check_table(text: str, rows: list[dict]) -> None:
 def test_markdown_parses_back_to_the_rows(finished):
     check_table((finished.folder / "compare.md").read_text(), finished.report["rows"])
     sizes = {"examples": {"validation": {"two": 1234, "real": 8}}}
-    rest = {"failed": {"x": "why"}, "cells": [sizes]}
+    rest = {"failed": {"x": "why"}, "cells": [sizes | {"precision": "float32"}, {"precision": "bf16"}, {}]}
     for results in (DENSE | JOINT, JOINT, dict([*DENSE.items()][:1])):
         rows = compare.tabulate(results)
         text = compare.markdown({"rows": rows, **rest})
         check_table(text, rows)
         assert "x: why" in text and "two 1,234, real 8 held-out" in text and "5,678 backward passes" in text
+        assert "Computed in bf16 and float32." in text
 
 
 def test_the_report_has_the_documented_schema_and_its_rows_are_those_of_its_cells(finished):

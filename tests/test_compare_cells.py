@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_disparse import DynamicConfig, PlatonConfig, PruningConfig
+from hf_disparse import DynamicConfig, PlatonConfig, PruningConfig, UserError
 from hf_disparse.cells import METHODS, Cell, default_criterion, grid, recipe_of, scoring_batches
 from hf_disparse.recipes import parse_recipe
 from tests.cli_helpers import changed, hf_disparse, refused, snapshot, write_recipe
@@ -122,24 +122,33 @@ def test_every_cell_states_the_backward_passes_that_it_had(recipe, changes, trai
 
 
 @pytest.mark.parametrize(
-    ("pruning", "budget"),
+    ("pruning", "steps", "budget"),
     [
-        ({"method": "movement"}, 4),
-        ({"method": "movement", "target_modules": ["query"]}, 4),
-        ({"method": "dynamic", "update_every": 1, "score_batches": 1}, 4 + 2 * 3),  # the first mask and 2 exchanges
-        ({"method": "rank", "score_batches": 2}, 4 + 2 * 2),
-        ({"granularity": "2:4", "sparsity": 0.5, "criterion": "magnitude", "score_batches": 2}, 4 + 2 * 2),
-        ({"granularity": ["head"], "criterion": "agreement", "decision": "joint", "score_batches": 2}, 4 + 2 * 2),
+        ({"method": "movement", "score_batches": 1}, 12, 12),
+        ({"method": "movement", "score_batches": 1, "target_modules": ["query"]}, 12, 12),
+        ({"method": "dynamic", "update_every": 1, "score_batches": 1}, 4, 4 + 2 * 3),  # the first mask and 2 exchanges
+        ({"method": "rank", "score_batches": 2}, 4, 4 + 2 * 2),
+        ({"granularity": "2:4", "sparsity": 0.5, "criterion": "magnitude", "score_batches": 2}, 4, 4 + 2 * 2),
+        ({"granularity": ["head"], "criterion": "agreement", "decision": "joint", "score_batches": 2}, 4, 4 + 2 * 2),
     ],
 )
-def test_a_recipe_of_any_method_can_be_compared_with_every_method(recipe, pruning, budget):
+def test_a_recipe_of_any_method_can_be_compared_with_every_method(recipe, pruning, steps, budget):
     """At 50 %, so that a recipe of a pattern can. Dynamic scores once a step at most."""
-    whole = parse_recipe({**recipe, "pruning": pruning, "recovery": {"max_steps": 4}})
+    whole = parse_recipe({**recipe, "pruning": pruning, "recovery": {"max_steps": steps}})
     for cell in grid([*METHODS, "2:4"], ["snip", default_criterion(whole.pruning)], [0.5], [1]):
         own = recipe_of(whole, cell)
-        steps = own.values["recovery"]["max_steps"]
-        over = steps + 2 * scoring_batches(own.pruning, steps) - budget
+        taken = own.values["recovery"]["max_steps"]
+        over = taken + 2 * scoring_batches(own.pruning, taken) - budget
         assert own.pruning.sparsity == cell.sparsity and 0 <= over <= 2 * own.pruning.score_batches, cell.name
+
+
+def test_a_row_whose_scoring_alone_exceeds_the_budget_is_refused(recipe):
+    """32 batches of each of 2 tasks by default, where the recipe's own method takes none."""
+    whole = parse_recipe({**recipe, "pruning": {"method": "movement"}, "recovery": {"max_steps": 63}})
+    said = r"recovery\.max_steps: .* sum-snip-0\.5-seed1 for scoring alone, 64, got a budget of 63"
+    with pytest.raises(UserError, match=said):
+        recipe_of(whole, Cell("sum", "snip", 0.5, 1))
+    assert recipe_of(whole, Cell("magnitude", "", 0.5, 1)).values["recovery"]["max_steps"] == 63
 
 
 def test_a_row_of_the_recipes_method_has_the_recipes_settings_and_others_have_their_defaults(recipe):

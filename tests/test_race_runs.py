@@ -159,7 +159,13 @@ def test_one_dense_model_per_model_and_seed_and_nothing_but_results_is_left(fini
     cells = {f"cells/{Cell(*cell).name}" for cell in CELLS}
     assert finished.trainings == dict.fromkeys(dense | cells, 1)
     folder = finished.folder / "equal-budget"
-    assert {p.name for p in finished.folder.iterdir()} == {"recipe.yaml", "equal-budget", *REPORTS}
+    assert {p.name for p in finished.folder.iterdir()} == {
+        ".lock",
+        "data.json",
+        "recipe.yaml",
+        "equal-budget",
+        *REPORTS,
+    }
     assert {p.name for p in folder.iterdir()} == {"cells", *dense} and not list(folder.rglob("checkpoint-*"))
     assert {f"cells/{p.stem}" for p in (folder / "cells").iterdir()} == cells
 

@@ -25,7 +25,7 @@ from hf_disparse.tasks import resolve
 
 WEIGHTS_NAME, CONFIG_NAME, INDEX_NAME = "model.safetensors", "config.json", "model.safetensors.index.json"
 _COMPANIONS = (".json", ".txt", ".model", ".md")  # of a model's folder: tokenizer, configurations, card
-_NOT_PUBLISHED = (INDEX_NAME, "phase.json", "trainer_state.json", "analysis.json")
+_NOT_PUBLISHED = (INDEX_NAME, "phase.json", "trainer_state.json", "analysis.json", "data.json")
 _OF_THE_MODEL = (CONFIG_NAME, "README.md", "pruning_config.json", "results.json")
 
 
