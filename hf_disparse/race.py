@@ -77,6 +77,11 @@ class Race:
         granularity, drops = recipe.pruning.granularity, recipe.pruning.max_drop
         require(granularity == ("weight",), "pruning.granularity", "weight, for that is a budget's unit", granularity)
         require(drops is None, "pruning.max_drop", "nothing where all have the sparsity they are named by", drops)
+        for phase in ("dense", "sparse"):
+            metric = recipe.arguments(phase, recipe.output_dir).metric_for_best_model
+            of_any = metric is None or metric.removeprefix("eval_") in ("average", "loss")
+            expected = "average or loss with --protocol equal-budget, whose models have a task each"
+            require(of_any, "training.metric_for_best_model", expected, metric)
         require(recipe.dense_from is None, "dense_from", "nothing with --protocol equal-budget", recipe.dense_from)
         for sparsity in self.sparsities:
             require(0 < sparsity < 1, "--sparsities", "numbers in (0, 1)", sparsity)

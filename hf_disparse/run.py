@@ -246,12 +246,11 @@ def train_phase(
     trainer = new_trainer(recipe, phase, folder, model, tokenizer, data, teachers)
     checkpoint = from_main(lambda: last_whole_checkpoint(folder))
     say(f"{phase} training, {_steps(trainer)} steps" + (f", resumed from {checkpoint}" if checkpoint else ""))
-    begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
-    trained = time.perf_counter()
+    seconds, trained = {f"{phase}_training": trainer.seconds}, time.perf_counter()
     say(f"evaluation of the {phase} model on {', '.join(data['validation'])}")
     metrics = _values(trainer, data)
-    seconds = {f"{phase}_training": trained - begin, f"{phase}_evaluation": time.perf_counter() - trained}
+    seconds[f"{phase}_evaluation"] = time.perf_counter() - trained
     for name in recipe.helpers if phase == "dense" else ():
         model.remove_task(name)
     with writing(folder):

@@ -126,7 +126,10 @@ def test_a_single_task_model_is_the_recipe_with_that_task_and_the_shared_one_has
         (["--set=pruning.granularity=head"], "pruning.granularity: expected weight, for that is a budget's unit"),
         (["--set=pruning.max_drop=1"], "pruning.max_drop: expected nothing where all have the sparsity"),
         (["--set=training.max_steps=-1"], "training.max_steps: expected a number of steps"),
-        (["--set=training.metric_for_best_model=two_accuracy"], "evaluation has no 'two_accuracy'"),
+        (
+            ["--set=training.metric_for_best_model=two_accuracy"],
+            "expected average or loss with --protocol equal-budget",
+        ),
         (
             ["--set=helpers=[two]", "--set=pruning.quorum=1"],
             "tasks: expected at least two with --protocol equal-budget",

@@ -1,5 +1,6 @@
 """A run that dies resumes bit for bit."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from hf_disparse import (
     prunable_parameters,
 )
 from hf_disparse.masks import MASKS_NAME
-from hf_disparse.trainer.checkpoints import SEAL_NAME
+from hf_disparse.trainer.checkpoints import SEAL_NAME, STATE_NAME
 from tests.test_trainer import BINARY, arguments, assert_same, multitask_trainer, plain_model, weights
 from tests.tiny import tiny_tokenizer, tokenized_rows
 
@@ -83,6 +84,7 @@ def test_a_run_that_dies_once_all_steps_are_done_has_none_left_to_take(tmp_path,
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert_same(weights(whole.model), weights(again.model))
     assert (again.state.global_step, again.backward_passes) == (6, whole.backward_passes)
+    assert again.seconds > json.loads((tmp_path / "checkpoint-6" / STATE_NAME).read_text())["seconds"] > 0
 
 
 def test_a_checkpoint_holds_the_masks_at_one_bit_a_weight(tmp_path):

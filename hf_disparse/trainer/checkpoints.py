@@ -163,6 +163,7 @@ def save_state(trainer: Trainer, folder: Path) -> None:
         pruner.guard.save(folder / GUARD_NAME)
     state = {
         "backward_passes": trainer.backward_passes,
+        "seconds": trainer.seconds,
         "loss_means": trainer.loss_means,
         "measures": pruner.measures,
     }

@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,11 @@ class DisparseTrainer(Trainer):
     def backward_passes(self) -> int:
         """Those of this training so far, also before it was resumed, in steps and in scoring."""
         return self._trained + self.pruner.backward_passes
+
+    @property
+    def seconds(self) -> float:
+        """How long training has taken, with what it took up to the checkpoint that it was resumed from."""
+        return self._earlier + time.perf_counter() - self._begun
 
     @property
     def _weighting(self) -> str:
@@ -302,6 +308,7 @@ class DisparseTrainer(Trainer):
         if self.model_init is not None:
             self.pruner.masks = self.given_masks  # the masks of an earlier trial are of another model
         self._trained, self.loss_means = 0, {}
+        self._begun, self._earlier = time.perf_counter(), 0.0
         self.pruner.restart()
         self.pruner.prepare(self.model, self.optimizer)
         if self._surgery:
@@ -341,6 +348,7 @@ class DisparseTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (state := load_state(self, Path(checkpoint))):
             self._trained, self.loss_means = state["backward_passes"], state["loss_means"]
+            self._earlier = state.get("seconds", 0.0)  # of an earlier version none
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_multitask and self.model.adapters:
