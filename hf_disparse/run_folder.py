@@ -90,16 +90,18 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def _lock(lock: FileLock, folder: Path) -> None:
-    with writing(folder):
-        try:
-            lock.acquire()
-        except Timeout:
-            raise UserError(
-                f"output_dir: expected a folder to work in alone, got {folder}, where another command is at work.\n"
-                "Wait for it, or give this run its own --output_dir."
-            ) from None
-        except NotImplementedError:  # a file system without locks
-            pass
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"output_dir: expected a folder to work in alone, got {folder}, where another command is at work.\n"
+            "Wait for it, or give this run its own --output_dir."
+        ) from None
+    except (
+        NotImplementedError,
+        OSError,
+    ):  # a file system without locks; of one that cannot be written to the run will tell
+        pass
 
 
 def check_data(folder: Path, recipe: Recipe, data: dict[str, dict[str, Dataset]]) -> dict[str, str]:
