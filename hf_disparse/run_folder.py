@@ -97,11 +97,8 @@ def _lock(lock: FileLock, folder: Path) -> None:
             f"output_dir: expected a folder to work in alone, got {folder}, where another command is at work.\n"
             "Wait for it, or give this run its own --output_dir."
         ) from None
-    except (
-        NotImplementedError,
-        OSError,
-    ):  # a file system without locks; of one that cannot be written to the run will tell
-        pass
+    except (NotImplementedError, OSError):
+        pass  # a file system without locks; where nothing can be written, writing will say so
 
 
 def check_data(folder: Path, recipe: Recipe, data: dict[str, dict[str, Dataset]]) -> dict[str, str]:

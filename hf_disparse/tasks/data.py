@@ -189,7 +189,7 @@ def _load_splits(data: DataConfig, where: str) -> tuple[DatasetDict, bool]:
     try:
         with warnings.catch_warnings():  # pandas warns once of rows longer than the header, and drops their last fields
             warnings.filterwarnings("error", "Length of header or names does not match")
-            options = {**(defaults or _defaults(named, data.options)), **data.options}
+            options = {**(defaults if builder else _defaults(named, data.options)), **data.options}
             return load_dataset(**named, **options), (options.get("delimiter") or options.get("sep")) == "\t"
     except Exception as error:  # pandas, arrow, datasets and the Hub's clients raise a dozen kinds here
         if isinstance(error, DatasetGenerationError) and error.__cause__:
