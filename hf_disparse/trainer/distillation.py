@@ -57,9 +57,8 @@ def _check_task(task: TaskConfig, taught: Mapping[str, TaskConfig]) -> None:
 def _check_order(task: TaskConfig, teacher: nn.Module) -> None:
     """Refuses a teacher of another kind that has the task's classes in another order; names that are not the task's say nothing."""
     names = getattr(getattr(teacher, "config", None), "id2label", None) or {}
-    got, expected = (
-        [str(name).lower() for name in some] for some in (dict(sorted(names.items())).values(), task.labels)
-    )
+    got = [str(names[place]).lower() for place in sorted(names)]
+    expected = [label.lower() for label in task.labels]
     if got != expected and sorted(got) == sorted(expected):
         raise UserError(
             f"teachers.{task.name}: expected a teacher with the classes {expected} in this order, got {got}"
