@@ -6,6 +6,7 @@ from pathlib import Path
 from hf_disparse.config import UserError, require
 from hf_disparse.distributed import from_main
 from hf_disparse.faults import writing
+from hf_disparse.recipe_yaml import differing
 from hf_disparse.recipes import Recipe, read_recipe
 from hf_disparse.run_folder import PHASE_NAME, RECIPE_NAME
 from hf_disparse.trainer.checkpoints import sync
@@ -36,11 +37,10 @@ def _find(recipe: Recipe) -> Path:
         raise UserError(
             f"dense_from: expected the folder of a run or of a comparison, which holds {RECIPE_NAME}, got {source}"
         )
-    theirs, mine = read_recipe(source / RECIPE_NAME), recipe.values
-    keys = {*theirs.values, *mine} - _MAY_DIFFER
-    if recipe.arguments("dense", recipe.output_dir).distils:
-        keys.add("teachers")
-    others = sorted(key for key in keys if theirs.values.get(key) != mine.get(key))
+    theirs = read_recipe(source / RECIPE_NAME)
+    taught = {"teachers"} if recipe.arguments("dense", recipe.output_dir).distils else set()
+    may_differ = dict.fromkeys(_MAY_DIFFER - taught)
+    others = differing({**theirs.values, **may_differ}, {**recipe.values, **may_differ})
     if theirs.chooses_best != recipe.chooses_best:  # its metrics are of other examples
         others.append("load_best_model_at_end")
     require(not others, "dense_from", f"a run that has the same {', '.join(others)}", str(source))

@@ -20,6 +20,18 @@ def dump_yaml(values: Any) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
+def differing(theirs: dict, mine: dict) -> list[str]:
+    """The settings in which two recipes differ, each by its dotted name, as `--set` takes it."""
+    names = []
+    for key in sorted({*theirs, *mine}, key=str):
+        one, other = theirs.get(key), mine.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            names += [f"{key}.{name}" for name in differing(one, other)]
+        elif one != other:
+            names.append(str(key))
+    return names
+
+
 class _Loader(yaml.SafeLoader):
     """YAML as people write it: 2e-5 is a number (in YAML 1.1, which PyYAML reads, it is a string); a key stands once."""
 

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from hf_disparse.config import UserError, one_line
 from hf_disparse.distributed import from_main
 from hf_disparse.faults import writing
-from hf_disparse.recipe_yaml import dump_yaml, parse_yaml
+from hf_disparse.recipe_yaml import differing, dump_yaml, parse_yaml
 from hf_disparse.recipes import Recipe
 
 RECIPE_NAME = "recipe.yaml"
@@ -49,7 +49,7 @@ def _refuse_others(folder: Path, recipe: Recipe) -> None:
     mine = recipe.values
     # A run may be moved and go on elsewhere: where it is does not make it another one.
     theirs = theirs or mine
-    keys = sorted(k for k in {*theirs, *mine} - {"output_dir"} if theirs.get(k) != mine.get(k))
+    keys = differing({**theirs, "output_dir": None}, {**mine, "output_dir": None})
     if not keys and list(theirs["tasks"]) != list(mine["tasks"]):  # by which heads are initialised and batches drawn
         keys = ["the order of tasks"]
     if keys:

@@ -44,6 +44,11 @@ def test_other_data_are_refused_whatever_they_are_begun_for(begun):
     assert json.loads((begun / "run-compare" / "data.json").read_text()).keys() == {"1"}
 
 
+def test_the_settings_that_make_it_another_run_are_named_as_set_takes_them(begun):
+    words = ("compare", begun / "recipe.yaml", "--methods", "dense", "--seeds", "1", "--set", "tasks.two.weight=2")
+    refused(*words, "--set", "seed=4", names=("holds another run, which differs in seed, tasks.two.weight.\n",))
+
+
 def test_tasks_in_another_order_are_another_run(begun):
     turned = _recipe(begun)
     turned["tasks"] = dict(reversed(turned["tasks"].items()))
