@@ -25,10 +25,10 @@ def differing(theirs: dict, mine: dict) -> list[str]:
     names = []
     for key in sorted({*theirs, *mine}, key=str):
         one, other = theirs.get(key), mine.get(key)
-        if isinstance(one, dict) and isinstance(other, dict):
-            names += [f"{key}.{name}" for name in differing(one, other)]
-        elif one != other:
-            names.append(str(key))
+        if one != other:
+            within = differing(one, other) if isinstance(one, dict) and isinstance(other, dict) else []
+            # Nothing within: a setting of one is null and of the other absent, so takes its default.
+            names += [f"{key}.{name}" for name in within] or [str(key)]
     return names
 
 

@@ -121,6 +121,7 @@ def test_a_copy_that_was_killed_is_made_again(other, anew, first, tmp_path):
         ("training.max_steps", 5, ("has the same training.max_steps",)),
         ("tasks.two.validation_fraction", 0.5, ("has the same tasks.two.validation_fraction, got",)),
         ("tasks.two.weight", 2, ("has the same tasks.two.weight, got",)),
+        ("training.sampling_cap", None, ("has the same training, got",)),  # an absent setting is not one that is null
         ("recovery.load_best_model_at_end", True, ("has the same load_best_model_at_end",)),
     ],
 )
