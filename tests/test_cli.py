@@ -230,7 +230,7 @@ def test_a_folder_of_another_run(copied):
     folder, path = copied
     before = snapshot(folder)
     for words in ((), ("--dry-run",)):
-        names = ("output_dir", "pruning, seed", "--output_dir")
+        names = ("output_dir", "pruning.sparsity, seed", "--output_dir")
         command = ("train", path, "--output_dir", folder, "--set", "seed=5", "--set", "pruning.sparsity=0.1", *words)
         refused(*command, names=names)
     assert snapshot(folder) == before

@@ -143,7 +143,7 @@ def test_other_methods_add_rows_to_the_reports(extended):
 def test_a_folder_of_another_recipe_is_refused(finished):
     before = snapshot(finished.folder)
     words = ("--methods", "sum", "--set", "seed=5", "--set", "pruning.sparsity=0.1")
-    refused("compare", finished.folder.with_name("recipe.yaml"), *words, names=("output_dir", "pruning, seed"))
+    refused("compare", finished.folder.with_name("recipe.yaml"), *words, names=("output_dir", "pruning.sparsity, seed"))
     assert snapshot(finished.folder) == before
 
 
