@@ -310,6 +310,29 @@ def test_a_step_that_died_leaves_no_gradients_to_the_next_training(tmp_path):
     assert_same(weights(fresh.model), weights(trainer.model))
 
 
+@pytest.mark.parametrize("way", [UNCERTAINTY, PCGRAD])
+def test_a_try_that_ran_out_of_memory_leaves_no_gradients_and_no_means_to_the_next_one(tmp_path, way):
+    """The next try is a training that began with its smaller batches."""
+    changes, seen = way | dict(gradient_accumulation_steps=2), []
+    model = without_dropout(tiny_model())
+    trainer = trainer_of(tmp_path, model=model, auto_find_batch_size=True, **changes)
+
+    def no_room_for_the_second_batch(model, batch, loss):
+        seen.append(batch)
+        if len(seen) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    watch(trainer, no_room_for_the_second_batch)
+    trainer.train()
+    sizes = [len(batch["labels"]) for batch in (seen[0], seen[-1])]
+    assert sizes[0] > sizes[1], "this proves nothing"
+    model = without_dropout(tiny_model())
+    fresh = trainer_of(tmp_path, model=model, per_device_train_batch_size=sizes[1], **changes)
+    fresh.train()
+    assert_same(weights(fresh.model), weights(trainer.model))
+    assert fresh.backward_passes == trainer.backward_passes and fresh.loss_means == trainer.loss_means
+
+
 def test_every_trial_of_a_search_starts_its_means_anew(tmp_path):
     args = arguments(tmp_path, loss_weighting="uncertainty")
     given = dict(model_init=lambda: tiny_model(), train_dataset=three_datasets(), processing_class=tiny_tokenizer())

@@ -307,17 +307,21 @@ class DisparseTrainer(Trainer):
             check_same_rows(self.train_dataset)
         if self.model_init is not None:
             self.pruner.masks = self.given_masks  # the masks of an earlier trial are of another model
-        self._trained, self.loss_means = 0, {}
         self._begun, self._earlier = time.perf_counter(), 0.0
         self.pruner.restart()
         self.pruner.prepare(self.model, self.optimizer)
-        if self._surgery:
-            self._surgery = GradientSurgery()  # a step that died may have left gradients in the old one
         try:
             with among_processes("Training resumes from the last whole checkpoint."):
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.pruner.end()  # also where training died
+
+    def _inner_training_loop(self, *args, **kwargs):
+        # Here, because a try of `auto_find_batch_size` that ran out of memory begins again here.
+        self._trained, self.loss_means = 0, {}
+        if self._surgery:
+            self._surgery = GradientSurgery()  # a step that died may have left gradients in the old one
+        return super()._inner_training_loop(*args, **kwargs)
 
     def call_model_init(self, trial=None) -> nn.Module:
         """As in Trainer; a model of a later trial is made ready for pruning as the first one was."""
