@@ -93,7 +93,11 @@ def run_cells(recipe: Recipe, recipes: Mapping[Any, Recipe], folder: Path, rehea
     Returns:
         Name -> reason, of the cells that failed.
     """
-    todo = from_main(lambda: [cell for cell in recipes if not cell_file(folder, cell).is_file()])
+
+    def unfinished() -> list[Any]:
+        return from_main(lambda: [cell for cell in recipes if not cell_file(folder, cell).is_file()])
+
+    todo = unfinished()
     failed = {}
     for start, cell in {cell.start: cell for cell in todo}.items():
         expect_dense(recipes[cell], folder / start)
@@ -103,6 +107,7 @@ def run_cells(recipe: Recipe, recipes: Mapping[Any, Recipe], folder: Path, rehea
             rehearse(recipes[cell], *data_of(recipes[cell]))
         claim(Path(recipe.output_dir), recipe)
         with alone_in(Path(recipe.output_dir)):
+            todo = unfinished()  # another command may have been at work here meanwhile
             failed = _run_all(recipes, folder, todo, data_of)
     for cell in set(recipes) - set(todo):  # killed between its result and the end of its clean-up
         shutil.rmtree(folder / "cells" / cell.name, ignore_errors=True)

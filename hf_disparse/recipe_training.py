@@ -49,6 +49,8 @@ def check_training(values: dict[str, Any], where: str) -> None:
             raise UserError(f"{where}.{key}: a recipe does not push; `hf-disparse push` uploads the finished run")
         if key.endswith("_full_eval"):  # Trainer leaves the model in that precision, to be saved and trained on
             raise UserError(f"{where}.{key}: a recipe evaluates in the precision of training; set bf16: true for both")
+        if key in ("prediction_loss_only", "label_names"):
+            raise UserError(f"{where}.{key}: a recipe measures every task by its labels; leave it out")
         if key not in known:
             raise UserError(f"{where}.{key}: TrainingArguments has no such field{closest(key, sorted(known))}")
         choices = _choices(hints[key])

@@ -11,6 +11,8 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -291,7 +293,7 @@ def new_trainer(recipe: Recipe, phase: str, folder, model, tokenizer, data: Spli
     train = data.get("train")
     if train and phase == "sparse":
         train = {name: train[name] for name in recipe.voters}
-    try:
+    with _judged_by_trainer(phase):
         return DisparseTrainer(
             model,
             arguments,
@@ -301,10 +303,18 @@ def new_trainer(recipe: Recipe, phase: str, folder, model, tokenizer, data: Spli
             eval_dataset=data.get("selection", data["validation"]),
             processing_class=tokenizer,
         )
+
+
+@contextmanager
+def _judged_by_trainer(phase: str) -> Iterator[None]:
+    """Turns what transformers raises where the arguments ask for what is not installed, not here or not possible."""
+    try:
+        yield
     except UserError:
         raise
-    except (ImportError, RuntimeError, ValueError) as error:  # what the arguments ask for is not installed, or not here
-        raise UserError(f"training: Trainer refuses these values: {one_line(error)}") from error
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        section = "training" if phase == "dense" else "recovery"
+        raise UserError(f"{section}: Trainer refuses these values: {one_line(error)}") from error
 
 
 def rehearse(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Splits) -> MultitaskModel:
@@ -318,6 +328,8 @@ def rehearse(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Splits) -
             state = TrainerState(max_steps=_steps(trainer))
             trainer.pruner.on_train_begin(trainer.args, state, trainer.control, model=model)
             try_teachers(trainer)
+            with _judged_by_trainer(phase):  # a scheduler whose arguments lack something, say
+                trainer.create_optimizer_and_scheduler(state.max_steps)
     return model
 
 

@@ -49,10 +49,7 @@ def _refuse_others(folder: Path, recipe: Recipe) -> None:
     mine = recipe.values
     # A run may be moved and go on elsewhere: where it is does not make it another one.
     theirs = theirs or mine
-    keys = differing({**theirs, "output_dir": None}, {**mine, "output_dir": None})
-    if not keys and list(theirs["tasks"]) != list(mine["tasks"]):  # by which heads are initialised and batches drawn
-        keys = ["the order of tasks"]
-    if keys:
+    if keys := differing({**theirs, "output_dir": None}, {**mine, "output_dir": None}):
         raise UserError(
             f"output_dir: {folder} holds another run, which differs in {', '.join(keys)}.\n"
             "Give this one its own --output_dir, or delete that folder to start over."
@@ -76,6 +73,7 @@ def _claim(folder: Path, recipe: Recipe) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / RECIPE_NAME).is_file():
             write_whole(folder / RECIPE_NAME, dump_yaml(recipe.values))
+    _refuse_others(folder, recipe)  # another command may have claimed it since that was asked first
 
 
 @contextmanager

@@ -36,7 +36,8 @@ def teachers_of(
 def try_teachers(trainer: DisparseTrainer) -> None:
     """Asks each teacher once, so that one which does not fit the model is refused before the dense phase, not after it."""
     for task, rows in trainer.train_dataset.items() if trainer.args.distils else ():
-        batch = trainer._prepare_inputs(trainer.data_collator([{**rows[0], "task": task}]))
+        longest = max(range(len(rows)), key=[len(ids) for ids in rows["input_ids"]].__getitem__)
+        batch = trainer._prepare_inputs(trainer.data_collator([{**rows[longest], "task": task}]))
         try:
             with torch.no_grad():
                 trainer.compute_loss(trainer.model.train(), batch)

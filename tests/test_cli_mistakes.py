@@ -55,6 +55,9 @@ torch.set_num_threads(1)
         ("recovery.max_steps", 0, ("pruning", "training ends at step 0", "train longer")),
         ("training.task_sampling", "robin", ("task_sampling", "'robin'", "round_robin")),
         ("training.report_to", "paper", ("training", "paper")),
+        ("training.optim_args", "foo", ("training: Trainer refuses these values",)),
+        ("recovery.lr_scheduler_type", "cosine_with_min_lr", ("recovery: Trainer refuses these values", "min_lr")),
+        ("recovery.lr_scheduler_kwargs", {"foo": 1}, ("recovery: Trainer refuses these values", "foo")),
     ],
 )
 def test_a_mistake_is_named_and_nothing_is_written(recipe, tmp_path, key, value, names):

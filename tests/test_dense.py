@@ -133,6 +133,11 @@ def test_another_dense_phase_is_refused_before_anything_is_written(recipe, first
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dense_model_of_tasks_in_another_order_is_another_one(recipe, first, tmp_path):
+    turned = {**recipe, "seed": 3, "dense_from": str(first), "tasks": dict(reversed(recipe["tasks"].items()))}
+    refused("train", write_recipe(tmp_path, turned), names=("dense_from", "the same tasks (their order)"))
+
+
 def test_the_equal_budget_protocol_trains_its_own(recipe, first, tmp_path):
     path = write_recipe(tmp_path, {**recipe, "seed": 3, "dense_from": str(first)})
     refused("compare", path, "--protocol", "equal-budget", names=("dense_from: expected nothing with --protocol",))

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_disparse.run_folder import alone_in, write_whole
+from hf_disparse.config import UserError
+from hf_disparse.recipes import parse_recipe
+from hf_disparse.run_folder import alone_in, claim, write_whole
 from tests.cli_helpers import changed, hf_disparse, refused, snapshot, write_csv, write_inputs, write_recipe
 
 
@@ -53,7 +55,32 @@ def test_tasks_in_another_order_are_another_run(begun):
     turned = _recipe(begun)
     turned["tasks"] = dict(reversed(turned["tasks"].items()))
     words = ("compare", write_recipe(begun, turned, "turned.yaml"), "--methods", "dense", "--seeds", "1")
-    refused(*words, names=("output_dir", "differs in the order of tasks"))
+    refused(*words, names=("output_dir", "differs in tasks (their order)"))
+
+
+def test_a_folder_that_another_command_claimed_meanwhile_is_refused(begun, tmp_path):
+    mine, other = (parse_recipe(_recipe(begun) | {"seed": seed}) for seed in (1, 2))
+    claim(tmp_path / "run", other)
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError, match="holds another run, which differs in seed"):
+        claim(tmp_path / "run", mine)
+    assert snapshot(tmp_path) == before
+
+
+def test_what_another_command_finished_meanwhile_is_not_run_again(begun, monkeypatch):
+    words, done = ("compare", begun / "recipe.yaml", "--methods", "max", "--seeds", "1"), []
+
+    def after_another(folder):
+        if not done:
+            done.append(folder)  # once: the other command comes by here, too
+            assert hf_disparse(*words)[0] == 0
+            done.append(snapshot(folder / "cells"))
+        return alone_in(folder)
+
+    monkeypatch.setattr("hf_disparse.compare.alone_in", after_another)
+    status, out, _ = hf_disparse(*words)
+    assert status == 0 and "max" in out
+    assert snapshot(done[0] / "cells") == done[1]
 
 
 def test_a_second_command_waits_outside(begun, monkeypatch):

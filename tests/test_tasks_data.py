@@ -183,6 +183,18 @@ def test_a_file_is_found_whatever_its_folder_is_called(tmp_path):
     assert texts(folder / "rows.csv") == ["a"]
 
 
+def test_another_folder_is_not_taken_for_one_whose_name_is_a_pattern(tmp_path, monkeypatch):
+    for name in ("v1", "v[1]"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.csv").write_text(f"text,label\nof {name},no\n")
+    assert "without *, ? and [ in its path" in refused(load, tmp_path / "v[1]")
+    monkeypatch.chdir(tmp_path / "v[1]")
+    assert "without *, ? and [ in its path" in refused(load, ".")
+    assert texts("train.csv") == ["of v[1]"]
+    monkeypatch.chdir(tmp_path / "v1")
+    assert texts(".") == texts("train.csv") == ["of v1"]
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [

@@ -84,6 +84,22 @@ def test_a_teacher_that_does_not_fit_is_refused_before_anything_is_written(recip
     assert snapshot(tmp_path) == before
 
 
+def test_a_teacher_with_fewer_positions_is_refused_though_the_first_text_is_short(recipe, two, tmp_path):
+    data = tmp_path / "two.csv"
+    rows = [f"{'w1 ' * (12 if i % 4 == 0 else 3)},{label}" for i, label in enumerate(["no", "yes"] * 16)]
+    data.write_text("\n".join(["text,label", *rows]))
+    task = TaskConfig(name="two", columns="text", labels=["no", "yes"])
+    theirs = write_encoder(tmp_path / "short", max_position_embeddings=8)
+    MultitaskModel.from_encoder(theirs, [task]).save_pretrained(tmp_path / "theirs")
+    tiny_tokenizer().save_pretrained(tmp_path / "theirs")
+    taught = changed(changed(recipe, "recovery.distillation", 1), "teachers", {"two": str(tmp_path / "theirs")})
+    taught = changed(taught, "tasks.two.data", str(data))
+    first = prepare(parse_recipe(taught))[1]["train"]["two"][0]
+    assert len(first["input_ids"]) < 8, "this proves nothing"
+    refused("train", write_recipe(tmp_path, taught), names=("teachers.two: expected a teacher that reads",))
+    assert not Path(taught["output_dir"]).exists()
+
+
 def test_a_teacher_with_another_vocabulary_is_refused(recipe, two, tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["another"])

@@ -143,6 +143,7 @@ def test_adapters_are_not_taken_for_weights(tmp_path):
         ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy: expected random or group_by_length"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: expected 0 with task 'real'"),
         ({"batch_eval_metrics": True}, "leave batch_eval_metrics"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last: expected false"),
     ],
 )
 def test_arguments_that_several_tasks_cannot_follow_are_refused(tmp_path, changes, words):
@@ -219,6 +220,17 @@ def test_a_try_that_ran_out_of_memory_leaves_nothing_to_the_next_one(tmp_path, m
     assert zeros == sum(p.numel() for p in parameters.values()) // 2, (
         "L0 would have begun with the gates of the first try"
     )
+
+
+def test_passes_before_a_resume_count_once_though_a_try_after_it_ran_out_of_memory(tmp_path):
+    changes = dict(max_steps=4, save_strategy="steps", save_steps=2)
+    config = PruningConfig(schedule="cubic", end_step=3, update_every=1, score_batches=1)
+    trainer = multitask_trainer(tmp_path, config, **changes)
+    trainer.train()
+    given = dict(pruning_config=config, train_dataset=three_datasets(), processing_class=tiny_tokenizer())
+    retried = OutOfMemory(tiny_model(), arguments(tmp_path, auto_find_batch_size=True, **changes), **given)
+    retried.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert not retried.is_full and retried.backward_passes == trainer.backward_passes == 4 + 3 * 3
 
 
 def test_a_label_smoother_leaves_scoring_the_labels(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import glob
 import importlib.util
+import os
 import warnings
 from collections.abc import Sequence
 from itertools import accumulate
@@ -182,7 +183,15 @@ def _load_splits(data: DataConfig, where: str) -> tuple[DatasetDict, bool]:
     for option, instead in _NO_OPTIONS.items():
         if option in data.options:
             raise UserError(f"{where}.options: '{option}' cannot be set here; {instead}")
-    named = {"path": builder, "data_files": glob.escape(source)} if builder else {"path": source, "name": data.subset}
+    place = (
+        os.path.abspath(source) if Path(source).exists() else source
+    )  # `datasets` reads its own path as a pattern, too
+    if not builder and place != glob.escape(place) and Path(place).is_dir():
+        raise UserError(
+            f"{where}.data: expected a folder without *, ? and [ in its path, which `datasets` reads as a pattern, got {place}; "
+            "rename it, or name a single file"
+        )
+    named = {"path": builder, "data_files": glob.escape(place)} if builder else {"path": place, "name": data.subset}
     clash = [option for option in data.options if option in named]
     if clash:
         raise UserError(f"{where}.options: '{clash[0]}' cannot be set here; data names the file")

@@ -131,6 +131,10 @@ def check_arguments(trainer: Trainer) -> None:
         raise UserError(
             f"training.train_sampling_strategy: expected random or group_by_length with several tasks, got {got!r}"
         )
+    if args.dataloader_drop_last:  # training gives every batch its size; only evaluation would lose examples
+        raise UserError(
+            "training.dataloader_drop_last: expected false with several tasks, of which every example is evaluated"
+        )
     if args.batch_eval_metrics or not args.eval_do_concat_batches:
         raise UserError(
             "training: metrics of a task are taken over all of its batches; leave batch_eval_metrics and "

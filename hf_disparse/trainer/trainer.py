@@ -352,6 +352,7 @@ class DisparseTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (state := load_state(self, Path(checkpoint))):
             self._trained, self.loss_means = state["backward_passes"], state["loss_means"]
+            self.pruner.backward_passes = 0  # the total has them; here are those of a try that ran out of memory
             self._earlier = state.get("seconds", 0.0)  # of an earlier version none
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
