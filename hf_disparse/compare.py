@@ -263,15 +263,23 @@ def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["method", "sparsity", *tasks, average_name(tasks), "against dense", "seeds"], lines
 
 
+def held_out(report: dict[str, Any]) -> str:
+    """How many examples each task is measured on: a range where seeds hold out other ones by `validation_fraction`."""
+    sizes: dict[str, list[int]] = {}
+    for cell in report["cells"]:
+        for task, size in cell["examples"]["validation"].items():
+            sizes.setdefault(task, []).append(size)
+    return ", ".join(f"{task} {min(n):,}" + (f" to {max(n):,}" if min(n) < max(n) else "") for task, n in sizes.items())
+
+
 def caption(report: dict[str, Any]) -> str:
     """What the figures of the table are."""
-    held_out = ", ".join(f"{task} {size:,}" for task, size in report["cells"][0]["examples"]["validation"].items())
     passes = [row["backward_passes"] for row in report["rows"]]
     budget = f"{min(passes):,}" + (f" to {max(passes):,}" if min(passes) < max(passes) else "")
     precisions = sorted({cell.get("precision") for cell in report["cells"]} - {None})  # None: of an earlier version
     computed = f" Computed in {' and '.join(precisions)}." if precisions else ""
     return (
-        f"Mean ± sample standard deviation over seeds of each task's metrics (0 to 100), on {held_out} held-out examples. "
+        f"Mean ± sample standard deviation over seeds of each task's metrics (0 to 100), on {held_out(report)} held-out examples. "
         f"Every row had {budget} backward passes after dense training, scoring included.{computed}"
     )
 

@@ -48,7 +48,11 @@ def _find(recipe: Recipe) -> Path:
     for name in names:
         if (source / name / PHASE_NAME).is_file():
             return source / name
-    raise UserError(f"dense_from: expected a finished dense model of seed {recipe.seed} in {source}, got none")
+    seeds = [path.parent.name.removeprefix("dense-seed") for path in sorted(source.glob(f"dense-seed*/{PHASE_NAME}"))]
+    if (source / "dense" / PHASE_NAME).is_file():
+        seeds.append(str(theirs.seed))
+    got = f"one of seed {' or '.join(seeds)}; set that" if seeds else "none"
+    raise UserError(f"dense_from: expected a finished dense model of seed {recipe.seed} in {source}, got {got}")
 
 
 def _copy(source: Path, folder: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from hf_disparse.compare import cell_file, markdown, over_seeds, run_cells, shown, write_tables
+from hf_disparse.compare import cell_file, held_out, markdown, over_seeds, run_cells, shown, write_tables
 from hf_disparse.config import UserError, require
 from hf_disparse.distributed import from_main
 from hf_disparse.recipes import Recipe, parse_recipe
@@ -302,17 +302,15 @@ def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def caption(report: dict[str, Any]) -> str:
     """What the figures of the table are."""
-    held_out = {task: n for cell in report["cells"] for task, n in cell["examples"]["validation"].items()}
-    examples = ", ".join(f"{task} {size:,}" for task, size in held_out.items())
     passes = {
         model: ", ".join(
             f"{n:,}" for n in sorted({r["backward_passes"] for r in report["rows"] if r["model"] == model})
         )
         for model in ("ensemble", "shared")
     }
-    times = len(held_out)
+    times = len({task for cell in report["cells"] for task in cell["examples"]["validation"]})
     return (
-        f"Mean ± sample standard deviation over seeds of each task's metrics (0 to 100), on {examples} held-out examples. "
+        f"Mean ± sample standard deviation over seeds of each task's metrics (0 to 100), on {held_out(report)} held-out examples. "
         "A budget is the kept prunable weights as a share of one encoder's; an ensemble has one encoder per task within it, "
         "at the sparsities in brackets, the best choice along the tasks' curves by the mean over seeds on the same "
         f"held-out examples. The shared model trains {times} times as many steps as each single-task model: "

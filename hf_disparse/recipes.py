@@ -242,7 +242,9 @@ def _tasks(values: Any) -> dict[str, tuple[TaskConfig, DataConfig]]:
         where = f"tasks.{name}"
         require(isinstance(entry, dict), where, "a mapping of fields to values", entry)
         if None not in (entry.get("validation_split"), entry.get("validation_fraction")):
-            raise UserError(f"{where}: expected validation_split or validation_fraction, got both")
+            raise UserError(
+                f"{where}: expected validation_split or validation_fraction, got both; set one of them to null"
+            )
         if "glue" in entry:
             own = {key: value for key, value in entry.items() if key != "glue"}
             entry = {**glue_fields(entry["glue"], f"{where}.glue"), **own}

@@ -100,7 +100,7 @@ def test_texts_longer_than_the_encoder_has_positions(recipe, tmp_path):
     path = tmp_path / "long.csv"
     path.write_text("text,label\n" + "".join(f"{'w1 ' * 100},{label}\n" for label in ("no", "yes") * 4))
     long = changed(recipe, "tasks.two.data", str(path))
-    assert hf_disparse("train", write_recipe(tmp_path, long), "--dry-run")[0] == 0
+    assert hf_disparse("train", write_recipe(tmp_path, long), "--dry_run")[0] == 0
     long = changed(long, "model.max_length", 65)
     refused("train", write_recipe(tmp_path, long), names=("model.max_length", "64", "65", "'two'", "lower it"))
 

@@ -255,13 +255,16 @@ def check_table(text: str, rows: list[dict]) -> None:
 
 def test_markdown_parses_back_to_the_rows(finished):
     check_table((finished.folder / "compare.md").read_text(), finished.report["rows"])
-    sizes = {"examples": {"validation": {"two": 1234, "real": 8}}}
-    rest = {"failed": {"x": "why"}, "cells": [sizes | {"precision": "float32"}, {"precision": "bf16"}, {}]}
+    sizes, others = ({"examples": {"validation": {"two": 1234, "real": n}}} for n in (8, 6))
+    rest = {
+        "failed": {"x": "why"},
+        "cells": [sizes | {"precision": "float32"}, others | {"precision": "bf16"}, sizes],
+    }
     for results in (DENSE | JOINT, JOINT, dict([*DENSE.items()][:1])):
         rows = compare.tabulate(results)
         text = compare.markdown({"rows": rows, **rest})
         check_table(text, rows)
-        assert "x: why" in text and "two 1,234, real 8 held-out" in text and "5,678 backward passes" in text
+        assert "x: why" in text and "two 1,234, real 6 to 8 held-out" in text and "5,678 backward passes" in text
         assert "Computed in bf16 and float32." in text
 
 

@@ -117,7 +117,7 @@ def test_a_copy_that_was_killed_is_made_again(other, anew, first, tmp_path):
     [
         ("dense_from", "no/such/folder", ("expected the folder of a run", "no/such/folder")),
         ("dense_from", 3, ("dense_from: expected the folder", "got 3")),
-        ("seed", 4, ("a finished dense model of seed 4",)),
+        ("seed", 4, ("a finished dense model of seed 4", "got one of seed 3; set that")),
         ("training.max_steps", 5, ("has the same training.max_steps",)),
         ("tasks.two.validation_fraction", 0.5, ("has the same tasks.two.validation_fraction, got",)),
         ("tasks.two.weight", 2, ("has the same tasks.two.weight, got",)),

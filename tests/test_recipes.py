@@ -299,7 +299,7 @@ def test_what_transformers_refuses_is_one_line():
         ({"recovery.sampling_temperature": 2}, "recovery.sampling_temperature: expected nothing without task_sampling"),
         (
             {"tasks.two.validation_split": "test", "tasks.two.validation_fraction": 0.1},
-            "tasks.two: expected validation_split or validation_fraction, got both",
+            "tasks.two: expected validation_split or validation_fraction, got both; set one of them to null",
         ),
     ],
 )

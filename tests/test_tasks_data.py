@@ -183,6 +183,13 @@ def test_a_file_is_found_whatever_its_folder_is_called(tmp_path):
     assert texts(folder / "rows.csv") == ["a"]
 
 
+def test_a_file_read_with_another_separator_says_which_option_sets_it(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text;label\na;no\n")
+    assert "expected one of: text;label; is it the separator, to be set in options: {sep: ...}?" in refused(load, path)
+    assert load(path, options={"sep": ";"})["text"][:] == ["a"]
+
+
 def test_another_folder_is_not_taken_for_one_whose_name_is_a_pattern(tmp_path, monkeypatch):
     for name in ("v1", "v[1]"):
         (tmp_path / name).mkdir()

@@ -125,7 +125,10 @@ def _refuse_swallowed(rows: Dataset, task: TaskConfig, data: DataConfig) -> None
 def _check_columns(rows: Dataset, task: TaskConfig) -> None:
     for column in (*task.columns, task.label_column):
         if column not in rows.column_names:
-            raise UserError(f"tasks.{task.name}: there is no column '{column}'{closest(column, rows.column_names)}")
+            found = rows.column_names
+            unsplit = len(found) == 1 and any(separator in found[0] for separator in ",;|\t")
+            way_out = "; is it the separator, to be set in options: {sep: ...}?" if unsplit else ""
+            raise UserError(f"tasks.{task.name}: there is no column '{column}'{closest(column, found)}{way_out}")
     if task.label_column in task.columns:
         raise UserError(
             f"tasks.{task.name}.label_column: expected another column than the texts', got '{task.label_column}'"
@@ -173,7 +176,9 @@ def _load_splits(data: DataConfig, where: str) -> tuple[DatasetDict, bool]:
     suffix = Path(source.removesuffix(".gz")).suffix.lower()
     builder, defaults = _BUILDERS.get(suffix, (None, {}))
     if builder and not Path(source).is_file():
-        raise UserError(f"{where}.data: expected a file, but there is none at {Path(source).absolute()}")
+        raise UserError(
+            f"{where}.data: expected a file, but there is none at {Path(source).absolute()}; relative paths start where the command runs"
+        )
     if not builder and Path(source).is_file():
         raise UserError(
             f"{where}.data: expected a file of type {', '.join(_BUILDERS)}, a folder or a Hub id, got {source}"
