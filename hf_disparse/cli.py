@@ -129,7 +129,7 @@ def train(
     output_dir: Annotated[
         str | None, typer.Option("--output_dir", "--output-dir", help="Instead of the recipe's.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", "--dry_run", help="Check recipe, data, encoder only.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "--dry_run", help="Check everything, train nothing.")] = False,
     analysis: Annotated[bool, typer.Option(help="End with a short form of analyze.")] = True,
 ) -> None:
     """Train dense, prune, train sparse, evaluate and analyze both; the same command again goes on where it stopped."""

@@ -107,7 +107,8 @@ def run_cells(recipe: Recipe, recipes: Mapping[Any, Recipe], folder: Path, rehea
             rehearse(recipes[cell], *data_of(recipes[cell]))
         claim(Path(recipe.output_dir), recipe)
         with alone_in(Path(recipe.output_dir)):
-            todo = unfinished()  # another command may have been at work here meanwhile
+            refuse_others(Path(recipe.output_dir), recipe)  # another command may have been at work here meanwhile
+            todo = unfinished()
             failed = _run_all(recipes, folder, todo, data_of)
     for cell in set(recipes) - set(todo):  # killed between its result and the end of its clean-up
         shutil.rmtree(folder / "cells" / cell.name, ignore_errors=True)

@@ -48,10 +48,10 @@ def _find(recipe: Recipe) -> Path:
     for name in names:
         if (source / name / PHASE_NAME).is_file():
             return source / name
-    seeds = [path.parent.name.removeprefix("dense-seed") for path in sorted(source.glob(f"dense-seed*/{PHASE_NAME}"))]
+    seeds = [path.parent.name.removeprefix("dense-seed") for path in source.glob(f"dense-seed*/{PHASE_NAME}")]
     if (source / "dense" / PHASE_NAME).is_file():
         seeds.append(str(theirs.seed))
-    got = f"one of seed {' or '.join(seeds)}; set that" if seeds else "none"
+    got = f"seed {', '.join(sorted(seeds, key=lambda seed: (len(seed), seed)))}" if seeds else "none"
     raise UserError(f"dense_from: expected a finished dense model of seed {recipe.seed} in {source}, got {got}")
 
 

@@ -24,7 +24,7 @@ def differing(theirs: dict, mine: dict) -> list[str]:
     """The settings in which two recipes differ, each by its dotted name, as `--set` takes it."""
     names = _differing(theirs, mine)
     if not names and list(theirs["tasks"]) != list(mine["tasks"]):  # by which heads are initialised and batches drawn
-        return ["tasks (their order)"]
+        return ["order of tasks"]
     return names
 
 

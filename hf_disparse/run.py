@@ -77,6 +77,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     rehearse(recipe, tokenizer, data)
     claim(folder, recipe)  # only now: a recipe that cannot run must not lay its hand on the folder
     with alone_in(folder):
+        refuse_others(folder, recipe)  # another command may have claimed it since that was asked
         note_data(folder, recipe.seed, digests)
         dense = train_phase(recipe, "dense", folder / "dense", tokenizer, data)
         sparse = train_phase(recipe, "sparse", folder / "sparse", tokenizer, data, start=folder / "dense")
@@ -293,7 +294,7 @@ def new_trainer(recipe: Recipe, phase: str, folder, model, tokenizer, data: Spli
     train = data.get("train")
     if train and phase == "sparse":
         train = {name: train[name] for name in recipe.voters}
-    with _judged_by_trainer(phase):
+    with _judged_by_trainer(phase, ImportError, RuntimeError, ValueError):
         return DisparseTrainer(
             model,
             arguments,
@@ -306,14 +307,14 @@ def new_trainer(recipe: Recipe, phase: str, folder, model, tokenizer, data: Spli
 
 
 @contextmanager
-def _judged_by_trainer(phase: str) -> Iterator[None]:
-    """Turns what transformers raises where the arguments ask for what is not installed, not here or not possible."""
+def _judged_by_trainer(phase: str, *errors: type[Exception]) -> Iterator[None]:
+    """Makes one line of what transformers raises where arguments ask for what is not installed, not here or not possible."""
     try:
         yield
     except UserError:
         raise
-    except (ImportError, RuntimeError, TypeError, ValueError) as error:
-        section = "training" if phase == "dense" else "recovery"
+    except errors as error:
+        section = "training" if phase == "dense" else "training or recovery"
         raise UserError(f"{section}: Trainer refuses these values: {one_line(error)}") from error
 
 
@@ -328,7 +329,7 @@ def rehearse(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Splits) -
             state = TrainerState(max_steps=_steps(trainer))
             trainer.pruner.on_train_begin(trainer.args, state, trainer.control, model=model)
             try_teachers(trainer)
-            with _judged_by_trainer(phase):  # a scheduler whose arguments lack something, say
+            with _judged_by_trainer(phase, ArithmeticError, ImportError, RuntimeError, TypeError, ValueError):
                 trainer.create_optimizer_and_scheduler(state.max_steps)
     return model
 

@@ -73,7 +73,6 @@ def _claim(folder: Path, recipe: Recipe) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / RECIPE_NAME).is_file():
             write_whole(folder / RECIPE_NAME, dump_yaml(recipe.values))
-    _refuse_others(folder, recipe)  # another command may have claimed it since that was asked first
 
 
 @contextmanager

@@ -2,12 +2,12 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
-from hf_disparse.config import UserError
 from hf_disparse.recipes import parse_recipe
 from hf_disparse.run_folder import alone_in, claim, write_whole
 from tests.cli_helpers import changed, hf_disparse, refused, snapshot, write_csv, write_inputs, write_recipe
@@ -55,20 +55,22 @@ def test_tasks_in_another_order_are_another_run(begun):
     turned = _recipe(begun)
     turned["tasks"] = dict(reversed(turned["tasks"].items()))
     words = ("compare", write_recipe(begun, turned, "turned.yaml"), "--methods", "dense", "--seeds", "1")
-    refused(*words, names=("output_dir", "differs in tasks (their order)"))
+    refused(*words, names=("output_dir", "differs in order of tasks"))
 
 
-def test_a_folder_that_another_command_claimed_meanwhile_is_refused(begun, tmp_path):
-    mine, other = (parse_recipe(_recipe(begun) | {"seed": seed}) for seed in (1, 2))
-    claim(tmp_path / "run", other)
-    before = snapshot(tmp_path)
-    with pytest.raises(UserError, match="holds another run, which differs in seed"):
-        claim(tmp_path / "run", mine)
-    assert snapshot(tmp_path) == before
+@pytest.mark.parametrize("words", [("train",), ("compare", "--methods", "dense", "--seeds", "1")])
+def test_a_folder_that_another_command_claimed_meanwhile_is_refused(begun, tmp_path, monkeypatch, words):
+    command, *options = words
+    path, other = begun / "recipe.yaml", parse_recipe(_recipe(begun) | {"seed": 2})
+    for module in ("run", "compare"):
+        monkeypatch.setattr(f"hf_disparse.{module}.claim", lambda folder, recipe: claim(folder, other))
+    refused(command, path, *options, "--output_dir", tmp_path / "run", names=("holds another run", "differs in seed"))
+    assert not list((tmp_path / "run").rglob("*.json"))
 
 
-def test_what_another_command_finished_meanwhile_is_not_run_again(begun, monkeypatch):
-    words, done = ("compare", begun / "recipe.yaml", "--methods", "max", "--seeds", "1"), []
+def test_what_another_command_finished_meanwhile_is_not_run_again(begun, tmp_path, monkeypatch):
+    folder = shutil.copytree(begun / "run-compare", tmp_path / "run")
+    words, done = ("compare", begun / "recipe.yaml", "--methods", "max", "--seeds", "1", "--output_dir", folder), []
 
     def after_another(folder):
         if not done:
@@ -78,9 +80,8 @@ def test_what_another_command_finished_meanwhile_is_not_run_again(begun, monkeyp
         return alone_in(folder)
 
     monkeypatch.setattr("hf_disparse.compare.alone_in", after_another)
-    status, out, _ = hf_disparse(*words)
-    assert status == 0 and "max" in out
-    assert snapshot(done[0] / "cells") == done[1]
+    assert hf_disparse(*words)[0] == 0
+    assert done[0] == folder and snapshot(folder / "cells") == done[1]
 
 
 def test_a_second_command_waits_outside(begun, monkeypatch):

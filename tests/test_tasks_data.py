@@ -186,7 +186,7 @@ def test_a_file_is_found_whatever_its_folder_is_called(tmp_path):
 def test_a_file_read_with_another_separator_says_which_option_sets_it(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("text;label\na;no\n")
-    assert "expected one of: text;label; is it the separator, to be set in options: {sep: ...}?" in refused(load, path)
+    assert "expected one of: text;label; if the file has another separator, set options: {sep: " in refused(load, path)
     assert load(path, options={"sep": ";"})["text"][:] == ["a"]
 
 
@@ -194,7 +194,9 @@ def test_another_folder_is_not_taken_for_one_whose_name_is_a_pattern(tmp_path, m
     for name in ("v1", "v[1]"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "train.csv").write_text(f"text,label\nof {name},no\n")
-    assert "without *, ? and [ in its path" in refused(load, tmp_path / "v[1]")
+    (tmp_path / "link").symlink_to(tmp_path / "v[1]")
+    for data, options in (("v[1]", {}), ("link", {}), (".", {"data_dir": "v[1]"})):
+        assert "without *, ? and [ in its path" in refused(load, tmp_path / data, options=options)
     monkeypatch.chdir(tmp_path / "v[1]")
     assert "without *, ? and [ in its path" in refused(load, ".")
     assert texts("train.csv") == ["of v[1]"]

@@ -127,7 +127,7 @@ def _check_columns(rows: Dataset, task: TaskConfig) -> None:
         if column not in rows.column_names:
             found = rows.column_names
             unsplit = len(found) == 1 and any(separator in found[0] for separator in ",;|\t")
-            way_out = "; is it the separator, to be set in options: {sep: ...}?" if unsplit else ""
+            way_out = "; if the file has another separator, set options: {sep: ...}" if unsplit else ""
             raise UserError(f"tasks.{task.name}: there is no column '{column}'{closest(column, found)}{way_out}")
     if task.label_column in task.columns:
         raise UserError(
@@ -188,14 +188,14 @@ def _load_splits(data: DataConfig, where: str) -> tuple[DatasetDict, bool]:
     for option, instead in _NO_OPTIONS.items():
         if option in data.options:
             raise UserError(f"{where}.options: '{option}' cannot be set here; {instead}")
-    place = (
-        os.path.abspath(source) if Path(source).exists() else source
-    )  # `datasets` reads its own path as a pattern, too
-    if not builder and place != glob.escape(place) and Path(place).is_dir():
-        raise UserError(
-            f"{where}.data: expected a folder without *, ? and [ in its path, which `datasets` reads as a pattern, got {place}; "
-            "rename it, or name a single file"
-        )
+    place = os.path.abspath(source) if Path(source).exists() else source
+    if Path(place).is_dir():
+        folder = os.path.realpath(os.path.join(place, str(data.options.get("data_dir") or "")))
+        if folder != glob.escape(folder):  # it would be searched for what the pattern fits
+            raise UserError(
+                f"{where}.data: expected a folder without *, ? and [ in its path, which `datasets` takes for a pattern, "
+                f"got {folder}; rename it, or name a single file"
+            )
     named = {"path": builder, "data_files": glob.escape(place)} if builder else {"path": place, "name": data.subset}
     clash = [option for option in data.options if option in named]
     if clash:
