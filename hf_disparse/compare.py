@@ -270,13 +270,18 @@ def held_out(report: dict[str, Any]) -> str:
     for cell in report["cells"]:
         for task, size in cell["examples"]["validation"].items():
             sizes.setdefault(task, []).append(size)
-    return ", ".join(f"{task} {min(n):,}" + (f" to {max(n):,}" if min(n) < max(n) else "") for task, n in sizes.items())
+    return ", ".join(f"{task} {_span(found)}" for task, found in sizes.items())
+
+
+def _span(numbers: Sequence[int]) -> str:
+    """The number that all of them are, or from which to which they go."""
+    least, most = min(numbers), max(numbers)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def caption(report: dict[str, Any]) -> str:
     """What the figures of the table are."""
-    passes = [row["backward_passes"] for row in report["rows"]]
-    budget = f"{min(passes):,}" + (f" to {max(passes):,}" if min(passes) < max(passes) else "")
+    budget = _span([row["backward_passes"] for row in report["rows"]])
     precisions = sorted({cell.get("precision") for cell in report["cells"]} - {None})  # None: of an earlier version
     computed = f" Computed in {' and '.join(precisions)}." if precisions else ""
     return (

@@ -84,7 +84,7 @@ def test_a_teacher_that_does_not_fit_is_refused_before_anything_is_written(recip
     assert snapshot(tmp_path) == before
 
 
-def test_a_teacher_with_fewer_positions_is_refused_though_the_first_text_is_short(recipe, two, tmp_path):
+def test_a_teacher_with_fewer_positions_is_refused_though_the_first_text_is_short(recipe, tmp_path):
     data = tmp_path / "two.csv"
     rows = [f"{'w1 ' * (12 if i % 4 == 0 else 3)},{label}" for i, label in enumerate(["no", "yes"] * 16)]
     data.write_text("\n".join(["text,label", *rows]))
