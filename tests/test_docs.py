@@ -10,7 +10,7 @@ import pytest
 import tomllib
 
 import hf_disparse
-from tests.tiny import needs_demo
+from tests.helpers.tiny import needs_demo
 
 ROOT = Path(__file__).parents[1]
 DOCS = {
@@ -46,7 +46,9 @@ def test_papers_name_functions_and_tests_that_exist():
         tests = re.findall(r"`(\w+)\.(\w+)`", test)
         assert tests, row
         for module, name in tests:
-            assert callable(getattr(importlib.import_module(f"tests.{module}"), name))
+            (path,) = Path(__file__).parent.rglob(f"{module}.py")
+            place = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            assert callable(getattr(importlib.import_module(place), name))
 
 
 def test_links_between_pages_lead_somewhere():
@@ -59,7 +61,7 @@ def test_links_between_pages_lead_somewhere():
 def test_yaml_of_the_how_to_is_a_recipe_s():
     import yaml
 
-    from hf_disparse.recipes import SECTIONS, parse_recipe
+    from hf_disparse.recipes.recipe import SECTIONS, parse_recipe
 
     values = {}
     for block in blocks("howto.md", "yaml"):

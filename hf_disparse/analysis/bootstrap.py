@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_disparse.analysis.agreement import WHOLE, Tally, add, agreement, by_layer, count, overlaps, summed_by_layer
 from hf_disparse.analysis.names import layer_and_kind
 from hf_disparse.analysis.watershed import middle, watershed, watershed_interval
-from hf_disparse.decision import keep_smallest
+from hf_disparse.pruning.decision import keep_smallest
 
 SAMPLE = 1 << 18  # weights
 DRAWS = 200
@@ -30,7 +30,7 @@ class Sampled:
     Args:
         batches: parameter name -> (batches, n), what each batch adds to the statistic of the criterion.
         weights: parameter name -> (n,), the weights themselves.
-        score: (weights (n,), the sum of some batches (n,)) -> scores (n,); a criterion of `hf_disparse.scores`.
+        score: (weights (n,), the sum of some batches (n,)) -> scores (n,); a criterion of `hf_disparse.pruning.scores`.
     """
 
     batches: Mapping[str, Tensor]

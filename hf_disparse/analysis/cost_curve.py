@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_disparse.decision import Masks, keep_smallest
+from hf_disparse.pruning.decision import Masks, keep_smallest
 
 Metrics = Mapping[str, float]  # task -> points, 0 to 100
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_disparse.masks import packed_bytes
+from hf_disparse.pruning.masks import packed_bytes
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import Tensor
 from hf_disparse.analysis.agreement import Tally, TaskMasks, tally
 from hf_disparse.analysis.names import layer_and_kind
 from hf_disparse.analysis.own_masks import own_mask
-from hf_disparse.parts import Site, sum_by_part
+from hf_disparse.pruning.parts import Site, sum_by_part
 
 Sites = Mapping[str, Mapping[str, Site]]  # kind of part -> name of the site -> site
 

@@ -17,8 +17,8 @@ from hf_disparse.analysis.bootstrap import DRAWS, SAMPLE, Sampled, bootstrap, dr
 from hf_disparse.analysis.keepers import Sites, keepers, part_scores, parts
 from hf_disparse.analysis.own_masks import own_mask
 from hf_disparse.analysis.watershed import watershed
-from hf_disparse.decision import Masks
-from hf_disparse.scores import GRADIENT_CRITERIA
+from hf_disparse.pruning.decision import Masks
+from hf_disparse.pruning.scores import GRADIENT_CRITERIA
 
 Tensors = Mapping[str, Tensor]
 # (task, its gradients batch by batch), as `scores.gradients` yields them

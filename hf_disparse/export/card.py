@@ -14,11 +14,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import hf_disparse
-from hf_disparse.architectures import token_limit
 from hf_disparse.config import PRUNING_CONFIG_NAME, PruningConfig, TaskConfig, UserError, one_line
 from hf_disparse.export.folder import CONFIG_NAME, load, read_json, weight_files
-from hf_disparse.masks import sparsity_report
-from hf_disparse.model import MultitaskConfig, MultitaskModel, prunable_parameters
+from hf_disparse.model.architectures import token_limit
+from hf_disparse.model.multitask import MultitaskConfig, MultitaskModel, prunable_parameters
+from hf_disparse.pruning.masks import sparsity_report
 from hf_disparse.tasks import average, average_name
 
 CARD_NAME, RESULTS_NAME = "README.md", "results.json"

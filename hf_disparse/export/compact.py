@@ -13,16 +13,16 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from hf_disparse.adapters import has_adapters
-from hf_disparse.architectures import Layout, encoder_layers, find_sites, first_stays, layout_of
 from hf_disparse.config import UserError
 from hf_disparse.export.folder import copy_companions, describe, new_folder, open_model
 from hf_disparse.export.form import set_structure, structure_of
-from hf_disparse.low_rank import low_rank_modules
-from hf_disparse.model import MultitaskModel
-from hf_disparse.parts import Site, sum_by_part
-from hf_disparse.shapes import Cuts, shrink
-from hf_disparse.unshared import PRIVATE
+from hf_disparse.model.adapters import has_adapters
+from hf_disparse.model.architectures import Layout, encoder_layers, find_sites, first_stays, layout_of
+from hf_disparse.model.low_rank import low_rank_modules
+from hf_disparse.model.multitask import MultitaskModel
+from hf_disparse.model.structure import Cuts, shrink
+from hf_disparse.model.unshared import PRIVATE
+from hf_disparse.pruning.parts import Site, sum_by_part
 
 
 def compact(model: PreTrainedModel, optimizer: Optimizer | None = None) -> dict[str, tuple[int, int]]:

@@ -16,11 +16,11 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_disparse.adapters import ADAPTER_FOLDER
 from hf_disparse.config import UserError, one_line
 from hf_disparse.export.form import FORM_VERSION, METHOD
-from hf_disparse.faults import open_safetensors, writing
-from hf_disparse.model import MultitaskConfig, MultitaskModel
+from hf_disparse.files import open_safetensors, writing
+from hf_disparse.model.adapters import ADAPTER_FOLDER
+from hf_disparse.model.multitask import MultitaskConfig, MultitaskModel
 from hf_disparse.tasks import resolve
 
 WEIGHTS_NAME, CONFIG_NAME, INDEX_NAME = "model.safetensors", "config.json", "model.safetensors.index.json"

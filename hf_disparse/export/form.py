@@ -21,7 +21,7 @@ class StoredForm(QuantizationConfigMixin):
     Args:
         packed: matrices are stored as their non-zeros and a bitmask.
         structure: heads and neurons by layer, of a compact encoder, and ranks of matrices in two factors; see
-            `hf_disparse.shapes`.
+            `hf_disparse.model.structure`.
         sha256: file -> digest, of the checkpoint's weights and configuration, as exported.
     """
 

@@ -18,9 +18,9 @@ from hf_disparse.config import UserError
 from hf_disparse.export.folder import CONFIG_NAME, WEIGHTS_NAME, digests, read_json
 from hf_disparse.export.form import METHOD, StoredForm
 from hf_disparse.export.packed import BITMASK, fill, zeros
-from hf_disparse.faults import open_safetensors
-from hf_disparse.shapes import rebuild
-from hf_disparse.unshared import UnsharedLayers
+from hf_disparse.files import open_safetensors
+from hf_disparse.model.structure import rebuild
+from hf_disparse.model.unshared import UnsharedLayers
 
 _SOURCES = ["weight$", f"weight{BITMASK}$"]
 

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_disparse.adapters import without_adapters
 from hf_disparse.config import UserError
 from hf_disparse.export.folder import (
     WEIGHTS_NAME,
@@ -24,8 +23,9 @@ from hf_disparse.export.folder import (
     new_folder,
     weight_files,
 )
-from hf_disparse.faults import open_safetensors
-from hf_disparse.masks import BITS, packed_bytes
+from hf_disparse.files import open_safetensors
+from hf_disparse.model.adapters import without_adapters
+from hf_disparse.pruning.masks import BITS, packed_bytes
 
 BITMASK = "_bitmask"
 

@@ -20,8 +20,8 @@ from hf_disparse.export.card import tokens_to_time
 from hf_disparse.export.compact import drop_layers, heads_that_stay
 from hf_disparse.export.folder import copy_companions, new_folder, open_model
 from hf_disparse.export.task import check_task, only_task
-from hf_disparse.model import MultitaskModel, head_config
-from hf_disparse.shapes import Cuts
+from hf_disparse.model.multitask import MultitaskModel, head_config
+from hf_disparse.model.structure import Cuts
 
 ONNX_NAME = "model.onnx"
 _ROUNDS, _TOLERANCE = 15, 1e-3

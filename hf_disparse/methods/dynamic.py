@@ -13,7 +13,15 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hf_disparse.decision import Masks, TaskScores, check_quorum, keep_smallest, merge_smallest, pairs, task_ranks
+from hf_disparse.pruning.decision import (
+    Masks,
+    TaskScores,
+    check_quorum,
+    keep_smallest,
+    merge_smallest,
+    pairs,
+    task_ranks,
+)
 
 Shapes = Mapping[str, Sequence[int]]
 Counts = dict[tuple[str, ...], int]

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hf_disparse.parts import Site
+from hf_disparse.pruning.parts import Site
 
 
 def sizes(tensors: Mapping[str, Tensor], site: Site) -> Tensor:

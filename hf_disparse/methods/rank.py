@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from hf_disparse.parts import Site, sum_by_part
+from hf_disparse.pruning.parts import Site, sum_by_part
 
 
 def parameter_budget(shapes: Iterable[tuple[int, int]], sparsity: float) -> int:

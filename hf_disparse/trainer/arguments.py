@@ -10,7 +10,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
 from hf_disparse.config import PART_CRITERIA, TaskConfig, UserError, closest, is_number, require
-from hf_disparse.distributed import differing
+from hf_disparse.distributed.processes import differing
 from hf_disparse.tasks import TaskBatchSampler
 
 _TRUE = ("1", "true", "yes", "on")

@@ -13,12 +13,15 @@ from transformers import TrainerCallback
 
 from hf_disparse.analysis import Watch
 from hf_disparse.config import TASK_CRITERIA, PruningConfig, UserError
-from hf_disparse.decision import Masks
-from hf_disparse.distributed import average, processes, require_same, share
-from hf_disparse.masks import MaskHooks, apply_masks, find_masks
-from hf_disparse.model import MultitaskModel, prunable_parameters
-from hf_disparse.reconstruction import check, reconstruct
-from hf_disparse.scores import (
+from hf_disparse.distributed.fsdp import decide_on_main, is_sharded, place, reshard
+from hf_disparse.distributed.processes import average, processes, require_same, share
+from hf_disparse.methods.base import Stream
+from hf_disparse.model.multitask import MultitaskModel, prunable_parameters
+from hf_disparse.pruning.decision import Masks
+from hf_disparse.pruning.masks import MaskHooks, apply_masks, find_masks
+from hf_disparse.pruning.reconstruction import check, reconstruct
+from hf_disparse.pruning.rules import check_pattern, count_pruned_parts, gone_layers, prunable_sites
+from hf_disparse.pruning.scores import (
     GRADIENT_CRITERIA,
     Average,
     Batch,
@@ -28,13 +31,10 @@ from hf_disparse.scores import (
     model_loss,
     score,
 )
-from hf_disparse.sharded import decide_on_main, is_sharded, place, reshard
-from hf_disparse.stored_scores import SCORES_FOLDER, keep_scores
+from hf_disparse.pruning.stored_scores import SCORES_FOLDER, keep_scores
 from hf_disparse.trainer.guard import Guard
 from hf_disparse.trainer.methods import Update, new_method
-from hf_disparse.trainer.methods.base import Stream
 from hf_disparse.trainer.reinitialise import reinitialise
-from hf_disparse.trainer.rules import check_pattern, count_pruned_parts, gone_layers, prunable_sites
 
 _FIT_BATCHES = 8  # of a task at most, to reconstruct on: docs/glue.md shows that 4 are nearly as good
 

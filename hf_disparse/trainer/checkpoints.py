@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Trainer
 
 from hf_disparse.config import UserError, one_line
-from hf_disparse.distributed import from_main
-from hf_disparse.faults import writing
-from hf_disparse.masks import MASKS_NAME, load_masks, save_masks
-from hf_disparse.sharded import gather, is_sharded
+from hf_disparse.distributed.fsdp import gather, is_sharded
+from hf_disparse.distributed.processes import from_main
+from hf_disparse.files import writing
+from hf_disparse.pruning.masks import MASKS_NAME, load_masks, save_masks
 from hf_disparse.trainer.guard import GUARD_NAME
 
 SEAL_NAME = "seal.json"

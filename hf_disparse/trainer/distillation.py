@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from hf_disparse.config import TaskConfig, UserError, require
-from hf_disparse.losses import distillation_loss, hidden_loss
-from hf_disparse.model import MultitaskModel
+from hf_disparse.model.multitask import MultitaskModel
 from hf_disparse.trainer.arguments import DisparseTrainingArguments
+from hf_disparse.trainer.losses import distillation_loss, hidden_loss
 
 
 def check_teachers(

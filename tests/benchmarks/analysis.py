@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import torch
 
 from hf_disparse.analysis import Examination, Sampled, sketch
-from hf_disparse.parts import Site
-from hf_disparse.scores import snip
+from hf_disparse.pruning.parts import Site
+from hf_disparse.pruning.scores import snip
 
 DRAWS, HEADS = 200, 12
 

@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_disparse import MultitaskModel, PruningConfig, prunable_parameters, score
-from hf_disparse.decision import Masks
-from hf_disparse.recipes import read_recipe
-from hf_disparse.run import prepare
+from hf_disparse.pruning.decision import Masks
+from hf_disparse.pruning.rules import decide_by
+from hf_disparse.recipes.recipe import read_recipe
+from hf_disparse.runs.train import prepare
 from hf_disparse.tasks import MultitaskCollator, TaskBatchSampler, TaskDataset
 from hf_disparse.trainer.arguments import cpu_has_bfloat16
-from hf_disparse.trainer.rules import decide_by
 
 CRITERIA, DECISIONS = ("snip", "disparse", "fisher"), ("unanimous", "sum", "max", "mean_rank", "joint")
 

@@ -23,7 +23,7 @@ from torch import distributed
 from transformers import BertConfig
 
 from hf_disparse import MultitaskConfig, MultitaskModel, TaskConfig, decide, prunable_parameters, score
-from hf_disparse.distributed import average, processes
+from hf_disparse.distributed.processes import average, processes
 
 ROWS, TOKENS, TIMES = 16, 64, 5
 HEADER = (

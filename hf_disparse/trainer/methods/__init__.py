@@ -1,15 +1,15 @@
 """The pruning methods by their name in a PruningConfig, one file each."""
 
 from hf_disparse.config import PruningConfig
-from hf_disparse.trainer.methods.base import Method, Update
+from hf_disparse.methods.base import Method, Update
+from hf_disparse.methods.flop import Flop
+from hf_disparse.methods.saliency import Saliency
 from hf_disparse.trainer.methods.dynamic import Dynamic
-from hf_disparse.trainer.methods.flop import Flop
 from hf_disparse.trainer.methods.group_lasso import GroupLasso
 from hf_disparse.trainer.methods.l0 import L0
 from hf_disparse.trainer.methods.movement import Movement
 from hf_disparse.trainer.methods.platon import Platon
 from hf_disparse.trainer.methods.rank import Rank
-from hf_disparse.trainer.methods.saliency import Saliency
 
 METHODS: dict[str, type[Method]] = {
     "saliency": Saliency,

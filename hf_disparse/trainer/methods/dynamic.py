@@ -5,12 +5,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_disparse.config import PruningConfig
-from hf_disparse.decision import Masks
-from hf_disparse.masks import zero_pruned
+from hf_disparse.methods.base import Method, Update
 from hf_disparse.methods.dynamic import allocate, count_live, drop_counts, grow, select
-from hf_disparse.schedule import cosine_decay, end_of, update_steps
-from hf_disparse.scores import GRADIENT_CRITERIA
-from hf_disparse.trainer.methods.base import Method, Update
+from hf_disparse.pruning.decision import Masks
+from hf_disparse.pruning.masks import zero_pruned
+from hf_disparse.pruning.schedule import cosine_decay, end_of, update_steps
+from hf_disparse.pruning.scores import GRADIENT_CRITERIA
 
 
 class Dynamic(Method):

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_disparse.decision import Masks
+from hf_disparse.methods.base import Method, Update
 from hf_disparse.methods.group_lasso import penalty_in_time, rms, shrink, shrinkage, sizes
-from hf_disparse.parts import Site, masks_of_parts
-from hf_disparse.trainer.methods.base import Method, Update
-from hf_disparse.trainer.rules import Sites, keep_parts, parts_to_prune
+from hf_disparse.pruning.decision import Masks
+from hf_disparse.pruning.parts import Site, masks_of_parts
+from hf_disparse.pruning.rules import Sites, keep_parts, parts_to_prune
 
 _NO_LR = 1e-30  # a warm-up begins at 0
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from hf_disparse.decision import Masks
-from hf_disparse.masks import count_pruned
+from hf_disparse.methods.base import Method, Update
 from hf_disparse.methods.l0 import ascend, expected_gate, initial, logistic, open_probability, pull, sample, slope
-from hf_disparse.schedule import linear_sparsity
-from hf_disparse.trainer.methods.base import Method, Update
-from hf_disparse.trainer.rules import decide_by
+from hf_disparse.pruning.decision import Masks
+from hf_disparse.pruning.masks import count_pruned
+from hf_disparse.pruning.rules import decide_by
+from hf_disparse.pruning.schedule import linear_sparsity
 
 _REACH = 8.0  # |log_alpha| at most, so that a gate can turn round; open with probability 0.002 there
 _RISE = 0.8  # of the steps from start to end, after which the target is the final one: gates lag behind it

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from hf_disparse.decision import Masks
-from hf_disparse.masks import count_pruned
+from hf_disparse.methods.base import Update
+from hf_disparse.methods.by_task import ByTask
 from hf_disparse.methods.movement import above, accumulate, soft_step
-from hf_disparse.schedule import sparsity_at
-from hf_disparse.trainer.methods.base import Update
-from hf_disparse.trainer.methods.by_task import ByTask
+from hf_disparse.pruning.decision import Masks
+from hf_disparse.pruning.masks import count_pruned
+from hf_disparse.pruning.schedule import sparsity_at
 
 _SOFT_START = 1.0  # S before the first batch: above any threshold below 0.73
 

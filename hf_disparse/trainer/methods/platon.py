@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from hf_disparse.decision import Masks
+from hf_disparse.methods.base import Update
+from hf_disparse.methods.by_task import ByTask
 from hf_disparse.methods.platon import score, smooth
-from hf_disparse.schedule import sparsity_at
-from hf_disparse.trainer.methods.base import Update
-from hf_disparse.trainer.methods.by_task import ByTask
+from hf_disparse.pruning.decision import Masks
+from hf_disparse.pruning.schedule import sparsity_at
 
 
 class Platon(ByTask):

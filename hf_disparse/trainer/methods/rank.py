@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_disparse.config import UserError
-from hf_disparse.decision import Masks
-from hf_disparse.export.factorise import factorise, is_factorised
+from hf_disparse.methods.base import Method, Update
 from hf_disparse.methods.rank import fill_budget, matrix_shape, parameter_budget, parameters_saved, score_per_parameter
-from hf_disparse.parts import masks_of_parts, sum_by_part
-from hf_disparse.schedule import sparsity_at
-from hf_disparse.trainer.methods.base import Method, Update
-from hf_disparse.trainer.methods.saliency import Saliency
-from hf_disparse.trainer.rules import Sites, best_parts, keep_of_the_rest
+from hf_disparse.methods.saliency import Saliency
+from hf_disparse.model.factorise import factorise, is_factorised
+from hf_disparse.pruning.decision import Masks
+from hf_disparse.pruning.parts import masks_of_parts, sum_by_part
+from hf_disparse.pruning.rules import Sites, best_parts, keep_of_the_rest
+from hf_disparse.pruning.schedule import sparsity_at
 
 
 class Rank(Method):

@@ -1,0 +1,1 @@
+"""The commands, their tables and exit statuses."""

@@ -1,0 +1,401 @@
+"""The commands. Layer 10; what they say when something is wrong is at most three lines, and the exit status is 2.
+
+Under torchrun or `accelerate launch` all processes work and the first one speaks.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import typer
+from rich.console import Console
+from typer.exceptions import TyperException
+
+from hf_disparse.cli.tables import (
+    close_bars,
+    new_table,
+    print_analysis,
+    print_comparison,
+    print_plan,
+    print_results,
+    print_sparsity,
+)
+from hf_disparse.tasks import average_name
+
+_GRACE = 10.0  # seconds
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Prune one shared Transformer encoder with several task heads, by the vote of all tasks.",
+)
+
+_Set = Annotated[
+    list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one value; may be repeated.")
+]
+
+_Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder or Hub id.")]
+_Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Of the weights; default: as they are.")
+]
+
+
+def main() -> None:
+    """Entry point of `hf-disparse`."""
+    from hf_disparse.config import UserError, one_line
+
+    if _rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if "LOCAL_RANK" not in os.environ:  # a launcher's processes end at once, which other processes wait for
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # half-written folders are taken away
+    try:
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        _leave()
+        sys.exit(status)
+    except TyperException as error:
+        fail(f"{error.format_message()}\nTry: hf-disparse --help")
+    except typer.Abort:
+        sys.exit(130)
+    except UserError as error:
+        fail(str(error))
+    except OSError as error:  # a full disk or a file that vanished, where nobody could say what it was for
+        fail(f"{error.filename or 'reading or writing'}: {error.strerror or one_line(error)}")
+
+
+def fail(message: str) -> NoReturn:
+    """Prints at most three lines and ends with status 2."""
+    close_bars()
+    lines = [line for line in message.splitlines() if line.strip()][:3]
+    where = ""
+    if _rank() > 0:
+        time.sleep(_GRACE)  # most often all processes have one error: the launcher ends us when the first has said it
+        where = f"rank {_rank()}: "
+    print("error: " + where + "\n".join(lines), file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def _rank() -> int:
+    """Which process of a launcher's this is; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _leave() -> None:
+    """Parts with the other processes, if there are any."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from hf_disparse.distributed import processes as distributed
+
+        distributed.end()
+
+
+@contextmanager
+def _stopping(how_to_go_on: Callable[[], str]) -> Iterator[None]:
+    """On Ctrl-C or SIGTERM says in one line how to resume, and exits with 130 or 143."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        close_bars()
+        if not _rank():
+            print(f"stopped; {how_to_go_on()}", file=sys.stderr)
+        raise typer.Exit(getattr(stop, "code", 130)) from None
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"hf_disparse {metadata.version('hf_disparse')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options without a command."""
+
+
+@app.command(epilog="Example: hf-disparse train recipes/quickstart.yaml --set pruning.sparsity=0.9 --output_dir out-90")
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, such as recipes/quickstart.yaml.")],
+    set_: _Set = [],  # noqa: B006
+    output_dir: Annotated[
+        str | None, typer.Option("--output_dir", "--output-dir", help="Instead of the recipe's.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "--dry_run", help="Check everything, train nothing.")] = False,
+    analysis: Annotated[bool, typer.Option(help="End with a short form of analyze.")] = True,
+) -> None:
+    """Train dense, prune, train sparse, evaluate and analyze both; the same command again goes on where it stopped."""
+    _quiet()
+    from hf_disparse.recipes.recipe import read_recipe
+    from hf_disparse.runs import analyze
+    from hf_disparse.runs import train as run
+
+    parsed = read_recipe(recipe, set_, output_dir)
+    if dry_run:
+        print_plan(run.plan(parsed))
+        return
+    with _stopping(lambda: f"the same command goes on from {run.progress(parsed)}"):
+        results = run.train(parsed)
+        print_results(results, parsed.output_dir)
+        found = analyze.after_training(parsed) if analysis else None
+    if found:
+        print_analysis(found, parsed.output_dir)
+
+
+@app.command(epilog="Example: hf-disparse evaluate runs/quickstart --set 'tasks.*.max_validation_rows=500'")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder that `train` wrote.")],
+    recipe: Annotated[str | None, typer.Option(help="With the tasks and data; default: the model's own.")] = None,
+    set_: _Set = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Evaluate a model on the validation data of its tasks."""
+    _quiet()
+    from hf_disparse.runs import train as run
+
+    result = run.evaluate(model, recipe, set_)
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    table = new_table("task", "metric", "value")
+    for task, metrics in result["tasks"].items():
+        for metric, value in metrics.items():
+            table.add_row(task, metric, f"{value:.1f}")
+    table.add_section()
+    table.add_row(average_name(result["tasks"]), "", f"{result['average']:.1f}")
+    Console().print(table)
+    print_sparsity(result["sparsity"])
+
+
+@app.command(
+    epilog="Example: hf-disparse compare recipes/quickstart.yaml --methods dense,random,magnitude,joint,unanimous "
+    "--sparsities 0.7,0.9 --seeds 1,2,3"
+)
+def compare(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file; its budget is every method's budget.")],
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="dense, random, magnitude, joint, sum, max, mean, quorum2 (or another number), unanimous, reinitialise, "
+            "2:4, block16x16, parts, agreement, dynamic, rigl, movement, movement_joint, movement_soft, platon, platon_joint, l0, "
+            "rank, flop, group_lasso. Default: dense,random,magnitude,joint,unanimous."
+        ),
+    ] = None,
+    criteria: Annotated[
+        str | None,
+        typer.Option(help="For methods that leave it open: snip, disparse, fisher. Default: the recipe's."),
+    ] = None,
+    sparsities: Annotated[str | None, typer.Option(help="Default: the recipe's.")] = None,
+    seeds: Annotated[str, typer.Option(help="One dense model per seed, which all methods start from.")] = "1,2,3",
+    protocol: Annotated[
+        Literal["methods", "equal-budget"],
+        typer.Option(help="equal-budget: the best ensemble of single-task models against the shared model, by budget."),
+    ] = "methods",
+    budgets: Annotated[
+        str | None,
+        typer.Option(help="With equal-budget: kept weights, as fractions of one encoder. Default: 1 - the sparsities."),
+    ] = None,
+    set_: _Set = [],  # noqa: B006
+    output_dir: Annotated[
+        str | None, typer.Option("--output_dir", "--output-dir", help="Default: the recipe's, with -compare added.")
+    ] = None,
+) -> None:
+    """Run pruning methods on one recipe, each at the same number of backward passes; print one table with its spread.
+
+    The same command again goes on where it stopped; other methods, sparsities and seeds add rows to the folder.
+    """
+    _quiet()
+    from hf_disparse.compare import by_method as known
+    from hf_disparse.compare import equal_budget as racing
+    from hf_disparse.compare import runner as comparing
+    from hf_disparse.config import require
+    from hf_disparse.recipes.recipe import read_recipe
+
+    parsed = read_recipe(recipe, set_, output_dir)
+    if output_dir is None:
+        parsed = read_recipe(recipe, set_, parsed.output_dir.rstrip("/") + "-compare")
+    curve = _list(str(parsed.pruning.sparsity) if sparsities is None else sparsities, "--sparsities", float)
+    if protocol == "equal-budget":
+        for option, value in (("--methods", methods), ("--criteria", criteria)):
+            require(
+                value is None, option, "nothing with --protocol equal-budget, which prunes as the recipe does", value
+            )
+        wanted = _list(budgets, "--budgets", float) if budgets is not None else ()
+        race = racing.Race(parsed, tuple(curve), tuple(_list(seeds, "--seeds", int)), tuple(wanted))
+        module, folder, cells, start = racing, race.folder, race.cells, lambda: racing.run(race)
+    else:
+        require(budgets is None, "--budgets", "nothing without --protocol equal-budget", budgets)
+        names = _list("dense,random,magnitude,joint,unanimous" if methods is None else methods, "--methods", str)
+        kinds = _list(known.default_criterion(parsed.pruning) if criteria is None else criteria, "--criteria", str)
+        cells = known.grid(names, kinds, curve, _list(seeds, "--seeds", int))
+        module, folder, start = comparing, parsed.output_dir, lambda: comparing.compare(parsed, cells)
+    with _stopping(lambda: f"{comparing.progress(folder, cells)}, the same command goes on"):
+        report = start()
+    print_comparison(report, parsed.output_dir, module)
+
+
+@app.command(name="analyze", epilog="Example: hf-disparse analyze runs/quickstart --within 2")
+def analyze_(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A folder that `train` wrote, or a model's.")],
+    recipe: Annotated[str | None, typer.Option(help="With the tasks and data; default: the folder's own.")] = None,
+    set_: _Set = [],  # noqa: B006
+    sparsities: Annotated[
+        str, typer.Option(help="Of the cost curve, which needs a dense model; 0 alone leaves it out.")
+    ] = "0.3,0.5,0.6,0.7,0.8,0.9,0.95",
+    within: Annotated[
+        float | None, typer.Option(help="End the curve where a task loses more than so many points.")
+    ] = None,
+    recover: Annotated[int, typer.Option(help="Train each point of the curve for so many steps, too.")] = 0,
+    output_dir: Annotated[
+        str | None, typer.Option("--output_dir", "--output-dir", help="Default: the model's folder.")
+    ] = None,
+) -> None:
+    """Show what each task needs, where the tasks diverge, and what sparsity costs; write analysis.json and report.html.
+
+    Of a run: before training, dense and sparse. More scoring batches (--set pruning.score_batches=64) narrow the intervals.
+    """
+    _quiet()
+    from hf_disparse.runs import analyze
+
+    curve = analyze.Curve(tuple(_list(sparsities, "--sparsities", float)), within, recover)
+    print_analysis(*analyze.analyze(model, recipe, set_, curve=curve, output_dir=output_dir))
+
+
+@app.command(
+    epilog="Example: hf-disparse export runs/quickstart --format packed --output_dir published --dtype bfloat16"
+)
+def export(
+    model: _Model,
+    output_dir: Annotated[str, typer.Option("--output_dir", "--output-dir", help="A new folder.")],
+    format_: Annotated[
+        Literal["packed", "compact", "task", "onnx"],
+        typer.Option(
+            "--format",
+            help="packed: non-zeros and a bit a weight; compact: without pruned heads, neurons, layers and ranks; "
+            "task: for plain transformers; onnx: one task, checked in onnxruntime.",
+        ),
+    ] = "packed",
+    task: Annotated[
+        str | None,
+        typer.Option(help="With --format task: this one, by default each, into tasks/NAME; onnx takes one."),
+    ] = None,
+    dtype: _Dtype = None,
+) -> None:
+    """Write a model in a form in which it is published; a compact model or a task can be packed next."""
+    _quiet()
+    import torch
+
+    from hf_disparse import export
+    from hf_disparse.config import require
+
+    wanted = getattr(torch, dtype) if dtype else None
+    require(task is None or format_ in ("task", "onnx"), "--task", "nothing but with --format task or onnx", task)
+    require(dtype is None or format_ != "onnx", "--dtype", "nothing with --format onnx, which is float32", dtype)
+    if format_ == "task":
+        for folder in export.save_tasks(model, output_dir, task, wanted):
+            print(f"written: {folder}")
+    elif format_ == "onnx":
+        report = export.save_onnx(model, output_dir, task)
+        print(
+            f"logits differ by {report['difference']:.1g}; onnxruntime is {report['speed']:.2f} times as fast as torch"
+        )
+        print(f"written: {output_dir}")
+    elif format_ == "compact":
+        with _with_card(output_dir) as folder:
+            parts = export.save_compact(model, folder, wanted)
+        print(", ".join(f"{now} of {before} {kind}s" for kind, (before, now) in parts.items()))
+        print(f"written: {output_dir}")
+    else:
+        with _with_card(output_dir) as folder:
+            sizes = export.save_packed(model, folder, wanted)
+        if sizes["matrices"]:
+            share = 100 * sizes["packed_bytes"] / sizes["packed_dense_bytes"]
+            print(f"{sizes['matrices']} sparse matrices: {share:.1f} % of their dense bytes")
+        else:
+            print("no matrix is sparse enough to be smaller when packed: this model is dense")
+        print(f"written: {output_dir}, {sizes['bytes']:,} bytes of {sizes['dense_bytes']:,} dense")
+
+
+@contextmanager
+def _with_card(output_dir: str) -> Iterator[Path]:
+    """A new folder for a model, to which its card is added; it is there with both or not at all."""
+    from hf_disparse import export
+
+    with export.new_folder(output_dir) as folder:
+        yield folder
+        if export.is_multitask(folder):
+            export.write_card(folder, Path(output_dir).resolve().name)
+
+
+@app.command(
+    epilog="Example: hf-disparse push runs/quickstart me/quickstart-sparse --dtype bfloat16 --license apache-2.0"
+)
+def push(
+    model: _Model,
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Where to: USER/NAME; made if it is not there.")],
+    format_: Annotated[
+        Literal["packed", "compact", "plain"], typer.Option("--format", help="As of export; plain: as it is.")
+    ] = "packed",
+    dtype: _Dtype = None,
+    with_tasks: Annotated[
+        bool, typer.Option("--with-tasks", help="Also upload every task as a plain model, in tasks/NAME.")
+    ] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    license_: Annotated[
+        str | None, typer.Option("--license", help="On the card, such as apache-2.0; the base model's holds, too.")
+    ] = None,
+    token: Annotated[str | None, typer.Option(help="Default: that of `hf auth login`.")] = None,
+) -> None:
+    """Export a model with its card and upload it to the Hub, as one commit."""
+    _quiet()
+    import torch
+
+    from hf_disparse import export
+
+    wanted = getattr(torch, dtype) if dtype else None
+    options = {
+        "dtype": wanted,
+        "with_tasks": with_tasks,
+        "private": private or None,
+        "license": license_,
+        "token": token,
+    }
+    print(f"pushed: {export.push(model, repo, format_, **options)}")
+
+
+def _list(text: str, where: str, kind) -> list:
+    """The values between the commas."""
+    from hf_disparse.config import UserError
+
+    try:
+        values = [kind(part.strip()) for part in text.split(",") if part.strip()]
+    except ValueError:
+        values = []
+    if not values:
+        raise UserError(f"{where}: expected values with commas between them, got {text!r}")
+    return values
+
+
+def _quiet() -> None:
+    """Our own words and training's bars; the libraries speak up for errors only, and draw bars on a terminal only."""
+    import datasets
+    import huggingface_hub
+    import transformers
+
+    huggingface_hub.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # of loading and saving weights; training has its own
+    datasets.logging.set_verbosity_error()
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without the line of code it came from
+    if _rank():
+        warnings.simplefilter("ignore")
+    if _rank() or not sys.stderr.isatty():
+        datasets.disable_progress_bars()

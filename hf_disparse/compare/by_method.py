@@ -1,0 +1,196 @@
+"""What `hf-disparse compare` can compare: methods by name, and the recipe that each of their runs is. Layer 10."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
+
+from hf_disparse.config import CRITERIA, PruningConfig, UserError, closest, require
+from hf_disparse.recipes.recipe import Recipe, parse_recipe
+from hf_disparse.trainer.methods import METHODS as IMPLEMENTED
+
+# name -> fields of PruningConfig beside the recipe's; the criterion is one of --criteria
+_OPEN_CRITERION = {
+    "joint": {"decision": "joint"},
+    "sum": {"decision": "sum"},
+    "max": {"decision": "max"},
+    "mean": {"decision": "mean_rank"},
+    "quorum2": {"decision": "quorum", "quorum": 2},  # as any other number
+    "unanimous": {"decision": "unanimous"},
+    "reinitialise": {"decision": "unanimous", "reinitialise": True, "reconstruct": False},
+    "rank": {"method": "rank", "decision": "unanimous"},
+    "parts": {"decision": "unanimous", "granularity": ["head", "neuron"]},
+}
+# name -> fields with a criterion of their own, to which --criteria does not apply
+_OWN_CRITERION = {
+    "random": {"criterion": "random"},
+    "magnitude": {"criterion": "magnitude"},
+    "agreement": {"criterion": "agreement", "decision": "joint", "granularity": ["head", "neuron"]},
+    "dynamic": {"method": "dynamic"},
+    "rigl": {"method": "dynamic", "decision": "joint"},
+    "movement": {"method": "movement", "mode": "hard"},
+    "movement_joint": {"method": "movement", "mode": "hard", "decision": "joint"},
+    "movement_soft": {"method": "movement", "mode": "soft"},
+    "platon": {"method": "platon"},
+    "platon_joint": {"method": "platon", "decision": "joint"},
+    "l0": {"method": "l0"},
+    "flop": {"method": "flop"},
+    "group_lasso": {"method": "group_lasso"},
+}
+# In the order of tables.
+METHODS = ("dense", *dict.fromkeys((*list(_OWN_CRITERION)[:2], *_OPEN_CRITERION, *_OWN_CRITERION)))
+# What a row takes from a recipe of another method.
+_MODULES = ("target_modules", "exclude_modules")
+_OF_ANY_METHOD = (*_MODULES, "score_batches")
+# Except: dynamic training scores at every exchange, so that the recipe's number of batches would be too many; the group lasso
+# prunes whole heads and neurons, which take no names of modules.
+_NOT_TAKEN_BY = {"dynamic": ("score_batches",), "group_lasso": _MODULES}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid.
+
+    Args:
+        method: one of METHODS, `quorum` with another number, or a pattern, such as `2:4` or `block16x16`.
+        criterion: of the methods that leave it open; empty for the others.
+        sparsity: 0 for the dense row.
+    """
+
+    method: str
+    criterion: str
+    sparsity: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """What its files are called."""
+        method = self.method.replace(":", "of")
+        parts = [method, self.criterion, str(self.sparsity) if self.sparsity else "", f"seed{self.seed}"]
+        return "-".join(part for part in parts if part)
+
+    @property
+    def start(self) -> str:
+        """What the dense model is called that it starts from."""
+        return f"dense-seed{self.seed}"
+
+    def pruning(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The section `pruning` of the cell, `values` being that of the recipe, whose settings are for rows of its method."""
+        own = {"sparsity": self.sparsity, "keep_scores": False}
+        of_any_method = {key: values[key] for key in _OF_ANY_METHOD if key in values}
+        if self.method == "dense":
+            return of_any_method | own
+        fields = _OWN_CRITERION.get(self.method) or _fields(self.method) | {"criterion": self.criterion}
+        method, of_recipe = (section.get("method", PruningConfig.method) for section in (fields, values))
+        if method == of_recipe:
+            source, not_taken = values, ("decision", "quorum", "reinitialise")  # those are the row's
+        else:
+            source, not_taken = of_any_method, _NOT_TAKEN_BY.get(method, ())
+        kept = {key: value for key, value in source.items() if key not in (*_not_of(fields), *not_taken)}
+        return kept | fields | own
+
+
+def _not_of(fields: dict[str, Any]) -> tuple[str, ...]:
+    """Settings of a recipe that a row of its method with these fields cannot have."""
+    granularity = fields.get("granularity")
+    if isinstance(granularity, list):  # heads and neurons go as a whole
+        return _MODULES
+    return ("schedule", "end_step", "update_every") if ":" in (granularity or "") else ()  # N:M is all there at once
+
+
+def _fields(method: str) -> dict[str, Any] | None:
+    """Of a method whose criterion is open; None if there is none of that name."""
+    if re.fullmatch(r"quorum[1-9]\d*", method):
+        number = int(method.removeprefix("quorum"))
+        return {"decision": "quorum" if number > 1 else "unanimous", "quorum": number}
+    if re.fullmatch(r"\d+:\d+|block\d+x\d+", method):
+        return {"granularity": method}
+    return _OPEN_CRITERION.get(method)
+
+
+def default_criterion(config: PruningConfig) -> str:
+    """Of rows that have none of their own: the recipe's, where a row of any decision can have it."""
+    of_any_decision = config.criterion in CRITERIA and config.criterion != "agreement"
+    return config.criterion if of_any_decision else PruningConfig.criterion
+
+
+def grid(
+    methods: Sequence[str], criteria: Sequence[str], sparsities: Sequence[float], seeds: Sequence[int]
+) -> list[Cell]:
+    """The cells of a comparison, one seed after the other; methods without a criterion stand once for all criteria.
+
+    An N:M pattern has the one sparsity that it has.
+    """
+    for method in methods:
+        if method not in METHODS and _fields(method) is None:
+            raise UserError(f"--methods: unknown method {method!r}{closest(method, METHODS)}")
+    for criterion in criteria:
+        if criterion not in CRITERIA:
+            raise UserError(f"--criteria: unknown criterion {criterion!r}{closest(criterion, CRITERIA)}")
+    for sparsity in sparsities:
+        require(0 < sparsity < 1, "--sparsities", "numbers in (0, 1); the method dense is the one without", sparsity)
+    cells = [
+        Cell(
+            method,
+            "" if method == "dense" or method in _OWN_CRITERION else criterion,
+            _sparsity(method, sparsity),
+            seed,
+        )
+        for seed in seeds
+        for sparsity in sparsities
+        for method in methods
+        for criterion in criteria
+    ]
+    return list(dict.fromkeys(cells))
+
+
+def _sparsity(method: str, sparsity: float) -> float:
+    if method == "dense":
+        return 0.0
+    kept, colon, of = method.partition(":")
+    return 1 - int(kept) / max(1, int(of)) if colon else sparsity
+
+
+def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
+    """The recipe that is this cell: as many steps as make its backward passes, scoring included, those of the recipe.
+
+    The budget is the recipe's own steps and its scoring batches; of a recipe that prunes by scores these count even where its
+    criterion needs no gradients. The dense row goes on at the dense phase's learning rate: one that pruned weights need throws
+    a finished model back.
+    """
+    values, arguments = recipe.values, recipe.arguments("sparse", recipe.output_dir)
+    recovery = dict(values.get("recovery") or {})
+    if cell.method == "dense":
+        recovery.pop("learning_rate", None)
+    drops = recipe.pruning.max_drop
+    require(drops is None, "pruning.max_drop", "nothing in a comparison, whose rows have the sparsity they name", drops)
+    most = arguments.max_steps
+    require(most > 0, "recovery.max_steps", "a number of steps, so that every method gets the same", most)
+    pruning = dict(values.get("pruning") or {})
+    own = PruningConfig.from_dict(cell.pruning(pruning), "pruning")
+    votes, every = len(recipe.voters), arguments.gradient_accumulation_steps
+    whole = recipe.pruning
+    if whole.method == PruningConfig.method:
+        whole = replace(whole, criterion="snip", sparsity=whole.sparsity or 0.5)
+    budget = most * every + votes * scoring_batches(whole, most)
+    least = votes * scoring_batches(own, 1)
+    if least > budget:
+        raise UserError(
+            f"recovery.max_steps: expected at least the passes of {cell.name} for scoring alone, {least}, got a budget of {budget}; "
+            "raise it or lower pruning.score_batches"
+        )
+    steps = next(n for n in count(1) if n * every + votes * scoring_batches(own, n) >= budget)
+    return parse_recipe(
+        {
+            **values,
+            "seed": cell.seed,
+            "pruning": cell.pruning(pruning),
+            "recovery": {**recovery, "max_steps": steps},
+        }
+    )
+
+
+def scoring_batches(config: PruningConfig, max_steps: int) -> int:
+    """Batches per task that are scored in a training of so many steps."""
+    return config.score_batches * IMPLEMENTED[config.method].scorings(config, max_steps)

@@ -1,0 +1,212 @@
+"""A family of tasks that changes after it was pruned: decisions anew from stored scores, and what a new task may keep. Layer 9.
+
+All of it works on what a run with `pruning.keep_scores: true` left in its folder, see `hf_disparse.pruning.stored_scores`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hf_disparse.config import PruningConfig, UserError
+from hf_disparse.model.multitask import MultitaskModel, prunable_parameters
+from hf_disparse.model.unshared import shared_name
+from hf_disparse.pruning.decision import Masks, decide, ranks
+from hf_disparse.pruning.masks import apply_masks, find_masks
+from hf_disparse.pruning.rules import count_pruned_parts, gone_layers, prunable_sites
+from hf_disparse.pruning.schedule import update_steps
+from hf_disparse.pruning.scores import GRADIENT_CRITERIA, Batch, model_loss, score
+from hf_disparse.pruning.stored_scores import load_scores, scored_tasks
+from hf_disparse.trainer.methods import Saliency, Update
+
+
+def decide_again(
+    model: MultitaskModel, folder: str | Path, without: Sequence[str] = (), *, config: PruningConfig | None = None
+) -> Masks:
+    """The masks by the scores that a run stored, as if the tasks `without` had had no vote: no data, no backward pass.
+
+    Nothing that is zero in `model` comes back. So there are two uses: a **dense** model (the run's `dense` folder) gives the masks
+    of the other tasks at any sparsity; a **sparse** one loses more, at a sparsity above its own, and at its own stays as
+    it is, however the tasks that are left would have chosen. With all tasks, on the weights that were scored, the masks
+    are the run's, bit for bit. The scores are of the weights at the last update, and what that run had pruned before it stays
+    pruned.
+
+    Args:
+        model: whose weights' names and sizes are those of the run's; it is only looked at.
+        folder: of the run, with `scores/`.
+        without: tasks whose scores are left out.
+        config: another sparsity, decision or granularity; by default the one in `folder`.
+
+    Returns:
+        The masks, on the CPU; `prune_again` applies them, `DisparseTrainer(model, masks=...)` holds them.
+
+    Raises:
+        UserError: the folder has no scores of that task or of this model, or the sparsity is below the model's.
+    """
+    config = config or PruningConfig.from_pretrained(folder)
+    if config.method != PruningConfig.method or config.decision == "joint" or not config.sparsity:
+        got = f"method {config.method}, decision {config.decision}, sparsity {config.sparsity}"
+        raise UserError(f"config: expected tasks that judge weights by scores and a sparsity above 0, got {got}")
+    files = _files(folder, without)
+    if config.quorum > len(files):
+        raise UserError(
+            f"pruning.quorum: expected at most the number of tasks that are left, {len(files)}, got {config.quorum}; pass "
+            "another config"
+        )
+    parameters, sites = prunable_parameters(model, config), prunable_sites(model, config)
+    live = {name: keep.cpu() for name, keep in find_masks(parameters).items()}
+    for name, keep in load_scores(next(iter(files.values())), parameters)[1].items():
+        live[name] &= keep
+    for kind, (pruned, size) in count_pruned_parts(live, sites, config).items():
+        if pruned > round(config.sparsity * size) and not sites:
+            got = f"{config.sparsity} of {size}, of which {pruned} {kind}s are zero or were pruned before they were scored"
+            raise UserError(
+                f"pruning.sparsity: expected at least that of the model, got {got}; start from the dense model"
+            )
+    stream = ((task, load_scores(path, parameters)[0]) for task, path in files.items())
+    now = Update(
+        step=update_steps(config)[-1],
+        parameters=parameters,
+        masks=live,
+        sites=sites,
+        score=lambda criterion, joint=False: stream,
+        optimizer=None,
+    )
+    masks = Saliency(config).update(now)
+    return live if masks is None else masks
+
+
+def prune_again(
+    model: MultitaskModel, folder: str | Path, without: Sequence[str] = (), *, config: PruningConfig | None = None
+) -> Masks:
+    """`decide_again`, applied in place: the heads of the tasks `without` go, and so does what the others can spare.
+
+    Returns:
+        The masks, where the weights are: hold them in further training, `DisparseTrainer(model, masks=...)`.
+    """
+    if not set(model.heads) - set(without):
+        raise UserError(f"without: expected a task to be left of {', '.join(model.heads)}, got {list(without)}")
+    config = config or PruningConfig.from_pretrained(folder)
+    masks = decide_again(model, folder, without, config=config)
+    parameters = dict(model.named_parameters())
+    masks = {name: keep.to(parameters[name].device) for name, keep in masks.items()}
+    for task in without:
+        if task in model.heads:
+            model.remove_task(task)
+    apply_masks(model, masks)
+    if "layer" in config.granularity:
+        model.skip_layers(sorted({*model.config.skipped_layers, *gone_layers(model, masks)}))
+    return masks
+
+
+def vote_masks(
+    model: MultitaskModel,
+    task: str,
+    batches: Iterable[Batch],
+    folder: str | Path,
+    nearest: int = 3,
+    *,
+    config: PruningConfig | None = None,
+) -> tuple[Masks, dict[str, float]]:
+    """What a new task may keep of layers of its own, by the vote of the stored tasks that are most like it.
+
+    How much alike two tasks are is the rank correlation of their scores over the weights that are not zero. The `nearest`
+    tasks vote with the masks that each would have alone at the sparsity of `config`, and most of them decide. What is zero in
+    the model stays zero. Only layers that the new task has to itself are touched, so `unshare` it first, or start it alone
+    by `MultitaskModel.from_encoder`. Source: Meta-Vote Pruning, Zhao et al. 2023 (arXiv 2301.11560), without its meta-training.
+
+    The new task's scores are noise as long as its head is fresh: train the head, the encoder frozen, before you ask. What counts
+    is the order of the correlations: |w| is in every score, so that they tend to lie above 0 whatever the tasks are.
+
+    Args:
+        batches: of the new task with labels, one pass over them.
+        folder: of the run that stored the scores, by gradients.
+        nearest: how many tasks vote.
+        config: by default the one in `folder`.
+
+    Returns:
+        Masks of all prunable weights, for `DisparseTrainer(model, masks=...)`, and {stored task: correlation}, largest first.
+    """
+    config = config or PruningConfig.from_pretrained(folder)
+    if config.criterion not in GRADIENT_CRITERIA:
+        raise UserError(
+            f"pruning.criterion: expected scores by gradients, which tell tasks apart, got {config.criterion}"
+        )
+    if config.granularity != ("weight",):
+        got = ", ".join(config.granularity)
+        raise UserError(f"pruning.granularity: expected weight, as a task's own mask is of single weights, got {got}")
+    if task not in model.heads or (len(model.heads) > 1 and task not in model.config.unshared):
+        raise UserError(
+            f"task: expected one with layers of its own, got {task!r}; see unshare, or start it alone by from_encoder"
+        )
+    files = _files(folder, [])
+    if type(nearest) is not int or not 1 <= nearest <= len(files):
+        raise UserError(f"nearest: expected 1 to {len(files)}, as many as there are stored tasks, got {nearest!r}")
+    own = _parameters_of(model, task, config)  # the stored name -> (the name in the model, the weight)
+    weights = {name: weight for name, (_, weight) in own.items()}
+    stream = score(
+        model,
+        {task: batches},
+        config.criterion,
+        parameters=weights,
+        loss_fn=lambda model, batch: model_loss(model, {**batch, "task": task}),
+    )
+    [(_, mine)] = stream
+    live = {name: weight.detach().cpu() != 0 for name, weight in weights.items()}
+    mine = _flat(mine, live)
+    similarity = {t: rank_correlation(mine, _flat(load_scores(path, weights)[0], live)) for t, path in files.items()}
+    similarity = dict(sorted(similarity.items(), key=lambda entry: -entry[1]))
+    voters = list(similarity)[:nearest]
+    votes = majority((decide({t: load_scores(files[t], weights)[0]}, config.sparsity) for t in voters), nearest)
+    masks = {name: keep.cpu() for name, keep in find_masks(prunable_parameters(model, config)).items()}
+    for name, (place, _) in own.items():
+        if place != name or len(model.heads) == 1:
+            masks[place] &= votes[name]
+    return masks, similarity
+
+
+def rank_correlation(first: Tensor, second: Tensor) -> float:
+    """Spearman's 1 - 6 sum d^2 / (n (n^2 - 1)), d the difference of a weight's two ranks, ties ranked by position.
+
+    Shapes: (n,) and (n,), n > 1 -> between -1 and 1; 0 is what chance gives.
+    """
+    n = len(first)
+    difference = (ranks(first, None) - ranks(second, None)).double()  # int32 before: ranks are below 2^31
+    return 1 - 6 * float(difference.square().sum()) / (n * (n * n - 1.0))
+
+
+def majority(masks: Iterable[Masks], voters: int) -> Masks:
+    """Keeps what more than half of the voters' masks keep. Shapes: {name: bool, weight-shaped} each -> the same."""
+    votes: dict[str, Tensor] = {}
+    for mask in masks:
+        for name, keep in mask.items():
+            votes[name] = votes[name] + keep if name in votes else keep.to(torch.int16)
+    return {name: 2 * count > voters for name, count in votes.items()}
+
+
+def _files(folder: str | Path, without: Sequence[str]) -> dict[str, Path]:
+    files = scored_tasks(folder)
+    if isinstance(without, str) or not set(without) < set(files):
+        got = repr(without)
+        raise UserError(
+            f"without: expected a list of some of the stored tasks, {', '.join(files)}, but not all, got {got}"
+        )
+    return {task: path for task, path in files.items() if task not in without}
+
+
+def _parameters_of(model: MultitaskModel, task: str, config: PruningConfig) -> dict[str, tuple[str, Tensor]]:
+    """The prunable weights that the task runs on: the name that they have where all is shared -> (name here, weight)."""
+    prefix, own = "encoder.", {}
+    for name, weight in prunable_parameters(model, config).items():
+        inner = name.removeprefix(prefix)
+        shared = prefix + shared_name(model.encoder, inner)
+        if shared == name:
+            own.setdefault(name, (name, weight))
+        elif inner.split(".")[1] == task:
+            own[shared] = (name, weight)
+    return own
+
+
+def _flat(scores: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([scores[name].cpu()[keep] for name, keep in live.items()])

@@ -1,0 +1,1 @@
+"""One encoder, many heads, and their shapes."""

@@ -1,0 +1,1 @@
+"""From gradients to masks: pure functions on tensors."""

@@ -1,0 +1,155 @@
+"""Masks on a model: apply, hold, count, pack, save, load. Layer 5; knows torch and safetensors only.
+
+A mask is {parameter name: bool tensor of the weight's shape}, True = keep.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hf_disparse.config import FORMAT_VERSION, UserError
+from hf_disparse.distributed.fsdp import is_sharded, local
+from hf_disparse.distributed.processes import add_up
+from hf_disparse.files import open_safetensors
+from hf_disparse.model.low_rank import dense_size
+
+MASKS_NAME = "pruning_masks.safetensors"
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@torch.no_grad()
+def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Sets every pruned weight to exactly +0.0 in place.
+
+    Raises:
+        ValueError: a mask without a parameter of that name, of another shape, or not of bools.
+    """
+    parameters = dict(model.named_parameters())
+    for name, keep in masks.items():
+        if name not in parameters:
+            raise ValueError(f"masks: the model has no parameter '{name}'; are these the masks of another model?")
+        if parameters[name].shape != keep.shape:
+            want, got = tuple(parameters[name].shape), tuple(keep.shape)
+            raise ValueError(f"masks: expected shape {want} for '{name}', got {got}")
+        if keep.dtype != torch.bool:
+            raise ValueError(f"masks: expected bools for '{name}', got {keep.dtype}")
+        zero_pruned(parameters[name], keep)
+
+
+def zero_pruned(tensor: Tensor, keep: Tensor) -> None:
+    """Sets `tensor` to +0.0 in place where `keep` is False. Shapes alike.
+
+    Bits times 0 or 1: a product of floats would leave -0.0 and keep NaN, and is slower by half.
+    """
+    tensor = local(tensor)
+    tensor.view(BITS[tensor.element_size()]).mul_(local(keep).to(tensor.device))
+
+
+class MaskHooks:
+    """Zeroes the gradients of pruned weights as they arrive, hence before they are clipped, until `remove()`.
+
+    The optimizer still moves pruned weights by momentum: call `apply_masks` after each of its steps.
+    """
+
+    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]):
+        parameters = dict(model.named_parameters())
+        self._handles = [
+            parameters[name].register_post_accumulate_grad_hook(lambda p, keep=keep: zero_pruned(p.grad, keep))
+            for name, keep in masks.items()
+            if parameters[name].requires_grad
+        ]
+
+    def remove(self) -> None:
+        """Lets gradients pass again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def find_masks(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The masks of a sparse model that came without them: keep what is not exactly zero."""
+    return {name: tensor.detach() != 0 for name, tensor in parameters.items()}
+
+
+def count_pruned(masks: Mapping[str, Tensor]) -> tuple[int, int]:
+    """How many weights the masks prune, and of how many; of masks in parts asked by all processes."""
+    size = sum(keep.numel() for keep in masks.values())
+    return size - _nonzeros(masks), size
+
+
+def _nonzeros(tensors: Mapping[str, Tensor]) -> int:
+    mine = sum(int(torch.count_nonzero(local(tensor.detach()))) for tensor in tensors.values())
+    return add_up(mine) if is_sharded(tensors) else mine
+
+
+def masked_share(model: nn.Module, masks: Mapping[str, Tensor]) -> float:
+    """The fraction that the masks prune of the weights that they are of, counted as in `sparsity_report`."""
+    parameters, (pruned, size) = dict(model.named_parameters()), count_pruned(masks)
+    total = dense_size(model, [parameters[name] for name in masks])
+    return (total - size + pruned) / total
+
+
+def packed_bytes(weight: Tensor) -> int:
+    """What a matrix takes as its non-zeros and one bit a weight, each row in whole bytes. Shape (rows, columns)."""
+    return int(torch.count_nonzero(weight)) * weight.element_size() + weight.shape[0] * -(-weight.shape[1] // 8)
+
+
+def sparsity_report(model: nn.Module, encoder: nn.Module, prunable: Mapping[str, Tensor]) -> dict[str, float]:
+    """Fraction of exact zeros by denominator: `prunable` weights, all parameters of the `encoder`, all of the `model`.
+
+    Of a matrix in two factors: the fraction that they save of it as it was dense, below 0 while they are larger.
+    """
+
+    def fraction(tensors) -> float:
+        tensors = list(tensors)
+        total = dense_size(model, tensors)
+        return (total - _nonzeros(dict(enumerate(tensors)))) / total if total else 0.0
+
+    groups = {"prunable": prunable.values(), "encoder": encoder.parameters(), "model": model.parameters()}
+    return {name: fraction(tensors) for name, tensors in groups.items()}
+
+
+def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
+    """Writes the masks at one bit a weight: safetensors of uint8, the shapes in the file's metadata."""
+    packed = {name: torch.from_numpy(np.packbits(keep.cpu().numpy().reshape(-1))) for name, keep in masks.items()}
+    shapes = {name: list(keep.shape) for name, keep in masks.items()}
+    save_file(packed, str(path), metadata={"version": str(FORMAT_VERSION), "shapes": json.dumps(shapes)})
+
+
+def load_masks(path: str | Path) -> dict[str, Tensor]:
+    """Reads what `save_masks` wrote; every size is checked before memory is taken.
+
+    Raises:
+        UserError: no such file, or one that is truncated or contradicts itself.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: there is no such file; was this checkpoint written by hf_disparse?")
+    with open_safetensors(path) as file:
+        names = set(file.keys())
+        try:
+            shapes = json.loads((file.metadata() or {}).get("shapes", "null"))
+        except (ValueError, RecursionError):
+            shapes = None
+        if not isinstance(shapes, dict) or set(shapes) != names:
+            raise UserError(
+                f"{path}: expected the shapes of its {len(names)} masks in the metadata, got others or none"
+            )
+        return {name: _unpack(file, name, shape, path) for name, shape in shapes.items()}
+
+
+def _unpack(file, name: str, shape: list[int], path: str | Path) -> Tensor:
+    good = isinstance(shape, list) and len(shape) <= 8 and all(type(n) is int and 0 <= n < 2**40 for n in shape)
+    stored = file.get_slice(name)
+    size = math.prod(shape) if good else -1
+    if not good or stored.get_dtype() != "U8" or list(stored.get_shape()) != [(size + 7) // 8]:
+        raise UserError(
+            f"{path}: expected the bits of its shape for '{name}', got {stored.get_shape()} {stored.get_dtype()}"
+        )
+    bits = np.unpackbits(file.get_tensor(name).numpy(), count=size)
+    return torch.from_numpy(bits).bool().reshape(shape)

@@ -1,0 +1,337 @@
+"""The figures of a report: title, units, sentence, panels and the table of the same numbers. Layer 7."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from hf_disparse.report import plots, sentences
+from hf_disparse.report.values import (
+    NAMES_UP_TO,
+    blocks,
+    curve_tasks,
+    extremes,
+    kind_names,
+    lines_of,
+    named_pairs,
+    named_tasks,
+    number,
+    off_diagonal,
+    several,
+    shown_pairs,
+    stage_name,
+    together,
+    whole_layers,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One figure of a report, still to be drawn.
+
+    Args:
+        name: of its files, and where a link leads.
+        units: what stands on the axes, and in what.
+        sentence: what is to be seen.
+        panels: title and function of each axes.
+        height: of a panel, in CSS pixels.
+        across: panels side by side at most, where the page is wide.
+        header, rows: its numbers; None is a number that is not there.
+        note: what of the numbers is not in the table, and where it is.
+    """
+
+    name: str
+    title: str
+    units: str
+    sentence: str
+    panels: Sequence[tuple[str, Callable[[Axes], Axes]]] = ()
+    height: int = 300
+    across: int = 3
+    header: Sequence[str] = ()
+    rows: Sequence[Sequence[Any]] = field(default=(), repr=False)
+    note: str = ""
+
+
+def figures_of(analysis: Mapping) -> list[Figure]:
+    """All figures that there are numbers for."""
+    stages, tasks = analysis["stages"], analysis["tasks"]
+    figures = []
+    if stages:
+        figures += [_agreement(stages), _by_kind(stages), _affinity(stages, tasks)]
+        figures += [
+            _keepers(stages, tasks),
+            _keepers_by_kind(stages[-1], tasks),
+            _heads(stages, tasks),
+            _neurons(stages),
+        ]
+    if analysis["curve"] and analysis["curve"]["points"]:
+        figures.append(_curve(analysis["curve"]))
+    if analysis["footprint"]:
+        figures.append(_footprint(analysis["footprint"]))
+    return [figure for figure in figures if figure]
+
+
+def _agreement(stages: Sequence[Mapping]) -> Figure:
+    title, units = "Where tasks agree", "Agreement of the tasks' own keep masks beyond chance, by layer. "
+    units += "(IoU - c) / (1 - c), c being the IoU of independent masks that keep as many: 0 is chance, 1 is identical."
+    last = lines_of(stages[-1]["agreement"], "all")
+    if not last:
+        return Figure(name="agreement", title=title, units=units, sentence=sentences.ONE_TASK)
+    pairs, rows = named_pairs(last), []
+    for stage in stages:
+        lines = lines_of(stage["agreement"], "all")
+        for who in shown_pairs(lines, pairs) if lines else []:
+            label = "all tasks" if who == together(lines) and len(who) > 2 else " + ".join(who)
+            rows += [
+                [
+                    stage_name(stage),
+                    label,
+                    *(row[k] for k in ("layer", "iou", "chance", "beyond_chance", "low", "high")),
+                ]
+                for row in lines[who]
+            ]
+    hidden = len(last) - len(shown_pairs(last, pairs))
+    return Figure(
+        name="agreement",
+        title=title,
+        units=units + " Bands: bootstrap intervals over scoring batches.",
+        sentence=sentences.agreement(stages),
+        panels=[
+            (stage_name(s), lambda ax, s=s: plots.agreement(s["agreement"], ax, watershed=s["watershed"], pairs=pairs))
+            for s in stages
+        ],
+        header=["stage", "tasks", "layer", "IoU", "chance", "beyond chance", "low", "high"],
+        rows=rows,
+        note=f"The other {hidden:,} pairs are in analysis.json." if hidden else "",
+    )
+
+
+def _by_kind(stages: Sequence[Mapping]) -> Figure | None:
+    rows = []
+    for stage in stages:
+        for kind in kind_names(stage["agreement"]):
+            lines = lines_of(stage["agreement"], kind)
+            rows += (
+                [[stage_name(stage), kind, r["layer"], r["beyond_chance"]] for r in lines[together(lines)]]
+                if lines
+                else []
+            )
+    if not rows:
+        return None
+    limit = max((abs(number(row[3])) for row in rows if row[3] is not None), default=1.0)
+    layers = len({row[2] for row in rows})
+    return Figure(
+        name="agreement-by-matrix",
+        title="Which matrices tasks share",
+        units="All tasks' agreement beyond chance by layer (down) and kind of matrix (across): 0 is chance, 1 is identical.",
+        sentence=sentences.agreement_by_kind(stages),
+        panels=[
+            (stage_name(s), lambda ax, s=s: plots.agreement_by_kind(s["agreement"], ax, limit=limit)) for s in stages
+        ],
+        height=150 + 17 * min(max(layers, 3), 36),
+        header=["stage", "matrix", "layer", "beyond chance"],
+        rows=rows,
+    )
+
+
+def _affinity(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure:
+    title = "Which tasks are alike"
+    units = "Tasks by tasks. Shared importance and the cosine of gradients; 1 is identical, and cosines go down to -1."
+    if not several(tasks):
+        return Figure(name="affinity", title=title, units=units, sentence=sentences.ONE_TASK)
+    labels = {"importance": "shared importance", "gradient_cosine": "gradient cosine"}
+    limits = {
+        key: max((abs(v) for s in stages for v in off_diagonal(s["affinity"][key]).values() if v == v), default=1.0)
+        for key in labels
+    }
+    panels, rows, hidden = [], [], 0
+    for stage in stages:
+        for key, label in labels.items():
+            matrix, diverging = stage["affinity"][key], key == "gradient_cosine"
+
+            def draw(ax: Axes, matrix=matrix, label=label, limit=limits[key], diverging=diverging) -> Axes:
+                return plots.affinity(matrix, tasks, ax, label=label, limit=limit, diverging=diverging)
+
+            panels.append((f"{label}, {stage_name(stage)}", draw))
+        cells = off_diagonal(stage["affinity"]["importance"])
+        wanted = list(cells)
+        if len(tasks) > NAMES_UP_TO:
+            wanted = list({p for key in labels for p in extremes(off_diagonal(stage["affinity"][key]))})
+        hidden = len(cells) - len(wanted)
+        rows += [
+            [stage_name(stage), tasks[i], tasks[j], *(stage["affinity"][key][i][j] for key in labels)]
+            for i, j in sorted(wanted)
+        ]
+    return Figure(
+        name="affinity",
+        title=title,
+        units=units,
+        sentence=sentences.affinity(stages[-1], tasks),
+        panels=panels,
+        height=190 + 16 * min(max(len(tasks), 4), NAMES_UP_TO),
+        across=2,
+        header=["stage", "task", "other task", *labels.values()],
+        rows=rows,
+        note=f"The other {hidden:,} pairs of each stage are in analysis.json." if hidden else "",
+    )
+
+
+def _shares(tasks: int) -> list[str]:
+    if tasks == 1:
+        return ["no task", "the task"]
+    return ["no task", "1 task", *(f"{n} tasks" for n in range(2, tasks)), f"all {tasks} tasks"]
+
+
+def _keepers(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure | None:
+    """Of whole layers; a matrix's are a figure of their own."""
+    if not all(whole_layers(stage["keepers"]) for stage in stages):
+        return None
+    values = [
+        ([row["layer"] for row in rows], [row["kept_by"] for row in rows])
+        for rows in (whole_layers(stage["keepers"]) for stage in stages)
+    ]
+    return Figure(
+        name="keepers",
+        title="Who keeps what",
+        units="Share of each layer's prunable weights by the number of tasks whose own mask keeps them.",
+        sentence=sentences.keepers(stages[-1], *values[-1], "prunable weights"),
+        panels=[
+            (stage_name(s), lambda ax, value=value: plots.keepers(*value, ax))
+            for s, value in zip(stages, values, strict=True)
+        ],
+        header=["stage", "layer", *_shares(len(tasks))],
+        rows=[
+            [stage_name(s), n, *kept]
+            for s, value in zip(stages, values, strict=True)
+            for n, kept in zip(*value, strict=True)
+        ],
+    )
+
+
+def _keepers_by_kind(stage: Mapping, tasks: Sequence[str]) -> Figure | None:
+    """Of every kind of matrix, at the last stage."""
+    kinds = kind_names(stage["keepers"])
+    if not kinds:
+        return None
+    rows = {
+        kind: sorted((row for row in stage["keepers"] if row["kind"] == kind), key=lambda row: row["layer"])
+        for kind in kinds
+    }
+    alone = {k: sum(number(row["kept_by"][1]) for row in rows[k]) / len(rows[k]) for k in kinds}
+    return Figure(
+        name="keepers-by-matrix",
+        title="Who keeps what, by matrix",
+        units=f"Share of each matrix's weights by the number of tasks whose own mask keeps them, {stage_name(stage)}.",
+        sentence=sentences.keepers_by_kind(alone, tasks),
+        panels=[
+            (kind, lambda ax, k=kind: plots.keepers([r["layer"] for r in rows[k]], [r["kept_by"] for r in rows[k]], ax))
+            for kind in kinds
+        ],
+        height=230,
+        header=["matrix", "layer", *_shares(len(tasks))],
+        rows=[[kind, row["layer"], *row["kept_by"]] for kind in kinds for row in rows[kind]],
+    )
+
+
+def _heads(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure | None:
+    stages = [s for s in stages if any(part["granularity"] == "head" for part in s["parts"])]
+    if not stages:
+        return None
+    rows = [
+        [stage_name(stage), part["layer"], head, ", ".join(kept) or "none"]
+        for stage in stages
+        for part in stage["parts"]
+        if part["granularity"] == "head"
+        for head, kept in enumerate(part["heads"])
+    ]
+    count = len(rows) // len(stages)
+    return Figure(
+        name="heads",
+        title="Which heads serve which tasks",
+        units="Heads, down, layer by layer; tasks, across. Filled where the task's own mask keeps the head.",
+        sentence=sentences.heads(stages[-1], tasks),
+        panels=[(stage_name(s), lambda ax, s=s: plots.heads(s["parts"], tasks, ax)) for s in stages],
+        height=min(900, 160 + max(180, 7 * count)),
+        header=["stage", "layer", "head", "kept for"],
+        rows=rows,
+    )
+
+
+def _neurons(stages: Sequence[Mapping]) -> Figure | None:
+    values = []
+    for stage in stages:
+        parts = sorted((p for p in stage["parts"] if p["granularity"] == "neuron"), key=lambda part: part["layer"])
+        if parts:
+            kept = [[n / max(1, part["count"]) for n in part["kept_by"]] for part in parts]
+            values.append((stage, [part["layer"] for part in parts], kept, parts))
+    if not values:
+        return None
+    stage, layers, kept, parts = values[-1]
+    return Figure(
+        name="neurons",
+        title="How many tasks a neuron serves",
+        units="Share of each layer's FFN neurons by the number of tasks whose own mask keeps them; the table has counts.",
+        sentence=sentences.keepers(stage, layers, kept, "neurons"),
+        panels=[(stage_name(s), lambda ax, n=n, k=k: plots.keepers(n, k, ax, what="neurons")) for s, n, k, _ in values],
+        header=["stage", "layer", "neurons", *_shares(len(parts[0]["kept_by"]) - 1)],
+        rows=[[stage_name(s), p["layer"], p["count"], *p["kept_by"]] for s, _, _, parts in values for p in parts],
+    )
+
+
+def _curve(curve: Mapping) -> Figure:
+    tasks, named = curve_tasks(curve), named_tasks(curve)
+    shown = tasks if len(tasks) <= NAMES_UP_TO else named
+    return Figure(
+        name="cost",
+        title="What sparsity costs",
+        units=f"Metric (0 to 100) against the share pruned of the {curve['denominator']}. Dashed: pruned at one stroke, not "
+        "trained since; solid: recovered. A ring is a knee.",
+        sentence=sentences.cost_curve(curve),
+        panels=[("", lambda ax: plots.cost_curve(curve, ax))],
+        height=420,
+        header=["sparsity", "recovered", *shown, "average"],
+        rows=[
+            [p["sparsity"], "yes" if p["recovered"] else "no", *(p["metrics"].get(t) for t in shown), p["average"]]
+            for p in sorted(curve["points"], key=lambda p: (p["recovered"], p["sparsity"]))
+        ],
+        note=f"The other {len(tasks) - len(shown)} tasks are in analysis.json." if len(shown) < len(tasks) else "",
+    )
+
+
+def _footprint(modules: Sequence[Mapping]) -> Figure:
+    rows = blocks(modules)
+    keys = ["parameters", "nonzeros", "bytes_dense", "bytes_packed", "multiplications", "multiplications_left"]
+    header = ["parameters", "non-zeros", "bytes, dense", "bytes, packed", "multiplications", "multiplications left"]
+    total = [sum(row[key] for row in rows) for key in keys]
+    return Figure(
+        name="footprint",
+        title="Where it went",
+        units="Parameters (after: non-zeros), bytes of the file (after: packed) and multiplications per token, by part of the model.",
+        sentence=sentences.footprint(rows),
+        panels=[(q, lambda ax, q=q: plots.footprint(rows, ax, quantity=q)) for q in plots.FOOTPRINT],
+        height=130 + 24 * max(3, min(len(rows), plots.MODULES_UP_TO)),
+        header=["module", *header],
+        rows=[*([row["module"], *(row[key] for key in keys)] for row in rows), ["all", *total]],
+        note=f"The {len(modules)} modules one by one are in analysis.json." if len(modules) > len(rows) else "",
+    )
+
+
+def figure_of_comparison(report: Mapping) -> Figure:
+    """That of `compare.json`: each method's average by sparsity."""
+    tasks = [name for name in report["rows"][0]["mean"] if name != "average"]
+    return Figure(
+        name="comparison",
+        title="Methods compared",
+        units="Average of the tasks' metrics (0 to 100) against the share pruned of the prunable weights. "
+        "Bars and band: standard deviation over seeds.",
+        sentence=sentences.comparison(report["rows"]),
+        panels=[("", lambda ax: plots.comparison(report["rows"], ax))],
+        height=440,
+        header=["method", "criterion", "sparsity", "seeds", "average", "± average", *tasks],
+        rows=[
+            [r["method"], r["criterion"], r["sparsity"], len(r["seeds"]), r["mean"]["average"], r["spread"]["average"]]
+            + [r["mean"][task] for task in tasks]
+            for r in report["rows"]
+        ],
+    )

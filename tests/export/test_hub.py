@@ -1,0 +1,204 @@
+"""Pushing and loading against a Hub on loopback, by the real huggingface_hub client."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard, constants
+from safetensors.torch import load_file
+
+from hf_disparse import MultitaskModel, PruningConfig, UserError
+from hf_disparse.export import push
+from tests.export.test_compact import prune_parts
+from tests.helpers.hub_server import serve
+from tests.helpers.tiny import tiny_model, tiny_tokenizer
+from tests.trainer.test_trainer import plain_model
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with serve() as (hub, address):
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a protocol of its own, which this server has not
+        yield hub, address
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    model = tiny_model()
+    prune_parts(model)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    PruningConfig(sparsity=0.5, granularity=["head", "neuron"]).save_pretrained(folder)
+    return folder
+
+
+def client(address: str, token: str | None = "good") -> HfApi:
+    return HfApi(endpoint=address, token=token or False)
+
+
+def run(code: str, address: str, tmp_path, token: str | None = "good") -> subprocess.CompletedProcess:
+    """Python of its own, for huggingface_hub reads its settings when it is imported."""
+    settings = {
+        "HF_ENDPOINT": address,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": token or "",
+    }
+    return subprocess.run([sys.executable, "-c", code], env={**os.environ, **settings}, capture_output=True, text=True)
+
+
+def test_what_is_pushed_loads_elsewhere(hub, folder, tmp_path):
+    store, address = hub
+    push(folder, "me/sparse", with_tasks=True, license="apache-2.0", api=client(address))
+    files = store.files("me/sparse")
+    assert {name for name, (_, is_lfs) in files.items() if is_lfs} == {
+        "model.safetensors",
+        *(f"tasks/{task}/model.safetensors" for task in ("two", "three", "real")),
+    }
+    assert {"README.md", "config.json", "pruning_config.json", "tokenizer.json"} <= set(files)
+    assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
+    card = ModelCard(files["README.md"][0].decode())
+    assert card.data.license == "apache-2.0" and 'from_pretrained("me/sparse")' in card.text
+    code = (
+        "import torch, hf_disparse\n"
+        "from transformers import AutoModel, AutoModelForSequenceClassification\n"
+        "model = AutoModel.from_pretrained('me/sparse')\n"
+        f"torch.save(model.state_dict(), {str(tmp_path / 'state.pt')!r})\n"
+        "assert hf_disparse.PruningConfig.from_pretrained('me/sparse').sparsity == 0.5\n"
+        "answers = hf_disparse.MultitaskPipeline.from_pretrained('me/sparse')('w1 w2')\n"
+        "assert set(answers) == {'two', 'three', 'real'}, answers\n"
+        "from hf_disparse.export.folder import model_folder\n"
+        "assert not (model_folder('me/sparse') / 'tasks').exists(), 'what an export does not need is not fetched'\n"
+        "one = AutoModelForSequenceClassification.from_pretrained('me/sparse', subfolder='tasks/three')\n"
+        "assert one.config.id2label == {0: 'a', 1: 'b', 2: 'c'}\n"
+    )
+    done = run(code, address, tmp_path)
+    assert done.returncode == 0, done.stderr
+    saved, loaded = load_file(folder / "model.safetensors"), torch.load(tmp_path / "state.pt", weights_only=True)
+    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+
+
+def test_the_command_and_the_model_s_own_method(hub, folder, tmp_path):
+    store, address = hub
+    code = (
+        "import sys; from hf_disparse import MultitaskModel, cli\n"
+        f"MultitaskModel.from_pretrained({str(folder)!r}).push_to_hub('me/own')\n"
+        f"sys.argv = ['hf-disparse', 'push', {str(folder)!r}, 'me/compact', '--format', 'compact', '--private']\n"
+        "cli.main()\n"
+    )
+    done = run(code, address, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"pushed: {address}/me/compact/commit/{store.head('me/compact')}" in done.stdout
+    assert store.repos["me/compact"]["private"] and not store.repos["me/own"]["private"]
+    assert "structure" in json.loads(store.files("me/compact")["config.json"][0])["quantization_config"]
+    assert "model.safetensors" in store.files("me/own")
+    code = "import hf_disparse; from transformers import AutoModel; AutoModel.from_pretrained('me/compact')"
+    assert run(code, address, tmp_path).returncode == 0
+    stranger = run(code, address, tmp_path / "stranger", token=None)
+    assert stranger.returncode != 0 and "me/compact" in stranger.stderr
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        ("wrong", r"it does not accept the token; pass --token.*\(status 401\)"),
+        ("reader", r"this token may not write there \(status 403\)"),
+    ],
+)
+def test_a_token_that_may_not(token, message, hub, folder):
+    store, address = hub
+    store.create("me/sparse", private=False)
+    with pytest.raises(UserError, match=message):
+        push(folder, "me/sparse", api=client(address, token))
+    assert not store.files("me/sparse")
+
+
+def test_an_upload_that_was_cut_off_goes_on(hub, folder, monkeypatch):
+    store, address = hub
+    monkeypatch.setattr("time.sleep", lambda _: None)  # which huggingface_hub does between its own attempts
+    store.cut_off = 100
+    with pytest.raises(UserError, match=r"the upload was cut off.*\nNothing was committed; the same command goes on"):
+        push(folder, "me/sparse", with_tasks=True, api=client(address))
+    assert not store.files("me/sparse")
+    store.cut_off = 0
+    push(folder, "me/sparse", with_tasks=True, api=client(address))
+    first = len(store.puts)
+    push(folder, "me/sparse", with_tasks=True, api=client(address))
+    assert len(store.puts) == first, "what is there is not sent again"
+
+
+def test_somebody_else_pushes_meanwhile(hub, folder):
+    store, address = hub
+    push(folder, "me/sparse", api=client(address))
+
+    def other():
+        store.before_commit = None
+        store.commit("me/sparse", {**store.files("me/sparse"), "theirs.txt": (b"theirs", False)})
+
+    store.before_commit = other
+    with pytest.raises(UserError, match=r"somebody else pushed to it meanwhile; .* \(status 412\)"):
+        push(folder, "me/sparse", "plain", api=client(address))
+    push(folder, "me/sparse", "plain", api=client(address))
+    assert "theirs.txt" in store.files("me/sparse"), "their commit is built upon"
+
+
+def test_nobody_listens(folder):
+    with pytest.raises(UserError, match="the upload was cut off"):
+        push(folder, "me/sparse", api=client("http://127.0.0.1:9"))
+
+
+def test_shards_are_pushed_with_their_index(hub, folder, tmp_path):
+    _, address = hub
+    model = MultitaskModel.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "shards", max_shard_size=20_000)
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
+    push(tmp_path / "shards", "me/shards", "plain", api=client(address))
+    code = (
+        "from hf_disparse import MultitaskModel\n"
+        f"MultitaskModel.from_pretrained('me/shards').save_pretrained({str(tmp_path / 'whole')!r})\n"
+    )
+    done = run(code, address, tmp_path)
+    assert done.returncode == 0, done.stderr
+    pulled = load_file(tmp_path / "whole" / "model.safetensors")
+    assert all(torch.equal(tensor, pulled[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_cannot_be_pushed_is_refused_before_the_export(folder, tmp_path):
+    with pytest.raises(UserError, match="REPO: expected USER/NAME, got"):
+        push(folder, "a/b/c", api=client("http://127.0.0.1:9"))
+    plain_model().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="--with-tasks: expected nothing with a model of one task"):
+        push(tmp_path, "me/sparse", with_tasks=True, api=client("http://127.0.0.1:9"))
+
+
+def test_a_form_that_is_none(folder):
+    with pytest.raises(UserError, match="expected packed, compact or plain, got 'zip'"):
+        push(folder, "me/sparse", "zip", api=client("http://127.0.0.1:9"))
+
+
+def test_a_trainer_pushes_while_it_trains(hub, tmp_path):
+    store, address = hub
+    code = (
+        "from hf_disparse import DisparseTrainer, DisparseTrainingArguments, PruningConfig\n"
+        "from tests.helpers.tiny import three_datasets, tiny_model, tiny_tokenizer\n"
+        f"args = DisparseTrainingArguments({str(tmp_path / 'out')!r}, max_steps=4, save_steps=2, report_to='none', use_cpu=True,\n"
+        "    per_device_train_batch_size=4, push_to_hub=True, hub_model_id='me/trained', hub_strategy='checkpoint',\n"
+        "    hub_always_push=True, logging_steps=1)\n"
+        "trainer = DisparseTrainer(tiny_model(), args, pruning_config=PruningConfig(sparsity=0.5, score_batches=2),\n"
+        "    train_dataset=three_datasets(), eval_dataset=three_datasets(), processing_class=tiny_tokenizer())\n"
+        "trainer.train(); trainer.evaluate(); trainer.push_to_hub()\n"
+    )
+    done = run(code, address, tmp_path)
+    assert done.returncode == 0, done.stderr
+    files = store.files("me/trained")
+    assert {"last-checkpoint/pruning_masks.safetensors", "last-checkpoint/optimizer.pt", "pruning_config.json"} <= set(
+        files
+    )
+    assert len(store.repos["me/trained"]["commits"]) > 2
+    card = ModelCard(files["README.md"][0].decode())
+    assert "zeros among the prunable weights | 50.0 %" in card.text and len(card.data.eval_results) == 3

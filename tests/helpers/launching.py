@@ -1,0 +1,23 @@
+"""Real processes: torchrun with gloo on one machine, a thread each."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(processes: int, *words, **variables: str) -> subprocess.CompletedProcess:
+    """`torchrun --nproc-per-node PROCESSES words...`, its output captured; the caller judges the status."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(
+        [*launcher, *map(str, words)], cwd=ROOT, env=environment, timeout=300, capture_output=True, text=True
+    )
+
+
+def in_processes(processes: int, module: str, *words) -> None:
+    """Runs `python -m module words...` in so many processes and asserts that all end well."""
+    done = torchrun(processes, "-m", module, *words)
+    assert done.returncode == 0, done.stderr[-6000:]

@@ -1,0 +1,330 @@
+"""The page of a report: every figure has its sentence and its numbers, names are no markup, nothing comes from elsewhere."""
+
+import copy
+import re
+import struct
+import sys
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="pip install 'hf_disparse[plot]'")
+
+from hf_disparse import UserError
+from hf_disparse.report import page, sentences, theme
+from hf_disparse.report.figures import figures_of
+from hf_disparse.report.values import blocks
+from hf_disparse.report.write import require_libraries, write_comparison, write_report
+from tests.helpers.analysis_example import analysis, comparison
+
+TASKS = ["topic", "sentiment", "question"]
+VOID = {"meta", "link", "br", "img", "input"}
+
+
+@dataclass
+class Section:
+    title: str = ""
+    caption: str = ""
+    labels: list = field(default_factory=list)
+    header: list = field(default_factory=list)
+    rows: list = field(default_factory=list)
+
+
+class Page(HTMLParser):
+    """What a reader finds; refuses tags that are not closed in order."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.sections, self.text = [], [], [], [], ""
+        self.feed(text)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "section":
+            self.sections.append(Section())
+        elif tag == "svg":
+            self.sections[-1].labels.append(dict(attrs).get("aria-label"))
+        elif tag in ("tr", "th", "td") and self.sections:
+            if tag == "tr":
+                self.sections[-1].rows.append([])
+            else:
+                (self.sections[-1].header if tag == "th" else self.sections[-1].rows[-1]).append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+        if not self.sections or not self.open:
+            return
+        section, tag = self.sections[-1], self.open[-1]
+        if tag == "h2":
+            section.title += data
+        elif tag == "figcaption":
+            section.caption += data
+        elif tag == "th":
+            section.header[-1] += data
+        elif tag == "td":
+            section.rows[-1][-1] += data
+
+
+def parse(path) -> Page:
+    return Page(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    values = analysis(TASKS, layers=3, stages=("dense", "sparse"))
+    path = write_report(values, tmp_path_factory.mktemp("report") / "new")
+    return values, path, parse(path)
+
+
+def numbers(cells: list) -> list:
+    return [float(cell.replace(",", "")) for cell in cells]
+
+
+def test_every_figure_has_its_title_sentence_description_and_table(written):
+    values, _, parsed = written
+    assert len(parsed.sections) == len(figures_of(values)) == 9
+    for section, figure in zip(parsed.sections, figures_of(values), strict=True):
+        assert section.title == figure.title and section.caption == figure.sentence
+        assert section.labels == [f"{figure.title}. {figure.sentence}"] * 2  # wide and narrow
+        assert section.header == list(figure.header)
+        rows = section.rows[1:]  # after the header's
+        assert len(rows) == len(figure.rows) > 0 and {len(row) for row in rows} == {len(figure.header)}
+    assert parsed.tags.count("h1") == 1 and "h3" not in parsed.tags and ("lang", "en") in parsed.attributes
+
+
+def test_the_tables_hold_the_numbers_of_the_analysis(written):
+    values, _, parsed = written
+    tables = {section.title: section.rows[1:] for section in parsed.sections}
+    names = {"after dense training": 0, "after sparse training": 1}
+    for stage, tasks, layer, *rest in tables["Where tasks agree"]:
+        wanted = TASKS if tasks == "all tasks" else tasks.split(" + ")
+        (row,) = (
+            row
+            for row in values["stages"][names[stage]]["agreement"]
+            if row["kind"] == "all" and row["layer"] == int(layer) and row["tasks"] == wanted
+        )
+        keys = ("iou", "chance", "beyond_chance", "low", "high")
+        assert numbers(rest) == pytest.approx([row[key] for key in keys], abs=6e-4)
+    assert len(tables["Where tasks agree"]) == 2 * 3 * 4
+    for stage, layer, *rest in tables["Who keeps what"]:
+        rows = values["stages"][names[stage]]["keepers"]
+        (row,) = (row for row in rows if row["kind"] == "all" and row["layer"] == int(layer))
+        assert numbers(rest) == pytest.approx(row["kept_by"], abs=6e-4)
+    for sparsity, recovered, *rest in tables["What sparsity costs"]:
+        (point,) = (
+            p
+            for p in values["curve"]["points"]
+            if p["recovered"] == (recovered == "yes") and p["sparsity"] == pytest.approx(float(sparsity), abs=6e-4)
+        )
+        assert numbers(rest) == pytest.approx([*point["metrics"].values(), point["average"]], abs=6e-4)
+    for name, *rest in tables["Where it went"]:
+        rows = [row for row in values["footprint"] if name in (row["module"], "all")]
+        assert numbers(rest) == [sum(row[key] for row in rows) for key in list(rows[0])[1:]]
+
+
+def test_the_figures_are_there_as_png_and_svg(written):
+    values, path, _ = written
+    names = {figure.name for figure in figures_of(values)}
+    files = {file.name for file in (path.parent / "figures").iterdir()}
+    assert files == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+    for name in names:
+        head = (path.parent / "figures" / f"{name}.png").read_bytes()[:24]
+        assert head[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">I", head[16:20])[0] == 2 * page.WIDE
+        root = ElementTree.parse(path.parent / "figures" / f"{name}.svg").getroot()
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_runs_nothing(written):
+    _, path, parsed = written
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"https?:|//|@import|javascript:", text)
+    assert not {"script", "iframe", "object", "embed", "img", "base", "form"} & set(parsed.tags)
+    links = [value for key, value in parsed.attributes if key in ("href", "src", "xlink:href", "srcset", "data")]
+    assert links and all(link.startswith(("#", "data:")) for link in links)
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)", text))
+    ids = [value for key, value in parsed.attributes if key == "id"]
+    assert len(ids) == len(set(ids)) and {link[1:] for link in links if link[0] == "#"} <= set(ids)
+    assert "default-src 'none'" in text
+
+
+def test_no_colour_of_the_theme_is_left_fixed_in_the_page(written):
+    """Else it would not change with the theme."""
+    drawings = "".join(re.findall(r"<svg.*?</svg>", written[1].read_text(encoding="utf-8"), re.DOTALL))
+    assert not [colour for colour in theme.DARK if colour in drawings]
+    assert all(f"var({theme.VARIABLE[colour]})" in drawings for colour in (theme.INK, theme.GRID, theme.COLOURS[0]))
+    dark = dict(re.findall(r"(--c\d+): (#\w+);", theme.css_variables(dark=True)))
+    light = dict(re.findall(r"(--c\d+): (#\w+);", theme.css_variables(dark=False)))
+    assert dark.keys() == light.keys() == set(theme.VARIABLE.values()) and not dark.items() & light.items()
+
+
+def one_figure(values: dict, name: str):
+    return next(figure for figure in figures_of(values) if figure.name == name)
+
+
+def test_the_same_numbers_give_the_same_bytes(tmp_path):
+    figure = one_figure(analysis(["a", "b"], layers=2, stages=("dense",)), "agreement")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        page.write_page(tmp_path / name / "report.html", "x", {}, [figure], "analysis.json")
+    for file in ("report.html", "figures/agreement.svg", "figures/agreement.png"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+HOSTILE = ["</title></svg><script>alert(1)</script>", '" onload="alert(1)', "$\\frac{$ & {{ 7 * 7 }} --> ]]>"]
+
+
+def test_names_of_tasks_models_and_methods_are_no_markup(tmp_path):
+    values = analysis(HOSTILE, layers=2, stages=("dense",))
+    values["model"] = values["criterion"] = HOSTILE[0]
+    values["footprint"][0]["module"] = HOSTILE[1]
+    pages = [write_report(values, tmp_path), write_comparison(comparison(HOSTILE, (0.8,), HOSTILE), tmp_path)]
+    for path in pages:
+        parsed = parse(path)
+        assert "script" not in parsed.tags and not [key for key, _ in parsed.attributes if key.startswith("on")]
+        assert all(name in parsed.text for name in HOSTILE) and "49" not in parsed.text.replace(" ", "").split("}}")
+    tables = {section.title: section for section in parse(pages[0]).sections}
+    assert set(HOSTILE) <= set(tables["What sparsity costs"].header)
+    for file in (tmp_path / "figures").glob("*.svg"):
+        tags = {element.tag.rpartition("}")[2] for element in ElementTree.parse(file).iter()}
+        assert "script" not in tags
+
+
+def test_one_task_gets_sentences_where_nothing_can_be_compared(tmp_path):
+    values = analysis(["only"], layers=1, stages=("dense",))
+    values["curve"], values["footprint"] = None, []
+    parsed = parse(write_report(values, tmp_path))
+    titles = {section.title: section for section in parsed.sections}
+    for title in ("Where tasks agree", "Which tasks are alike"):
+        assert not titles[title].labels and not titles[title].rows
+    assert parsed.text.count(sentences.ONE_TASK) == 2
+    assert titles["Who keeps what"].header == ["stage", "layer", "no task", "the task"]
+    assert "What sparsity costs" not in titles and "Where it went" not in titles
+
+
+@pytest.mark.slow
+def test_two_hundred_tasks_make_a_page_of_the_extremes(tmp_path):
+    path = write_report(analysis([f"task{i}" for i in range(200)], layers=2, stages=("sparse",)), tmp_path)
+    sections = {section.title: section for section in parse(path).sections}
+    assert len(sections["Where tasks agree"].rows) == 1 + 2 * 3  # all at once, and the two extremes
+    assert path.stat().st_size < 3_000_000
+
+
+def test_a_comparison_has_its_figure_and_all_rows(tmp_path):
+    report = comparison(["magnitude", "unanimous"], (0.5, 0.8))
+    report["failed"] = {"joint-0.8": "out of memory"}
+    (section,) = parse(path := write_comparison(report, tmp_path)).sections
+    assert path.name == "compare.html" and "out of memory" in path.read_text()
+    assert [row[:2] for row in section.rows[1:]] == [[row["method"], row["criterion"]] for row in report["rows"]]
+    for cells, row in zip(section.rows[1:], report["rows"], strict=True):
+        average = row["mean"]["average"]
+        assert numbers(cells[2:]) == pytest.approx([row["sparsity"], 3, average, 0.6, average, average], abs=6e-4)
+    assert {file.name for file in (tmp_path / "figures").iterdir()} == {"comparison.png", "comparison.svg"}
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "jinja2"])
+def test_without_the_extra_one_line_says_what_to_install(module, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    for call in (require_libraries, lambda: write_report(analysis(["a", "b"]), tmp_path)):
+        with pytest.raises(UserError, match=r'pip install "hf_disparse\[plot\]"') as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+# Sentences, on planted truths
+
+STAGE = analysis(TASKS, layers=6, stages=("sparse",))["stages"][0]
+
+
+def changed(stage: dict, **values) -> dict:
+    """All tasks' rows of whole layers with other values; a list has one per layer."""
+    stage = copy.deepcopy(stage)
+    for row in stage["agreement"]:
+        if row["kind"] == "all" and len(row["tasks"]) == 3:
+            row |= {key: v[row["layer"]] if isinstance(v, list) else v for key, v in values.items()}
+    return stage
+
+
+def test_the_sentence_names_the_layers_that_agree_most_and_least_and_the_watershed():
+    told = sentences.agreement([changed(STAGE, beyond_chance=[0.5, 0.9, 0.5, 0.5, 0.1, 0.5])])
+    assert "all 3 tasks agree most in layer 1 (0.90" in told and "least in layer 4 (0.10" in told
+    assert "it is layer 3 (2 to 3), in 97 % of the bootstrap samples." in told
+
+
+def test_nothing_to_see_is_said():
+    told = sentences.agreement([changed(STAGE, beyond_chance=0.01, low=-0.02, high=0.03)])
+    assert "differs from chance" in told and "agree most" not in told
+    told = sentences.agreement([changed(STAGE, beyond_chance=[0.5, 0.52, 0.5, 0.49, 0.5, 0.5], low=0.4, high=0.6)])
+    assert "may not differ" in told
+    none = {**STAGE, "watershed": {"layer": None, "low": None, "high": None, "share": 0.1}}
+    assert "There is no watershed" in sentences.agreement([none])
+    some = {**STAGE, "watershed": STAGE["watershed"] | {"share": 0.6}}
+    told = sentences.agreement([none | {"name": "dense"}, some])
+    assert "in 60 % of the bootstrap samples" in told and "after dense training there is none" in told
+    assert "do not read much into it" in sentences.agreement_by_kind([STAGE])
+
+
+def test_kinds_pairs_and_heads_are_named():
+    stage = copy.deepcopy(STAGE)
+    for row in stage["agreement"]:
+        row["beyond_chance"] = {"key": 0.9, "down": 0.1}.get(row["kind"], 0.5)
+    assert "share key most (0.90) and down least (0.10)." in sentences.agreement_by_kind([stage])
+    stage["affinity"]["gradient_cosine"] = [[1, 0.2, -0.3], [0.2, 1, 0.4], [-0.3, 0.4, 1]]
+    told = sentences.affinity(stage, TASKS)
+    assert "sentiment and question have the gradients most alike (0.40), topic and question least (-0.30)" in told
+    assert "1 of 3 pairs point against each other" in told
+    stage["parts"] = [{"layer": 0, "granularity": "head", "heads": [TASKS, ["topic"], ["topic"], [], TASKS[:2]]}]
+    told = sentences.heads(stage, TASKS)
+    assert "of 5 heads 1 are kept for all tasks, 2 for one task alone and 1 for none" in told
+    assert "topic has most heads of its own (2)" in told
+
+
+def test_the_cost_is_told_from_the_points():
+    told = sentences.cost_curve(analysis(TASKS)["curve"])
+    assert "knee at 80 % pruned" in told and "No task loses more than 2 points up to 80 %." in told
+    assert "question loses most" in told and "topic least" in told
+    curve = analysis(TASKS)["curve"] | {
+        "knee": dict.fromkeys([*TASKS, "average"]),
+        "within": {"points": 1, "sparsity": None},
+    }
+    told = sentences.cost_curve(curve)
+    assert "no knee" in told and "At every sparsity that was tried some task loses more than 1 points" in told
+
+
+def test_a_lead_within_the_spread_is_called_chance():
+    rows = comparison(["unanimous", "magnitude"], (0.8,))["rows"]
+    told = sentences.comparison(rows)
+    assert "unanimous disparse has the highest average (83.9), -6.1 points" in told and "more than a standard" in told
+    rows[1]["spread"]["average"] = 1.5
+    assert "may be chance" in sentences.comparison(rows)
+    assert "one seed each" in sentences.comparison(comparison(["a", "b"], (0.8,), seeds=(1,))["rows"])
+
+
+def test_modules_are_summed_by_layer():
+    names = [
+        "encoder.embeddings.word",
+        "encoder.embeddings.norm",
+        "encoder.layer.0.a",
+        "encoder.layer.0.b.c",
+        "heads.topic.out",
+    ]
+    summed = blocks([{"module": name, "parameters": 10**i} for i, name in enumerate(names)])
+    assert [(row["module"], row["parameters"]) for row in summed] == [
+        ("encoder.embeddings", 11),
+        ("layer 0", 1100),
+        ("heads.topic", 10000),
+    ]
