@@ -16,19 +16,20 @@ from hf_disparse.config import (
     TaskConfig,
     UserError,
 )
+from hf_disparse.config.version import __version__ as __version__
 from hf_disparse.export import compact, save_compact, save_onnx, save_packed, save_tasks, task_model
 from hf_disparse.methods.again import decide_again, prune_again, vote_masks
 from hf_disparse.model import factorise
-from hf_disparse.model.multitask import MultitaskConfig, MultitaskModel, prunable_parameters
+from hf_disparse.model.multitask import MultitaskConfig, MultitaskModel
 from hf_disparse.model.pipeline import MultitaskPipeline
+from hf_disparse.model.prunable import prunable_parameters
+from hf_disparse.model.sparsity import sparsity_report
 from hf_disparse.model.unshared import unshare
 from hf_disparse.pruning.decision import decide, decide_max, decide_mean_rank, decide_sum
-from hf_disparse.pruning.masks import MaskHooks, apply_masks, find_masks, load_masks, save_masks, sparsity_report
+from hf_disparse.pruning.masks import MaskHooks, apply_masks, find_masks, load_masks, save_masks
 from hf_disparse.pruning.scores import score
 from hf_disparse.tasks import TaskMetric, load_task, resolve, tokenize
 from hf_disparse.trainer import DisparseTrainer, DisparseTrainingArguments, PruningCallback, last_whole_checkpoint
-
-__version__ = "0.1.0"
 
 __all__ = [
     "DataConfig",

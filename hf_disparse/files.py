@@ -1,12 +1,15 @@
 """What a machine does to a run, said in two lines: disks that fill up, files torn, processes that are gone. Layer 1."""
 
+import importlib.util
+import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch.distributed
 from safetensors import SafetensorError, safe_open
 
 from hf_disparse.config import UserError, one_line
@@ -52,15 +55,82 @@ def open_safetensors(path: str | Path) -> Iterator[Any]:
         raise UserError(f"{path}: expected whole safetensors, got {got}; write or download it again") from None
 
 
-@contextmanager
-def among_processes(remedy: str) -> Iterator[None]:
-    """Turns what gloo and NCCL say where another process is gone, or keeps silent for `ddp_timeout`, into a UserError."""
+_PART = ".part"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file whole or not at all, also where the machine loses power; of several processes in one."""
+    part = path.with_name(path.name + _PART)
     try:
-        yield
-    except RuntimeError as error:  # DistError is one
-        if not isinstance(error, torch.distributed.DistError) and "gloo/transport" not in str(error):
-            raise
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """A folder beside `folder` to write to, which takes its name if all goes well and is gone if not.
+
+    Raises:
+        UserError: `folder` holds something.
+    """
+    folder = Path(folder).resolve()
+    with writing(folder, "Mend that or name another folder."):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"output_dir: expected a new or empty folder, got {folder}")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name[:40]}-") as inside:
+            target = Path(inside, "new")
+            target.mkdir()
+            yield target
+            os.replace(target, folder)  # the current folder, for one, cannot be replaced
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of a model's folder."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: expected JSON, got a file that does not parse: {one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def sync(folder: Path) -> None:
+    """Has the disk hold what was written to a folder, for a machine may lose power, too."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+
+
+def resolve(reference: str) -> str:
+    """`package:NAME/path` as the path of that file of an installed package; anything else as it is.
+
+    The package is located, not imported: none of its code runs.
+
+    Raises:
+        UserError: the package is not installed, the file is not there, or the path leaves the package.
+    """
+    if not reference.startswith("package:"):
+        return reference
+    name, _, inner = reference.removeprefix("package:").partition("/")
+    module = name.replace("-", "_")
+    if not module.isidentifier():
+        raise UserError(f"{reference}: expected package:NAME/path, got the package name '{name}'")
+    spec = None if module == "__main__" else importlib.util.find_spec(module)  # which has none, and find_spec raises
+    if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            f"training: expected an answer from the other processes, got none: {one_line(error)[:150]}\n"
-            f"One of them has ended, and its own output says why. {remedy}"
-        ) from error
+            f"{reference}: the package '{name}' is not installed; try: pip install {name.replace('_', '-')}"
+        )
+    root = Path(spec.submodule_search_locations[0]).resolve()
+    path = (root / inner).resolve()
+    if not path.is_relative_to(root) or not path.exists():
+        raise UserError(f"{reference}: the package '{name}' carries no file '{inner}'")
+    return str(path)

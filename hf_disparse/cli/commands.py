@@ -5,19 +5,16 @@ Under torchrun or `accelerate launch` all processes work and the first one speak
 
 import json
 import os
-import signal
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from typer.exceptions import TyperException
 
 from hf_disparse.cli.tables import (
     close_bars,
@@ -29,8 +26,6 @@ from hf_disparse.cli.tables import (
     print_sparsity,
 )
 from hf_disparse.tasks import average_name
-
-_GRACE = 10.0  # seconds
 
 app = typer.Typer(
     add_completion=False,
@@ -48,51 +43,9 @@ _Dtype = Annotated[
 ]
 
 
-def main() -> None:
-    """Entry point of `hf-disparse`."""
-    from hf_disparse.config import UserError, one_line
-
-    if _rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    if "LOCAL_RANK" not in os.environ:  # a launcher's processes end at once, which other processes wait for
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # half-written folders are taken away
-    try:
-        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
-        _leave()
-        sys.exit(status)
-    except TyperException as error:
-        fail(f"{error.format_message()}\nTry: hf-disparse --help")
-    except typer.Abort:
-        sys.exit(130)
-    except UserError as error:
-        fail(str(error))
-    except OSError as error:  # a full disk or a file that vanished, where nobody could say what it was for
-        fail(f"{error.filename or 'reading or writing'}: {error.strerror or one_line(error)}")
-
-
-def fail(message: str) -> NoReturn:
-    """Prints at most three lines and ends with status 2."""
-    close_bars()
-    lines = [line for line in message.splitlines() if line.strip()][:3]
-    where = ""
-    if _rank() > 0:
-        time.sleep(_GRACE)  # most often all processes have one error: the launcher ends us when the first has said it
-        where = f"rank {_rank()}: "
-    print("error: " + where + "\n".join(lines), file=sys.stderr, flush=True)
-    sys.exit(2)
-
-
 def _rank() -> int:
     """Which process of a launcher's this is; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
-
-
-def _leave() -> None:
-    """Parts with the other processes, if there are any."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from hf_disparse.distributed import processes as distributed
-
-        distributed.end()
 
 
 @contextmanager
@@ -159,9 +112,9 @@ def evaluate(
 ) -> None:
     """Evaluate a model on the validation data of its tasks."""
     _quiet()
-    from hf_disparse.runs import train as run
+    from hf_disparse.runs.evaluate import evaluate as evaluated
 
-    result = run.evaluate(model, recipe, set_)
+    result = evaluated(model, recipe, set_)
     if as_json:
         print(json.dumps(result, indent=2))
         return
@@ -213,9 +166,9 @@ def compare(
     The same command again goes on where it stopped; other methods, sparsities and seeds add rows to the folder.
     """
     _quiet()
-    from hf_disparse.compare import by_method as known
+    from hf_disparse.compare import by_method
     from hf_disparse.compare import equal_budget as racing
-    from hf_disparse.compare import runner as comparing
+    from hf_disparse.compare.runner import progress
     from hf_disparse.config import require
     from hf_disparse.recipes.recipe import read_recipe
 
@@ -234,10 +187,10 @@ def compare(
     else:
         require(budgets is None, "--budgets", "nothing without --protocol equal-budget", budgets)
         names = _list("dense,random,magnitude,joint,unanimous" if methods is None else methods, "--methods", str)
-        kinds = _list(known.default_criterion(parsed.pruning) if criteria is None else criteria, "--criteria", str)
-        cells = known.grid(names, kinds, curve, _list(seeds, "--seeds", int))
-        module, folder, start = comparing, parsed.output_dir, lambda: comparing.compare(parsed, cells)
-    with _stopping(lambda: f"{comparing.progress(folder, cells)}, the same command goes on"):
+        kinds = _list(by_method.default_criterion(parsed.pruning) if criteria is None else criteria, "--criteria", str)
+        cells = by_method.grid(names, kinds, curve, _list(seeds, "--seeds", int))
+        module, folder, start = by_method, parsed.output_dir, lambda: by_method.compare(parsed, cells)
+    with _stopping(lambda: f"{progress(folder, cells)}, the same command goes on"):
         report = start()
     print_comparison(report, parsed.output_dir, module)
 

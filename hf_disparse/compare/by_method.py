@@ -2,13 +2,24 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import count
+from pathlib import Path
+from statistics import mean
 from typing import Any
 
+from hf_disparse.compare.runner import run_cells
+from hf_disparse.compare.tables import _span, held_out, markdown, over_seeds, shown, write_tables
 from hf_disparse.config import CRITERIA, PruningConfig, UserError, closest, require
+from hf_disparse.distributed.processes import from_main
+from hf_disparse.files import writing
+from hf_disparse.methods import METHODS as IMPLEMENTED
 from hf_disparse.recipes.recipe import Recipe, parse_recipe
-from hf_disparse.trainer.methods import METHODS as IMPLEMENTED
+from hf_disparse.report.values import method_name
+from hf_disparse.report.write import missing_libraries, write_comparison
+from hf_disparse.runs.folder import read_json, refuse_others
+from hf_disparse.runs.setup import environment
+from hf_disparse.tasks import average_name
 
 # name -> fields of PruningConfig beside the recipe's; the criterion is one of --criteria
 _OPEN_CRITERION = {
@@ -194,3 +205,115 @@ def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
 def scoring_batches(config: PruningConfig, max_steps: int) -> int:
     """Batches per task that are scored in a training of so many steps."""
     return config.score_batches * IMPLEMENTED[config.method].scorings(config, max_steps)
+
+
+JSON_NAME, MARKDOWN_NAME = "compare.json", "compare.md"
+
+
+def compare(recipe: Recipe, cells: Sequence[Cell]) -> dict[str, Any]:
+    """Runs the cells that are not there yet and tabulates all of them; writes `compare.json` and `compare.md`, and with
+    matplotlib `compare.html` and its figure.
+
+    A cell that fails is reported and leaves the others alone; the next call tries it again. With several processes it ends all.
+
+    Returns:
+        What `compare.json` holds: `rows` (one per method, criterion and sparsity, over the seeds) and `cells`, of all that
+        the folder has, `failed` (cell -> reason, of this call) and `environment`.
+    """
+    folder = Path(recipe.output_dir)
+    refuse_others(folder, recipe)
+    recipes = {cell: recipe_of(recipe, cell) for cell in cells}  # refuses nonsense before anything runs
+    _finished(folder)  # and so does a file that is none of a cell
+    sparsest = {}  # of each method and granularity
+    for cell in sorted(cells, key=lambda cell: (cell.sparsity, cell.criterion)):
+        sparsest[recipes[cell].pruning.method, recipes[cell].pruning.granularity] = cell
+    failed = run_cells(recipe, recipes, folder, list(sparsest.values()))
+    results = _finished(folder)
+    report = {
+        "rows": tabulate(results),
+        "cells": [{**asdict(cell), **result} for cell, result in results.items()],
+        "failed": failed,
+        "environment": environment(),
+    }
+    if results:
+        from_main(lambda: _write(report, folder))
+    return report
+
+
+def _write(report: dict[str, Any], folder: Path) -> None:
+    write_tables(report, folder, JSON_NAME, MARKDOWN_NAME, markdown(report, table, caption))
+    if not missing_libraries():  # of the extra `plot`
+        with writing(folder):
+            write_comparison(report, folder)
+
+
+def _finished(folder: Path) -> dict[Cell, dict[str, Any]]:
+    """The results of all cells in the folder, whichever command ran them, in the order of a table."""
+    results = {}
+    for path in folder.glob("cells/*.json"):
+        result = read_json(path)
+        try:
+            results[Cell(**result.pop("cell"))] = result
+        except (KeyError, TypeError):
+            raise UserError(
+                f"output_dir: expected a cell of this comparison in {path}, got something else.\nDelete it."
+            ) from None
+    place = {method: i for i, method in enumerate(METHODS)}  # another quorum than 2 comes last
+
+    def order(cell: Cell) -> tuple:
+        return cell.sparsity, place.get(cell.method, len(place)), cell.method, cell.criterion, cell.seed
+
+    return {cell: results[cell] for cell in sorted(results, key=order)}
+
+
+def tabulate(results: dict[Cell, dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per method, criterion and sparsity: mean and sample standard deviation over its seeds.
+
+    A task's value is the mean of its metrics, as in GLUE's average. `against_dense` is the mean over seeds of the
+    average's difference from the dense row of the same seed.
+    """
+    dense = {cell.seed: result["metrics"]["average"] for cell, result in results.items() if cell.method == "dense"}
+    groups: dict[tuple, list[Cell]] = {}
+    for cell in results:
+        groups.setdefault((cell.method, cell.criterion, cell.sparsity), []).append(cell)
+    rows = []
+    for (method, criterion, sparsity), cells in groups.items():
+        metrics = [results[cell]["metrics"] for cell in cells]
+        paired = [m["average"] - dense[cell.seed] for cell, m in zip(cells, metrics, strict=True) if cell.seed in dense]
+        seconds = [sum(results[cell]["seconds"].values()) for cell in cells]
+        rows.append(
+            {
+                "method": method,
+                "criterion": criterion,
+                "sparsity": sparsity,
+                "seeds": [cell.seed for cell in cells],
+                **over_seeds(metrics),
+                "against_dense": mean(paired) if paired else None,
+                "backward_passes": max(results[cell]["backward_passes"] for cell in cells),
+                "seconds": mean(seconds),
+            }
+        )
+    return rows
+
+
+def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows as text, for the terminal and for Markdown; `a ± b` is mean and standard deviation over seeds."""
+    tasks = [name for name in report["rows"][0]["mean"] if name != "average"]
+    lines = []
+    for row in report["rows"]:
+        values = [shown(row, name) for name in (*tasks, "average")]
+        sparsity = f"{100 * row['sparsity']:g} %" if row["sparsity"] else "0"
+        difference = f"{row['against_dense']:+.1f}" if row["sparsity"] and row["against_dense"] is not None else ""
+        lines.append([method_name(row), sparsity, *values, difference, str(len(row["seeds"]))])
+    return ["method", "sparsity", *tasks, average_name(tasks), "against dense", "seeds"], lines
+
+
+def caption(report: dict[str, Any]) -> str:
+    """What the figures of the table are."""
+    budget = _span([row["backward_passes"] for row in report["rows"]])
+    precisions = sorted({cell.get("precision") for cell in report["cells"]} - {None})  # None: of an earlier version
+    computed = f" Computed in {' and '.join(precisions)}." if precisions else ""
+    return (
+        f"Mean ± sample standard deviation over seeds of each task's metrics (0 to 100), on {held_out(report)} held-out examples. "
+        f"Every row had {budget} backward passes after dense training, scoring included.{computed}"
+    )

@@ -15,12 +15,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from hf_disparse.compare.runner import cell_file, held_out, markdown, over_seeds, run_cells, shown, write_tables
+from hf_disparse.compare.runner import cell_file, run_cells
+from hf_disparse.compare.tables import held_out, markdown, over_seeds, shown, write_tables
 from hf_disparse.config import UserError, require
 from hf_disparse.distributed.processes import from_main
 from hf_disparse.recipes.recipe import Recipe, parse_recipe
 from hf_disparse.runs.folder import read_json, refuse_others
-from hf_disparse.runs.train import environment
+from hf_disparse.runs.setup import environment
 from hf_disparse.tasks import average, average_name, counted_tasks
 
 FOLDER_NAME, JSON_NAME, MARKDOWN_NAME = "equal-budget", "equal-budget.json", "equal-budget.md"

@@ -6,13 +6,17 @@ A function here is called by all processes, at the same point of the same progra
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
+import torch.distributed
 from torch import Tensor, distributed
+from tqdm.auto import tqdm
 
-from hf_disparse.config import UserError
+from hf_disparse.config import UserError, one_line
 
 T = TypeVar("T")
 
@@ -119,3 +123,23 @@ def end() -> None:
     """Once all is done: lets go of the other processes."""
     if processes() > 1:
         distributed.destroy_process_group()
+
+
+@contextmanager
+def among_processes(remedy: str) -> Iterator[None]:
+    """Turns what gloo and NCCL say where another process is gone, or keeps silent for `ddp_timeout`, into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:  # DistError is one
+        if not isinstance(error, torch.distributed.DistError) and "gloo/transport" not in str(error):
+            raise
+        raise UserError(
+            f"training: expected an answer from the other processes, got none: {one_line(error)[:150]}\n"
+            f"One of them has ended, and its own output says why. {remedy}"
+        ) from error
+
+
+def say(line: str) -> None:
+    """A line beside the progress bars: what is going on now."""
+    if is_main():
+        tqdm.write(line, file=sys.stderr)

@@ -13,12 +13,14 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
 
-import hf_disparse
 from hf_disparse.config import PRUNING_CONFIG_NAME, PruningConfig, TaskConfig, UserError, one_line
-from hf_disparse.export.folder import CONFIG_NAME, load, read_json, weight_files
+from hf_disparse.config.version import __version__
+from hf_disparse.files import read_json
 from hf_disparse.model.architectures import token_limit
-from hf_disparse.model.multitask import MultitaskConfig, MultitaskModel, prunable_parameters
-from hf_disparse.pruning.masks import sparsity_report
+from hf_disparse.model.loading import CONFIG_NAME, load, weight_files
+from hf_disparse.model.multitask import MultitaskConfig, MultitaskModel
+from hf_disparse.model.prunable import prunable_parameters
+from hf_disparse.model.sparsity import sparsity_report
 from hf_disparse.tasks import average, average_name
 
 CARD_NAME, RESULTS_NAME = "README.md", "results.json"
@@ -370,7 +372,7 @@ def _limits(results: Mapping[str, Any]) -> str:
 
 def _versions(results: Mapping[str, Any]) -> str:
     versions = results.get("environment") or {
-        "hf_disparse": hf_disparse.__version__,
+        "hf_disparse": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

@@ -14,13 +14,14 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from hf_disparse.config import UserError
-from hf_disparse.export.folder import copy_companions, describe, new_folder, open_model
-from hf_disparse.export.form import set_structure, structure_of
+from hf_disparse.export.folder import copy_companions, describe
+from hf_disparse.files import new_folder
 from hf_disparse.model.adapters import has_adapters
 from hf_disparse.model.architectures import Layout, encoder_layers, find_sites, first_stays, layout_of
+from hf_disparse.model.loading import open_model
 from hf_disparse.model.low_rank import low_rank_modules
 from hf_disparse.model.multitask import MultitaskModel
-from hf_disparse.model.structure import Cuts, shrink
+from hf_disparse.model.structure import Cuts, set_structure, shrink, structure_of
 from hf_disparse.model.unshared import PRIVATE
 from hf_disparse.pruning.parts import Site, sum_by_part
 

@@ -11,9 +11,10 @@ from huggingface_hub.utils import validate_repo_id
 from hf_disparse.config import UserError, one_line, require
 from hf_disparse.export.card import is_multitask, write_card
 from hf_disparse.export.compact import save_compact
-from hf_disparse.export.folder import INDEX_NAME, WEIGHTS_NAME, copy_companions, model_folder, weight_files
+from hf_disparse.export.folder import copy_companions
 from hf_disparse.export.packed import save_packed
 from hf_disparse.export.task import save_tasks
+from hf_disparse.model.loading import INDEX_NAME, WEIGHTS_NAME, model_folder, weight_files
 
 _REASONS = {
     401: "it does not accept the token; pass --token, or log in by `hf auth login`",

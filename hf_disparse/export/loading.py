@@ -15,11 +15,11 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantizer
 
 from hf_disparse.config import UserError
-from hf_disparse.export.folder import CONFIG_NAME, WEIGHTS_NAME, digests, read_json
-from hf_disparse.export.form import METHOD, StoredForm
+from hf_disparse.export.folder import digests
 from hf_disparse.export.packed import BITMASK, fill, zeros
-from hf_disparse.files import open_safetensors
-from hf_disparse.model.structure import rebuild
+from hf_disparse.files import open_safetensors, read_json
+from hf_disparse.model.loading import CONFIG_NAME, WEIGHTS_NAME
+from hf_disparse.model.structure import METHOD, StoredForm, rebuild
 from hf_disparse.model.unshared import UnsharedLayers
 
 _SOURCES = ["weight$", f"weight{BITMASK}$"]

@@ -15,16 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_disparse.config import UserError
-from hf_disparse.export.folder import (
-    WEIGHTS_NAME,
-    copy_companions,
-    describe,
-    model_folder,
-    new_folder,
-    weight_files,
-)
-from hf_disparse.files import open_safetensors
+from hf_disparse.export.folder import copy_companions, describe
+from hf_disparse.files import new_folder, open_safetensors
 from hf_disparse.model.adapters import without_adapters
+from hf_disparse.model.loading import WEIGHTS_NAME, model_folder, weight_files
 from hf_disparse.pruning.masks import BITS, packed_bytes
 
 BITMASK = "_bitmask"

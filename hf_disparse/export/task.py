@@ -9,12 +9,13 @@ from transformers import PreTrainedModel
 from hf_disparse.config import UserError
 from hf_disparse.export.card import write_task_card
 from hf_disparse.export.compact import drop_layers
-from hf_disparse.export.folder import copy_companions, new_folder, open_model
-from hf_disparse.export.form import StoredForm
+from hf_disparse.export.folder import copy_companions
+from hf_disparse.files import new_folder
 from hf_disparse.model.factorise import multiply_out
+from hf_disparse.model.loading import open_model
 from hf_disparse.model.low_rank import low_rank_modules
 from hf_disparse.model.multitask import MultitaskModel, auto_class, head_config
-from hf_disparse.model.structure import Cuts
+from hf_disparse.model.structure import Cuts, StoredForm
 
 
 def task_model(model: MultitaskModel, task: str) -> PreTrainedModel:

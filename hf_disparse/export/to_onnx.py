@@ -18,8 +18,10 @@ from transformers import PreTrainedModel
 from hf_disparse.config import UserError, one_line, require
 from hf_disparse.export.card import tokens_to_time
 from hf_disparse.export.compact import drop_layers, heads_that_stay
-from hf_disparse.export.folder import copy_companions, new_folder, open_model
+from hf_disparse.export.folder import copy_companions
 from hf_disparse.export.task import check_task, only_task
+from hf_disparse.files import new_folder
+from hf_disparse.model.loading import open_model
 from hf_disparse.model.multitask import MultitaskModel, head_config
 from hf_disparse.model.structure import Cuts
 

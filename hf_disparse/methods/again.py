@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from hf_disparse.config import PruningConfig, UserError
-from hf_disparse.model.multitask import MultitaskModel, prunable_parameters
+from hf_disparse.methods import Saliency, Update
+from hf_disparse.model.multitask import MultitaskModel
+from hf_disparse.model.prunable import gone_layers, prunable_parameters, prunable_sites
 from hf_disparse.model.unshared import shared_name
 from hf_disparse.pruning.decision import Masks, decide, ranks
 from hf_disparse.pruning.masks import apply_masks, find_masks
-from hf_disparse.pruning.rules import count_pruned_parts, gone_layers, prunable_sites
+from hf_disparse.pruning.rules import count_pruned_parts
 from hf_disparse.pruning.schedule import update_steps
 from hf_disparse.pruning.scores import GRADIENT_CRITERIA, Batch, model_loss, score
 from hf_disparse.pruning.stored_scores import load_scores, scored_tasks
-from hf_disparse.trainer.methods import Saliency, Update
 
 
 def decide_again(

@@ -7,12 +7,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_disparse.methods.base import Update
-from hf_disparse.methods.l0 import ascend, open_probability, pull, slope
-from hf_disparse.methods.rank import parameters_saved
+from hf_disparse.methods.l0 import L0, ascend, open_probability, pull, slope
+from hf_disparse.methods.rank import Rank
 from hf_disparse.pruning.decision import Masks
+from hf_disparse.pruning.parts import parameters_saved
 from hf_disparse.pruning.schedule import linear_sparsity
-from hf_disparse.trainer.methods.l0 import L0
-from hf_disparse.trainer.methods.rank import Rank
 
 _UP, _DOWN = ".up.weight", ".down.weight"
 

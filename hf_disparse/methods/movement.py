@@ -8,7 +8,13 @@ import math
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from hf_disparse.methods.base import Update
+from hf_disparse.methods.by_task import ByTask
+from hf_disparse.pruning.decision import Masks
+from hf_disparse.pruning.masks import count_pruned
+from hf_disparse.pruning.schedule import sparsity_at
 
 
 def accumulate(score: Tensor, weight: Tensor, gradient: Tensor, held: Tensor | None = None) -> None:
@@ -45,3 +51,71 @@ def above(task_scores: Mapping[str, Mapping[str, Tensor]], threshold: float, quo
 
 def _votes(opinions: Iterable[Tensor]) -> Tensor:
     return sum(opinion.to(torch.int16) for opinion in opinions)
+
+
+_SOFT_START = 1.0  # S before the first batch: above any threshold below 0.73
+
+
+class Movement(ByTask):
+    """Prunes what moves towards zero, by every task's own batches; a weight comes back with the value it went with.
+
+    Until the last update, `held` has the latent values of pruned weights and 0 elsewhere: they see neither gradients nor
+    weight decay, but their scores go on. What was pruned before training has no value to come back with, and stays pruned.
+    """
+
+    kinds = ("score",)
+
+    def begin(self, parameters: Mapping[str, nn.Parameter], tasks: Iterable[str], max_steps: int) -> None:
+        super().begin(parameters, tasks, max_steps)
+        self.soft = self.config.mode == "soft"
+        self.first = _SOFT_START if self.soft else 0.0
+        self.held: dict[str, Tensor] = {}
+        self._squares: dict[str, Tensor] = {}  # task -> sum of (w g)^2 and how many, (2,) float64
+
+    def see(self, task: str, name: str, weight: Tensor, gradient: Tensor, *buffers: Tensor) -> None:
+        if not self.soft:
+            accumulate(*buffers, weight, gradient, self.held.get(name))
+            return
+        moved = torch.mul(weight + self.held[name] if name in self.held else weight, gradient).float()
+        squares = self._squares.setdefault(task, torch.zeros(2, dtype=torch.float64, device=moved.device))
+        squares += torch.stack([moved.square().sum(), moved.new_tensor(moved.numel())])
+        unit = (squares[0] / squares[1]).sqrt().clamp_min(1e-30).float()
+        soft_step(*buffers, moved.div_(unit), self.config.score_learning_rate, self.config.penalty)
+
+    def update(self, now: Update) -> Masks:
+        scores = {task: kinds["score"] for task, kinds in self.ordered_buffers().items()}
+        live = {name: mask | (self.held[name] != 0) if self.held else mask for name, mask in now.masks.items()}
+        masks = self._soft_masks(scores, live) if self.soft and now.step < self.last else None
+        if masks is None:
+            sparsity = self.config.sparsity if self.soft else sparsity_at(self.config, now.step, self.max_steps)
+            masks = self.decide(scores, sparsity, live)
+        with torch.no_grad():
+            for name, p in now.parameters.items():
+                # One of the two is 0, so that no bit is lost.
+                latent = p + self.held[name] if name in self.held else p.clone()
+                p.copy_(latent.where(masks[name], 0.0))
+                self.held[name] = latent.masked_fill_(masks[name], 0.0)
+        return masks
+
+    def _soft_masks(self, scores: Mapping[str, Mapping[str, Tensor]], live: Masks) -> Masks | None:
+        """What the threshold keeps; None if that is less than the final sparsity leaves."""
+        quorum = min(self.config.quorum, len(scores))
+        masks = {name: mask & live[name] for name, mask in above(scores, self.config.threshold, quorum).items()}
+        pruned, size = count_pruned(masks)
+        return masks if pruned <= round(self.config.sparsity * size) else None
+
+    def forget(self) -> None:
+        super().forget()
+        self.held, self._squares = {}, {}
+
+    def state(self) -> dict[str, Tensor]:
+        held = {f"held/{name}": tensor for name, tensor in self.held.items()}
+        return super().state() | held | {f"squares/{task}": tensor for task, tensor in self._squares.items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        super().load_state(state)
+        self.held = self.loaded(state, "held/")
+        device = next(iter(self._parameters.values())).device
+        self._squares = {
+            task: state[f"squares/{task}"].to(device) for task in self.buffers if f"squares/{task}" in state
+        }

@@ -6,30 +6,26 @@ prune ranks under a multitask objective with one budget of parameters for all ma
 """
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from hf_disparse.pruning.parts import Site, sum_by_part
+from hf_disparse.config import UserError
+from hf_disparse.methods.base import Method, Update
+from hf_disparse.methods.saliency import Saliency
+from hf_disparse.model.factorise import factorise, is_factorised
+from hf_disparse.pruning.decision import Masks
+from hf_disparse.pruning.parts import Site, masks_of_parts, matrix_shape, parameters_saved, sum_by_part
+from hf_disparse.pruning.rules import Sites, best_parts, keep_of_the_rest
+from hf_disparse.pruning.schedule import sparsity_at
 
 
 def parameter_budget(shapes: Iterable[tuple[int, int]], sparsity: float) -> int:
     """How many parameters all factors may have: D - round(sparsity * D), D = sum of out * in over the dense matrices."""
     dense = sum(rows * columns for rows, columns in shapes)
     return dense - round(sparsity * dense)
-
-
-def matrix_shape(tensors: Mapping[str, Tensor], site: Site) -> tuple[int, int]:
-    """(out, in) of the matrix whose factors are the site's: up (out, r), of dim 1, and down (r, in), of dim 0."""
-    sizes = {dim: tensors[f"{module}.weight"].shape[1 - dim] for module, (dim, _) in site.members.items()}
-    return sizes[1], sizes[0]
-
-
-def parameters_saved(masks: Mapping[str, Tensor], sites: Mapping[str, Site]) -> tuple[int, int]:
-    """How many parameters the factors save under their masks, below 0 while they are larger, and D, those of the matrices."""
-    dense = sum(rows * columns for rows, columns in (matrix_shape(masks, site) for site in sites.values()))
-    kept = sum(int(masks[f"{module}.weight"].sum()) for site in sites.values() for module in site.members)
-    return dense - kept, dense
 
 
 def score_per_parameter(scores: Mapping[str, Tensor], site: Site) -> Tensor:
@@ -56,3 +52,85 @@ def fill_budget(cost: Tensor, sizes: Tensor, budget: int) -> Tensor:
         if size <= left:
             keep[i], left = True, left - size
     return keep
+
+
+class Rank(Method):
+    """Scores every task on the factors as they are and decides over components; what is pruned stays pruned."""
+
+    scorings = Saliency.scorings
+
+    def prepare(self, model: nn.Module, optimizer: Optimizer | None) -> None:
+        """Puts two factors in place of every matrix that is to be pruned."""
+        if is_factorised(model, self.config):
+            return
+        if optimizer is not None:
+            raise UserError(
+                "pruning.method: rank puts new modules in place of matrices, got an optimizer that holds the old ones; call "
+                "factorise(model, config) before you make it, and give the callback to the Trainer by callbacks=[...]"
+            )
+        factorise(model, self.config)
+
+    def check(self, parameters: Mapping[str, Tensor], sites: Sites) -> None:
+        """Refuses a budget that does not hold a component of every matrix."""
+        places = sites.get("rank", {})
+        factors = {f"{module}.weight" for site in places.values() for module in site.members}
+        shapes = [matrix_shape(parameters, site) for site in places.values()]
+        shapes += [tuple(p.shape) for name, p in parameters.items() if name not in factors]  # not factorised yet
+        dense, least = sum(rows * columns for rows, columns in shapes), sum(rows + columns for rows, columns in shapes)
+        if parameter_budget(shapes, self.config.sparsity) < least:
+            raise UserError(
+                f"pruning.sparsity: expected at most {1 - least / dense:.3f}, for one component of each of {len(shapes)} "
+                f"matrices stays, got {self.config.sparsity}"
+            )
+
+    def allowed(self, step: int, masks: Mapping[str, Tensor], sites: Sites) -> int:
+        """How many parameters the factors may have from this step on.
+
+        A gradual schedule leads there from what they have at full rank, which is more than the dense matrices do.
+        """
+        places = sites["rank"].values()
+        shapes = [matrix_shape(masks, site) for site in places]
+        full = sum(site.parts * sum(shape) for site, shape in zip(places, shapes, strict=True))
+        last = parameter_budget(shapes, self.config.sparsity)
+        share = sparsity_at(self.config, step, self.max_steps) / self.config.sparsity
+        return last + int(max(full - last, 0) * (1 - share))
+
+    def sparsity_at(self, step: int, masks: Masks, sites: Sites) -> float:
+        """What `allowed` saves of the dense matrices; below 0 while the factors are larger."""
+        dense = sum(rows * columns for rows, columns in (matrix_shape(masks, site) for site in sites["rank"].values()))
+        return 1 - self.allowed(step, masks, sites) / dense
+
+    def update(self, now: Update) -> Masks | None:
+        """None for a model that is as small already."""
+        sites = now.sites["rank"]
+        saved, dense = parameters_saved(now.masks, sites)
+        if dense - saved <= self.allowed(now.step, now.masks, now.sites):
+            return None
+        stream = now.score(self.config.criterion, self.config.decision == "joint")
+        scores = [
+            (task, {name: score_per_parameter(by_weight, site) for name, site in sites.items()})
+            for task, by_weight in stream
+        ]
+        return self.decide(scores, now)
+
+    def decide(self, scores: list[tuple[str, dict[str, Tensor]]], now: Update) -> Masks:
+        """The masks that hold what is allowed, by the (r,) scores of the components of each matrix, task by task.
+
+        The best component of each matrix stays; of the others, in the order that `config.decision` makes, what fits.
+        """
+        config, sites = self.config, now.sites["rank"]
+        allowed = self.allowed(now.step, now.masks, now.sites)
+        live = {name: sum_by_part(now.masks, site) > 0 for name, site in sites.items()}
+        sizes = {name: sum(matrix_shape(now.masks, site)) for name, site in sites.items()}
+        keep = best_parts(config, scores, live)
+        spent = sum(int(kept.sum()) * sizes[name] for name, kept in keep.items())
+        each = torch.cat([torch.full((int((~keep[name]).sum()),), sizes[name]) for name in keep])
+        left = torch.cat([live[name][~keep[name]] for name in keep])
+        cut = partial(_take_live, sizes=each, live=left, budget=max(allowed - spent, 0))
+        return now.masks | masks_of_parts(now.masks, sites, keep_of_the_rest(config, scores, keep, live, cut=cut))
+
+
+def _take_live(cost: Tensor, sizes: Tensor, live: Tensor, budget: int) -> Tensor:
+    """`fill_budget` among those that are not pruned yet."""
+    sizes = torch.where(live.cpu(), sizes, budget + 1)  # does not fit
+    return fill_budget(cost, sizes, budget)

@@ -4,9 +4,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_disparse.config import PruningConfig, UserError
-from hf_disparse.export.form import set_structure, structure_of
 from hf_disparse.model.low_rank import low_rank_modules, product, replace, split
-from hf_disparse.model.multitask import prunable_parameters
+from hf_disparse.model.prunable import prunable_parameters
+from hf_disparse.model.structure import set_structure, structure_of
 from hf_disparse.model.unshared import PRIVATE
 
 

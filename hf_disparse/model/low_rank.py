@@ -5,8 +5,6 @@ down = sqrt(s) Q, (r, in). A *component* is a row of `down` with its column of `
 (r - k) (out + in) parameters. Source: FLOP, Wang et al. 2020 (arXiv 1910.04732), section 3; their z is in the factors here.
 """
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
@@ -115,11 +113,3 @@ def rank_sites(encoder: nn.Module, prefix: str = "") -> dict[str, Site]:
         members = {f"{prefix}{name}.down": (0, places), f"{prefix}{name}.up": (1, places)}
         sites[f"{prefix}{name}"] = Site(module.rank, members)
     return sites
-
-
-def dense_size(model: nn.Module, parameters: Iterable[Tensor]) -> int:
-    """How many `parameters` of `model` are, a matrix in two factors counting as it was dense: in * out."""
-    sizes = {}
-    for module in low_rank_modules(model).values():
-        sizes |= {id(module.down.weight): module.in_features * module.out_features, id(module.up.weight): 0}
-    return sum(sizes.get(id(p), p.numel()) for p in parameters)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import field
 from typing import Any, ClassVar
 
-import regex
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -24,12 +23,11 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from hf_disparse.config import PruningConfig, TaskConfig, UserError, require
-from hf_disparse.model.adapters import OF_THE_HUB, TaskAdapters, has_adapters, without_adapters
+from hf_disparse.config import TaskConfig, UserError, require
+from hf_disparse.model.adapters import OF_THE_HUB, TaskAdapters, without_adapters
 from hf_disparse.model.architectures import encoder_layers
-from hf_disparse.model.low_rank import low_rank_modules
 from hf_disparse.model.structure import rebuild
-from hf_disparse.model.unshared import PRIVATE, UnsharedLayers, shared_name
+from hf_disparse.model.unshared import PRIVATE, UnsharedLayers
 
 HUB_ARGUMENTS = (*OF_THE_HUB, "subfolder")
 
@@ -344,53 +342,6 @@ def _build_head(encoder_config: PreTrainedConfig, task: TaskConfig) -> PreTraine
         raise UserError(f"model: {encoder_config.model_type} has no head for {task.problem_type}: {error}") from None
     setattr(head, head.base_model_prefix, HiddenStates(getattr(head.base_model, "pooler", None)))
     return head if torch.get_default_device().type == "meta" else head.to_empty(device="cpu")
-
-
-def prunable_parameters(model: nn.Module, config: PruningConfig | None = None) -> dict[str, nn.Parameter]:
-    """The weights that pruning may zero, by their name in `model`: 2-D weights of Linear modules of the encoder.
-
-    By default those of its layers, that is, below a ModuleList of the encoder: not embeddings, norms, biases, poolers or
-    heads. `config.target_modules` chooses among all Linear modules of the encoder instead, `config.exclude_modules` takes
-    away. Works on a `MultitaskModel` and on any transformers model with an encoder (`model.base_model`). A matrix in two
-    factors, see `hf_disparse.model.low_rank`, goes by its own name there and gives both.
-
-    Raises:
-        UserError: nothing matches.
-    """
-    if has_adapters(model):
-        raise UserError("pruning: expected a model without adapters, got one with PEFT's; prune before adding them")
-    encoder = model.base_model
-    prefix = next(name for name, module in model.named_modules() if module is encoder)
-    lists = [name + "." for name, module in encoder.named_modules() if isinstance(module, nn.ModuleList)]
-    target, exclude = (config.target_modules, config.exclude_modules) if config else (None, None)
-    found, full, seen, factorised = {}, "", set(), low_rank_modules(encoder)
-    for name, module in encoder.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        place = f"{prefix}.{name}" if prefix else name
-        full = shared_name(encoder, name)  # a layer that one task has to itself goes by the one it was copied from
-        full = f"{prefix}.{full}" if prefix else full
-        full = full.rpartition(".")[0] if name.rpartition(".")[0] in factorised else full  # a factor goes by its matrix
-        wanted = name.startswith(tuple(lists)) if target is None else _matches(full, target)
-        if wanted and not (exclude is not None and _matches(full, exclude)):
-            if id(module.weight) not in seen:  # a weight that two modules share goes by its first name
-                found[f"{place}.weight"] = module.weight
-            seen.add(id(module.weight))
-    if not found:
-        wish = f"target_modules={target!r}, exclude_modules={exclude!r}"
-        raise UserError(f"pruning: no Linear module of the encoder matches {wish}; the names look like '{full}'")
-    return found
-
-
-def _matches(name: str, patterns: str | Sequence[str]) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their endings."""
-    if isinstance(patterns, str):
-        try:
-            return regex.fullmatch(patterns, name, timeout=1) is not None
-        except TimeoutError:
-            got = f"{patterns[:100]!r}, which is not done with '{name}' after a second"
-            raise UserError(f"pruning: expected a regular expression that ends, got {got}") from None
-    return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
 
 
 AutoConfig.register(MultitaskConfig.model_type, MultitaskConfig)

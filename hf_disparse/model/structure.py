@@ -2,7 +2,8 @@
 
 What the configuration of an architecture cannot say is a *structure*: {"heads": {attention: [places of those that stay]},
 "neurons": {module: number}, "ranks": {module in two factors: rank}}, names within the encoder. `hf_disparse.export` writes
-and reads it.
+and reads it. It stands under `quantization_config` in config.json: that is transformers' word for weights that are stored in
+another form than they are used in, and there is no other place where it looks before it loads.
 """
 
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers.quantizers import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_disparse.config import UserError
 from hf_disparse.model.architectures import Layout, find_sites, layout_of
@@ -18,6 +21,7 @@ from hf_disparse.model.low_rank import empty, replace
 from hf_disparse.pruning.parts import Site
 
 Structure = dict[str, Any]
+METHOD, FORM_VERSION = "hf_disparse", 1
 
 
 def rebuild(encoder: nn.Module, structure: Structure) -> None:
@@ -128,3 +132,52 @@ class Cuts:
 def _require(condition: bool, got: Any, expected: str) -> None:
     if not condition:
         raise UserError(f"config.json: quantization_config.structure: expected {expected}, got {str(got)[:100]!r}")
+
+
+@register_quantization_config(METHOD)
+class StoredForm(QuantizationConfigMixin):
+    """The form of a checkpoint.
+
+    Args:
+        packed: matrices are stored as their non-zeros and a bitmask.
+        structure: heads and neurons by layer, of a compact encoder, and ranks of matrices in two factors; see the
+            head of this file.
+        sha256: file -> digest, of the checkpoint's weights and configuration, as exported.
+    """
+
+    def __init__(
+        self,
+        quant_method: str = METHOD,
+        version: int = FORM_VERSION,
+        packed: bool = False,
+        structure: dict | None = None,
+        sha256: dict | None = None,
+        **newer: Any,
+    ):
+        if version != FORM_VERSION or newer:
+            raise UserError(
+                f"config.json: expected format version {FORM_VERSION} of hf_disparse, got {str(version)[:40]} with "
+                f"{', '.join(newer)[:100] or 'no further fields'}; a newer hf_disparse reads it"
+            )
+        self.quant_method = METHOD
+        self.version, self.packed, self.structure, self.sha256 = version, packed, structure, sha256
+        self.dequantize = True  # what is loaded is an ordinary model
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is not at its default."""
+        return {key: value for key, value in super().to_dict().items() if value and key != "dequantize"}
+
+
+def structure_of(model: Any) -> dict[str, Any]:
+    """What of a model's shape the configuration of its architecture does not say."""
+    form = getattr(model.config, "quantization_config", None)
+    return dict(form.structure) if isinstance(form, StoredForm) and form.structure else {}
+
+
+def set_structure(model: Any, structure: dict[str, Any]) -> None:
+    """Makes the configuration of a model say that; empty entries are left out."""
+    structure = {key: entries for key, entries in structure.items() if entries}
+    if structure:
+        model.config.quantization_config = StoredForm(structure=structure)
+    elif hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config

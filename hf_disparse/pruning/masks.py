@@ -17,7 +17,6 @@ from hf_disparse.config import FORMAT_VERSION, UserError
 from hf_disparse.distributed.fsdp import is_sharded, local
 from hf_disparse.distributed.processes import add_up
 from hf_disparse.files import open_safetensors
-from hf_disparse.model.low_rank import dense_size
 
 MASKS_NAME = "pruning_masks.safetensors"
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -88,31 +87,9 @@ def _nonzeros(tensors: Mapping[str, Tensor]) -> int:
     return add_up(mine) if is_sharded(tensors) else mine
 
 
-def masked_share(model: nn.Module, masks: Mapping[str, Tensor]) -> float:
-    """The fraction that the masks prune of the weights that they are of, counted as in `sparsity_report`."""
-    parameters, (pruned, size) = dict(model.named_parameters()), count_pruned(masks)
-    total = dense_size(model, [parameters[name] for name in masks])
-    return (total - size + pruned) / total
-
-
 def packed_bytes(weight: Tensor) -> int:
     """What a matrix takes as its non-zeros and one bit a weight, each row in whole bytes. Shape (rows, columns)."""
     return int(torch.count_nonzero(weight)) * weight.element_size() + weight.shape[0] * -(-weight.shape[1] // 8)
-
-
-def sparsity_report(model: nn.Module, encoder: nn.Module, prunable: Mapping[str, Tensor]) -> dict[str, float]:
-    """Fraction of exact zeros by denominator: `prunable` weights, all parameters of the `encoder`, all of the `model`.
-
-    Of a matrix in two factors: the fraction that they save of it as it was dense, below 0 while they are larger.
-    """
-
-    def fraction(tensors) -> float:
-        tensors = list(tensors)
-        total = dense_size(model, tensors)
-        return (total - _nonzeros(dict(enumerate(tensors)))) / total if total else 0.0
-
-    groups = {"prunable": prunable.values(), "encoder": encoder.parameters(), "model": model.parameters()}
-    return {name: fraction(tensors) for name, tensors in groups.items()}
 
 
 def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:

@@ -58,3 +58,16 @@ def masks_of_parts(
 ) -> dict[str, Tensor]:
     """`mask_of_parts` for sites of one kind, which share no weights."""
     return {k: mask for name, site in sites.items() for k, mask in mask_of_parts(masks, site, keep[name]).items()}
+
+
+def matrix_shape(tensors: Mapping[str, Tensor], site: Site) -> tuple[int, int]:
+    """(out, in) of the matrix whose factors are the site's: up (out, r), of dim 1, and down (r, in), of dim 0."""
+    sizes = {dim: tensors[f"{module}.weight"].shape[1 - dim] for module, (dim, _) in site.members.items()}
+    return sizes[1], sizes[0]
+
+
+def parameters_saved(masks: Mapping[str, Tensor], sites: Mapping[str, Site]) -> tuple[int, int]:
+    """How many parameters the factors save under their masks, below 0 while they are larger, and D, those of the matrices."""
+    dense = sum(rows * columns for rows, columns in (matrix_shape(masks, site) for site in sites.values()))
+    kept = sum(int(masks[f"{module}.weight"].sum()) for site in sites.values() for module in site.members)
+    return dense - kept, dense

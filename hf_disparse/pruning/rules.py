@@ -4,15 +4,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_disparse.config import PruningConfig, UserError
-from hf_disparse.methods.rank import parameters_saved
-from hf_disparse.model.architectures import encoder_layers, find_sites
-from hf_disparse.model.multitask import prunable_parameters
 from hf_disparse.pruning import decision
 from hf_disparse.pruning.masks import count_pruned
-from hf_disparse.pruning.parts import Site, channels, masks_of_parts, sum_by_part
+from hf_disparse.pruning.parts import Site, masks_of_parts, parameters_saved, sum_by_part
 from hf_disparse.pruning.patterns import decide_n_of_m, expand_blocks, misfits, pool_blocks, pruned_in_groups
 
 Sites = Mapping[str, Mapping[str, Site]]
@@ -170,22 +167,6 @@ def parts_to_prune(kind: str, parts: Sequence[int], sparsity: float) -> int:
     return count
 
 
-def prunable_sites(model: nn.Module, config: PruningConfig) -> Sites:
-    """The sites of the parts that `config` prunes, empty for weights; names are those of `model`'s modules."""
-    if not config.prunes_parts:
-        return {}
-    if config.granularity == ("channel",):
-        return {"channel": channels(prunable_parameters(model, config))}
-    encoder = model.base_model
-    prefix = next(name for name, module in model.named_modules() if module is encoder)
-    sites = find_sites(encoder, f"{prefix}." if prefix else "")
-    sites = {kind: sites.get(kind, {}) for kind in config.granularity}
-    if config.granularity == ("rank",):
-        mine = prunable_parameters(model, config)
-        sites["rank"] = {name: site for name, site in sites["rank"].items() if f"{name}.up.weight" in mine}
-    return sites
-
-
 def count_pruned_parts(masks: decision.Masks, sites: Sites, config: PruningConfig) -> dict[str, tuple[int, int]]:
     """kind -> how many are pruned, of how many; of weights if there are no sites; as the pattern of `config` counts."""
     if config.n_of_m:
@@ -202,11 +183,3 @@ def count_pruned_parts(masks: decision.Masks, sites: Sites, config: PruningConfi
         gone = torch.cat([sum_by_part(masks, site) == 0 for site in places.values()])
         counts[kind] = (int(gone.sum()), len(gone))
     return counts
-
-
-def gone_layers(model: nn.Module, masks: decision.Masks) -> list[int]:
-    """The layers of which the masks keep nothing, by their place."""
-    layers = encoder_layers(model.base_model)
-    keeps = {id(p): bool(masks[name].any()) for name, p in model.named_parameters() if name in masks}
-    by_layer = [[keeps[id(p)] for p in layer.parameters() if id(p) in keeps] for layer in layers]
-    return [i for i, kept in enumerate(by_layer) if kept and not any(kept)]

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure as Drawing
 
 from hf_disparse.report.figures import Figure
 from hf_disparse.report.theme import UNIT, css_variables, inline_svg, save, styled, svg
-from hf_disparse.report.write import FIGURES_NAME
 
+FIGURES_NAME = "figures"
 WIDE, NARROW = 880, 356  # CSS pixels that a figure has on a page of 960 and of 390
 _LEGEND_LINE = 19
 

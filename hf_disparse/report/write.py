@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hf_disparse.config import UserError
 
-REPORT_NAME, COMPARISON_NAME, FIGURES_NAME = "report.html", "compare.html", "figures"
+REPORT_NAME, COMPARISON_NAME = "report.html", "compare.html"
 
 
 def missing_libraries() -> list[str]:

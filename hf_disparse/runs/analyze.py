@@ -13,20 +13,24 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_disparse.analysis import Examination, cost_curve, footprint, masks_at
 from hf_disparse.analysis.bootstrap import DRAWS
-from hf_disparse.report.write import write_report
-from hf_disparse.model.architectures import find_sites
 from hf_disparse.config import TASK_CRITERIA, PruningConfig, UserError, is_count, is_number, require
-from hf_disparse.distributed.processes import launched
+from hf_disparse.distributed.processes import launched, say
+from hf_disparse.files import write_whole
+from hf_disparse.model.architectures import find_sites
+from hf_disparse.model.multitask import MultitaskModel
+from hf_disparse.model.prunable import prunable_parameters
+from hf_disparse.model.unshared import PRIVATE
 from hf_disparse.pruning.masks import apply_masks
-from hf_disparse.model.multitask import MultitaskModel, prunable_parameters
-from hf_disparse.recipes.recipe import Recipe
-from hf_disparse.runs.train import Splits, judge_as, load_model, new_model, new_trainer, open_run, prepare, say
-from hf_disparse.runs.folder import RECIPE_NAME, write_whole
+from hf_disparse.pruning.rules import decide_by
 from hf_disparse.pruning.scores import gradients
+from hf_disparse.recipes.recipe import Recipe
+from hf_disparse.report.write import write_report
+from hf_disparse.runs.evaluate import judge_as, open_run
+from hf_disparse.runs.folder import RECIPE_NAME
+from hf_disparse.runs.setup import Splits, new_model, new_trainer, prepare
+from hf_disparse.runs.train import load_model
 from hf_disparse.tasks import average
 from hf_disparse.trainer import DisparseTrainer
-from hf_disparse.pruning.rules import decide_by
-from hf_disparse.model.unshared import PRIVATE
 
 ANALYSIS_NAME, VERSION = "analysis.json", 1
 CURVE_ROWS = 1000  # validation examples per task and point, drawn once

@@ -5,11 +5,10 @@ from pathlib import Path
 
 from hf_disparse.config import UserError, require
 from hf_disparse.distributed.processes import from_main
-from hf_disparse.files import writing
-from hf_disparse.recipes.yaml_text import differing
+from hf_disparse.files import sync, writing
 from hf_disparse.recipes.recipe import Recipe, read_recipe
+from hf_disparse.recipes.yaml_text import differing
 from hf_disparse.runs.folder import PHASE_NAME, RECIPE_NAME
-from hf_disparse.trainer.checkpoints import sync
 
 _MAY_DIFFER = {"pruning", "recovery", "teachers", "seed", "output_dir", "dense_from"}
 

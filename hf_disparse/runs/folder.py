@@ -5,7 +5,6 @@ Of several processes the main one reads and writes here, and tells the others wh
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,16 +16,15 @@ from filelock import FileLock, Timeout
 
 from hf_disparse.config import UserError, one_line
 from hf_disparse.distributed.processes import from_main
-from hf_disparse.files import writing
-from hf_disparse.recipes.yaml_text import differing, dump_yaml, parse_yaml
+from hf_disparse.files import _PART, write_whole, writing
 from hf_disparse.recipes.recipe import Recipe
+from hf_disparse.recipes.yaml_text import differing, dump_yaml, parse_yaml
 
 RECIPE_NAME = "recipe.yaml"
 PHASE_NAME = "phase.json"  # in the folder of a finished phase
 DATA_NAME = "data.json"  # seed -> split/task -> SHA-256 of its examples
 LOCK_NAME = ".lock"
 PATIENCE = 10  # seconds; data workers of a run that was killed hold its lock for some
-_PART = ".part"
 
 
 def refuse_others(folder: Path, recipe: Recipe) -> None:
@@ -167,17 +165,3 @@ def read_json(path: Path) -> dict[str, Any]:
             "Delete that file, and the same command makes it again."
         ) from error
     return values
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, also where the machine loses power; of several processes in one."""
-    part = path.with_name(path.name + _PART)
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise

@@ -7,45 +7,34 @@ processes all train and evaluate, and the main one writes and prints.
 
 import json
 import math
-import platform
 import shutil
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import datasets
 import torch
-import transformers
 from datasets import Dataset
-from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, TrainerState, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerState
 
-import hf_disparse
-from hf_disparse.model.architectures import token_limit
-from hf_disparse.config import UserError, one_line, require
-from hf_disparse.runs.dense import expect_dense, take_dense
-from hf_disparse.distributed.processes import from_main, is_main
+from hf_disparse.config import UserError
+from hf_disparse.distributed.processes import from_main, say
 from hf_disparse.export.card import RESULTS_NAME, losses_of_log, write_card
-from hf_disparse.files import writing
-from hf_disparse.model.low_rank import dense_size
-from hf_disparse.pruning.masks import sparsity_report
-from hf_disparse.model.multitask import MultitaskModel, prunable_parameters
-from hf_disparse.model.loading import load_model, load_pretrained
-from hf_disparse.recipes.recipe import Recipe, public, read_recipe
-from hf_disparse.runs.folder import PHASE_NAME, RECIPE_NAME, alone_in, check_data, claim, find_json, note_data, refuse_others, write_whole
+from hf_disparse.files import sync, write_whole, writing
+from hf_disparse.model.architectures import token_limit
+from hf_disparse.model.loading import load_model
+from hf_disparse.model.multitask import MultitaskModel
+from hf_disparse.model.prunable import prunable_parameters
+from hf_disparse.model.sparsity import dense_size, sparsity_report
 from hf_disparse.pruning.stored_scores import SCORES_FOLDER
-from hf_disparse.tasks import average, load_task, resolve, tokenize
+from hf_disparse.recipes.recipe import Recipe, public
+from hf_disparse.runs.dense import expect_dense, take_dense
+from hf_disparse.runs.evaluate import _values
+from hf_disparse.runs.folder import PHASE_NAME, alone_in, check_data, claim, find_json, note_data, refuse_others
+from hf_disparse.runs.setup import Splits, _judged_by_trainer, environment, new_model, new_trainer, prepare, sizes
 from hf_disparse.runs.teachers import teachers_of, try_teachers
 from hf_disparse.trainer import DisparseTrainer, last_whole_checkpoint
-from hf_disparse.trainer.checkpoints import sync
-
-Splits = dict[str, dict[str, Dataset]]
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
@@ -124,99 +113,6 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def evaluate(model_name: str, recipe_path: str | None = None, overrides=()) -> dict[str, Any]:
-    """Evaluates a model that `train` wrote on the validation data of its recipe, or of another one.
-
-    Returns:
-        {"tasks": {name: {metric: value}}, "average": x, "sparsity": {denominator: fraction}}, metrics in 0 to 100.
-    """
-    source, recipe = open_run(model_name, recipe_path, overrides)
-    # It trains nothing that a tracker would show.
-    recipe = replace(recipe, recovery={**recipe.recovery, "report_to": "none"})
-    model = load_pretrained(model_name, MultitaskModel, source)
-    judge_as(recipe, model)
-    tokenizer, data, _ = prepare(recipe, source, splits=("validation",))
-    with TemporaryDirectory() as folder:  # a Trainer makes its output folder, and evaluation leaves nothing behind
-        trainer = new_trainer(recipe, "sparse", folder, model, tokenizer, data)
-        trainer.remove_callback(PrinterCallback)  # the caller prints the metrics
-        metrics = _values(trainer, data)
-    prunable = prunable_parameters(model, recipe.pruning)
-    return {**metrics, "sparsity": sparsity_report(model, model.encoder, prunable)}
-
-
-def open_run(model_name: str, recipe_path: str | None, overrides=()) -> tuple[str, Recipe]:
-    """A model's folder or Hub id, resolved, and the recipe it comes with, or another one."""
-    source = resolve(model_name)
-    path = recipe_path or Path(source, RECIPE_NAME)
-    if not recipe_path and not path.is_file():
-        got = "a folder without it" if Path(source).is_dir() else "no folder"
-        raise UserError(
-            f"{model_name}: expected the folder of a run, which holds {RECIPE_NAME}, got {got}; name a recipe by --recipe"
-        )
-    return source, read_recipe(path, overrides)
-
-
-def judge_as(recipe: Recipe, model: MultitaskModel) -> None:
-    """Gives the model's tasks the recipe's columns and metrics; refuses tasks that its heads were not made for."""
-    tasks = model.tasks
-    for name, (task, _) in recipe.voters.items():
-        if name not in tasks:
-            raise UserError(f"tasks.{name}: the model has no such task; it has {', '.join(tasks)}")
-        for key in ("problem_type", "labels"):
-            expected, got = getattr(tasks[name], key), getattr(task, key)
-            require(got == expected, f"tasks.{name}.{key}", f"{expected!r}, as the model was trained", got)
-        tasks[name] = task
-    model.config.tasks = [task.to_dict() for task in tasks.values()]
-
-
-def prepare(
-    recipe: Recipe, tokenizer_name: str | None = None, splits: tuple[str, ...] = ("train", "validation")
-) -> tuple[PreTrainedTokenizerBase, Splits, dict[str, int]]:
-    """Loads and tokenizes all tasks.
-
-    Returns:
-        The tokenizer, {split: {task: rows}} for `splits`, and {task: examples left out for want of a label}. A recipe
-        that chooses its best model has half of the validation data in a split `selection`, for that and nothing else.
-    """
-    where = "tokenizer" if tokenizer_name else "model.encoder"
-    # Words that come one by one are those of a text to a byte-level tokenizer only with this, which others ignore.
-    words = any(task.problem_type == "token_classification" for task, _ in recipe.tasks.values())
-    options = {"add_prefix_space": True} if words else {}
-    tokenizer = load_pretrained(where, AutoTokenizer, tokenizer_name or resolve(recipe.model.encoder), **options)
-    data: Splits = {split: {} for split in splits}
-    unlabelled = dict.fromkeys(recipe.tasks, 0)
-    for name, (task, source) in recipe.tasks.items():
-        wanted = [split for split in splits if split == "train" or name not in recipe.helpers]
-        if not wanted:
-            continue
-        for split, raw in zip(wanted, load_task(task, source, recipe.seed, wanted), strict=True):
-            data[split][name], left_out = tokenize(raw, task, tokenizer, recipe.model.max_length)
-            unlabelled[name] += left_out
-    if "validation" not in splits:
-        return tokenizer, data, unlabelled
-    if recipe.chooses_best:
-        data["selection"] = {}
-        for name, rows in data["validation"].items():
-            require(
-                len(rows) > 1, f"tasks.{name}", "two validation examples, one to choose the best model by", len(rows)
-            )
-            halves = rows.train_test_split(0.5, seed=0)  # the same halves whatever the run's seed
-            data["selection"][name], data["validation"][name] = halves["train"], halves["test"]
-    data["validation"] = {name: _by_length(rows) for name, rows in data["validation"].items()}
-    return tokenizer, data, unlabelled
-
-
-def _by_length(rows: Dataset) -> Dataset:
-    """The rows from short to long, for evaluation pads a batch to its longest text."""
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    return rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
-
-
-def sizes(data: Splits) -> dict[str, dict[str, int]]:
-    """Split -> task -> number of examples."""
-    return {split: {name: len(rows) for name, rows in tasks.items()} for split, tasks in data.items()}
-
-
 def train_phase(
     recipe: Recipe,
     phase: str,
@@ -266,46 +162,10 @@ def train_phase(
     return result
 
 
-def say(line: str) -> None:
-    """A line beside the progress bars: what is going on now."""
-    if is_main():
-        tqdm.write(line, file=sys.stderr)
-
-
 def progress(recipe: Recipe) -> str:
     """Where the next `train` of this recipe would go on."""
     phase = "sparse" if Path(recipe.output_dir, "dense", PHASE_NAME).is_file() else "dense"
     return last_whole_checkpoint(Path(recipe.output_dir, phase)) or f"the start of the {phase} phase"
-
-
-def new_trainer(recipe: Recipe, phase: str, folder, model, tokenizer, data: Splits, teachers=None) -> DisparseTrainer:
-    """The trainer of a phase, its checkpoints in `folder`."""
-    arguments = recipe.arguments(phase, folder)
-    train = data.get("train")
-    if train and phase == "sparse":
-        train = {name: train[name] for name in recipe.voters}
-    with _judged_by_trainer(phase, ImportError, RuntimeError, ValueError):
-        return DisparseTrainer(
-            model,
-            arguments,
-            pruning_config=recipe.pruning if phase == "sparse" else None,
-            teachers=teachers,
-            train_dataset=train,
-            eval_dataset=data.get("selection", data["validation"]),
-            processing_class=tokenizer,
-        )
-
-
-@contextmanager
-def _judged_by_trainer(phase: str, *errors: type[Exception]) -> Iterator[None]:
-    """Makes one line of what transformers raises where arguments ask for what is not installed, not here or not possible."""
-    try:
-        yield
-    except UserError:
-        raise
-    except errors as error:
-        section = "training" if phase == "dense" else "training or recovery"
-        raise UserError(f"{section}: Trainer refuses these values: {one_line(error)}") from error
 
 
 def rehearse(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Splits) -> MultitaskModel:
@@ -349,42 +209,9 @@ def _check_length(recipe: Recipe, model: MultitaskModel, data: Splits) -> None:
             ) from error
 
 
-def _values(trainer: DisparseTrainer, data: Splits) -> dict[str, Any]:
-    """{"tasks": {name: {metric: value}}, "average": x} on the validation data, in GLUE's 0 to 100."""
-    metrics = trainer.evaluate(data["validation"])
-    tasks = {
-        name: {metric: 100 * metrics[f"eval_{name}_{metric}"] for metric in trainer.model.tasks[name].metric}
-        for name in data["validation"]
-    }
-    return {"tasks": tasks, "average": average(tasks)}
-
-
 def _majority(task, rows: Dataset) -> float | None:
     """Accuracy, in 0 to 100, of always answering the most frequent class; None where that has no meaning."""
     if task.problem_type != "single_label_classification":
         return None
     counts = torch.bincount(torch.tensor(rows["labels"]))
     return 100 * counts.max().item() / len(rows)
-
-
-def new_model(recipe: Recipe) -> MultitaskModel:
-    """The recipe's pretrained encoder with fresh heads, the same for the same seed.
-
-    In float32 however it is stored: in half precision most of what a step adds to a weight is rounded away.
-    """
-    set_seed(recipe.seed)
-    tasks, encoder = [task for task, _ in recipe.tasks.values()], resolve(recipe.model.encoder)
-    return load_pretrained("model.encoder", MultitaskModel, encoder, "from_encoder", tasks, dtype=torch.float32)
-
-
-def environment() -> dict[str, Any]:
-    """The versions and the machine behind a result."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "hf_disparse": hf_disparse.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "datasets": datasets.__version__,
-        "python": platform.python_version(),
-        "device": gpu or f"CPU, {torch.get_num_threads()} threads",
-    }

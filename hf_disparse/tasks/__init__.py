@@ -1,7 +1,8 @@
 """Tasks: their data, batches and metrics. Layer 1."""
 
+from hf_disparse.files import resolve
 from hf_disparse.tasks.batches import MultitaskCollator, TaskBatchSampler, TaskDataset
-from hf_disparse.tasks.data import load_task, resolve, tokenize
+from hf_disparse.tasks.data import load_task, tokenize
 from hf_disparse.tasks.metrics import TaskMetric, average, average_name, compute_metrics, counted_tasks
 
 __all__ = [

@@ -1,7 +1,6 @@
 """From what a user names to tokenized examples: finding the data, checking columns and labels, tokenizing."""
 
 import glob
-import importlib.util
 import os
 import warnings
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from datasets.packaged_modules.csv.csv import CsvConfig
 from transformers import PreTrainedTokenizerBase
 
 from hf_disparse.config import DataConfig, TaskConfig, UserError, closest, is_count, one_line, require
+from hf_disparse.files import resolve
 from hf_disparse.tasks import demo
 from hf_disparse.tasks.labels import LabelEncoder, show
 
@@ -38,32 +38,6 @@ _NO_OPTIONS = {
     "split": "use train_split and validation_split",
     "streaming": "the data is read as a whole",
 }
-
-
-def resolve(reference: str) -> str:
-    """`package:NAME/path` as the path of that file of an installed package; anything else as it is.
-
-    The package is located, not imported: none of its code runs.
-
-    Raises:
-        UserError: the package is not installed, the file is not there, or the path leaves the package.
-    """
-    if not reference.startswith("package:"):
-        return reference
-    name, _, inner = reference.removeprefix("package:").partition("/")
-    module = name.replace("-", "_")
-    if not module.isidentifier():
-        raise UserError(f"{reference}: expected package:NAME/path, got the package name '{name}'")
-    spec = None if module == "__main__" else importlib.util.find_spec(module)  # which has none, and find_spec raises
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"{reference}: the package '{name}' is not installed; try: pip install {name.replace('_', '-')}"
-        )
-    root = Path(spec.submodule_search_locations[0]).resolve()
-    path = (root / inner).resolve()
-    if not path.is_relative_to(root) or not path.exists():
-        raise UserError(f"{reference}: the package '{name}' carries no file '{inner}'")
-    return str(path)
 
 
 def load_task(

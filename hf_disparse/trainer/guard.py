@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_disparse.config import UserError, closest, require
-from hf_disparse.model.multitask import prunable_parameters
-from hf_disparse.pruning.masks import MASKS_NAME, load_masks, masked_share, save_masks
+from hf_disparse.model.prunable import prunable_parameters
+from hf_disparse.model.sparsity import masked_share
+from hf_disparse.pruning.masks import MASKS_NAME, load_masks, save_masks
 
 GUARD_NAME = "guard"  # a folder in a checkpoint
 _STATE_NAME, _TENSORS_NAME = "guard.json", "guard.safetensors"

@@ -14,21 +14,21 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 
 from hf_disparse.config import PruningConfig, UserError, closest
+from hf_disparse.distributed.processes import among_processes, processes
 from hf_disparse.distributed.processes import average as average_over_processes
-from hf_disparse.distributed.processes import processes
 from hf_disparse.export.card import results_of_log, write_card
-from hf_disparse.files import among_processes
 from hf_disparse.model.multitask import MultitaskModel
-from hf_disparse.pruning.masks import masked_share
+from hf_disparse.model.sparsity import masked_share
 from hf_disparse.pruning.stored_scores import SCORES_FOLDER
 from hf_disparse.tasks import MultitaskCollator, TaskDataset, average, compute_metrics
 from hf_disparse.trainer.arguments import check_arguments, check_datasets, check_same_rows
-from hf_disparse.trainer.batches import Resuming, ScoringBatches, checkpointed_layers, training_batches
+from hf_disparse.trainer.batches import Resuming, training_batches
 from hf_disparse.trainer.callback import PruningCallback
 from hf_disparse.trainer.checkpoints import checkpointing, load_state, save_state, seal, to_resume, whole_weights
 from hf_disparse.trainer.distillation import check_teachers, distilled
 from hf_disparse.trainer.guard import new_guard
 from hf_disparse.trainer.losses import GradientSurgery, uncertainty_weight
+from hf_disparse.trainer.scoring import ScoringBatches, checkpointed_layers
 
 
 class DisparseTrainer(Trainer):

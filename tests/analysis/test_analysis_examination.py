@@ -21,7 +21,7 @@ from hf_disparse.analysis import (
     with_intervals,
 )
 from hf_disparse.model.architectures import find_sites
-from hf_disparse.model.multitask import prunable_parameters
+from hf_disparse.model.prunable import prunable_parameters
 from hf_disparse.pruning.scores import disparse, gradients
 from tests.helpers.planted import names, planted_gradients, random_masks
 from tests.helpers.tiny import tiny_model

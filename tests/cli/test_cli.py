@@ -17,14 +17,16 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 from hf_disparse import MultitaskModel
-from hf_disparse.cli import commands as cli
+from hf_disparse.cli import main as cli
+from hf_disparse.recipes.recipe import read_recipe
 from hf_disparse.runs import folder as run_folder
 from hf_disparse.runs import train as run
+from hf_disparse.runs.setup import prepare
 from hf_disparse.trainer import last_whole_checkpoint
 from tests.helpers.cli_helpers import changed, hf_disparse, refused, snapshot, write_recipe
 
 torch.set_num_threads(1)
-PROCESS = [sys.executable, "-c", "from hf_disparse.cli.commands import main; main()"]
+PROCESS = [sys.executable, "-c", "from hf_disparse.cli.main import main; main()"]
 
 
 @pytest.fixture(scope="module")
@@ -193,10 +195,10 @@ def test_dry_run_checks_everything_and_writes_nothing(recipe, tmp_path):
 
 
 def test_one_split_is_prepared_as_beside_the_other(recipe, tmp_path):
-    recipe = run.read_recipe(write_recipe(tmp_path, recipe))
-    both = run.prepare(recipe)[1]
+    recipe = read_recipe(write_recipe(tmp_path, recipe))
+    both = prepare(recipe)[1]
     for split in ("train", "validation"):
-        alone = run.prepare(recipe, splits=(split,))[1]
+        alone = prepare(recipe, splits=(split,))[1]
         assert {name: rows.to_list() for name, rows in alone.pop(split).items()} == {
             name: rows.to_list() for name, rows in both[split].items()
         }

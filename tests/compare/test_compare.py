@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from hf_disparse import DisparseTrainer
+from hf_disparse.compare import by_method
 from hf_disparse.compare import runner as compare
 from hf_disparse.compare.by_method import METHODS, Cell
+from hf_disparse.compare.tables import markdown
 from hf_disparse.methods import saliency
 from hf_disparse.recipes.recipe import parse_recipe
 from hf_disparse.report import sentences
@@ -221,7 +223,7 @@ JOINT = given("joint", 0.75, {1: (80, 60, 60, 70, 2), 2: (80, 60, 80, 75, 4), 3:
 
 
 def test_rows_are_mean_sample_deviation_and_the_difference_from_dense_of_the_same_seed():
-    dense, joint = compare.tabulate(DENSE | JOINT)
+    dense, joint = by_method.tabulate(DENSE | JOINT)
     assert [dense[k] for k in ("method", "criterion", "sparsity", "seeds")] == ["dense", "", 0.0, [1, 2, 4]]
     assert [joint[k] for k in ("method", "criterion", "sparsity", "seeds")] == ["joint", "snip", 0.75, [1, 2, 3]]
     assert dense["mean"] == pytest.approx({"average": 83, "two": 93, "real": (70 + 72 + 77) / 3})
@@ -234,9 +236,9 @@ def test_rows_are_mean_sample_deviation_and_the_difference_from_dense_of_the_sam
 
 
 def test_one_seed_has_no_spread_and_without_dense_there_is_no_difference():
-    (row,) = compare.tabulate(dict([*JOINT.items()][:1]))
+    (row,) = by_method.tabulate(dict([*JOINT.items()][:1]))
     assert row["spread"] == dict.fromkeys(("average", "two", "real")) and row["against_dense"] is None
-    dense, joint = compare.tabulate(dict([*DENSE.items()][2:]) | JOINT)  # seed 4 against 1, 2, 3
+    dense, joint = by_method.tabulate(dict([*DENSE.items()][2:]) | JOINT)  # seed 4 against 1, 2, 3
     assert dense["spread"]["two"] is None and joint["spread"]["two"] is not None and joint["against_dense"] is None
 
 
@@ -263,8 +265,8 @@ def test_markdown_parses_back_to_the_rows(finished):
         "cells": [sizes | {"precision": "float32"}, others | {"precision": "bf16"}, sizes],
     }
     for results in (DENSE | JOINT, JOINT, dict([*DENSE.items()][:1])):
-        rows = compare.tabulate(results)
-        text = compare.markdown({"rows": rows, **rest})
+        rows = by_method.tabulate(results)
+        text = markdown({"rows": rows, **rest}, by_method.table, by_method.caption)
         check_table(text, rows)
         assert "x: why" in text and "two 1,234, real 6 to 8 held-out" in text and "5,678 backward passes" in text
         assert "Computed in bf16 and float32." in text

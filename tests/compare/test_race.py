@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hf_disparse import UserError
 from hf_disparse.compare import equal_budget as race
 from hf_disparse.compare.equal_budget import Cell, Race, best_ensemble, recipe_of, tabulate
-from hf_disparse.compare.runner import markdown
+from hf_disparse.compare.tables import markdown
 from hf_disparse.recipes.recipe import parse_recipe
-from hf_disparse.runs import train as run
+from hf_disparse.tasks import average
 from tests.helpers.cli_helpers import changed, refused, snapshot, write_recipe
 from tests.helpers.racing import CELLS, write_race
 
@@ -157,7 +157,7 @@ def given_results(values: dict[tuple, tuple]) -> dict[Cell, dict]:
     for (task, sparsity, seed), numbers in values.items():
         tasks = {t: {"accuracy": v} for t, v in zip([task] if task else ["a", "b", "wnli"], numbers, strict=True)}
         rest = {"seconds": {"x": 2.0}, "backward_passes": 5, "dense_backward_passes": 7, "prunable": 1000}
-        results[Cell(task, sparsity, seed)] = {"metrics": {"tasks": tasks, "average": run.average(tasks)}, **rest}
+        results[Cell(task, sparsity, seed)] = {"metrics": {"tasks": tasks, "average": average(tasks)}, **rest}
     return results
 
 

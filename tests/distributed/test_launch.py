@@ -91,7 +91,7 @@ def test_the_end_of_a_process_ends_all_and_the_same_command_goes_on(tmp_path):
     script.write_text(
         "import os, signal, sys\n"
         "from transformers import Trainer\n"
-        "from hf_disparse.cli import commands as cli\n"
+        "from hf_disparse.cli import main as cli\n"
         "real = Trainer.training_step\n"
         "def step(self, *args):\n"
         "    if self.state.global_step == 5 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import yaml
 from transformers import BertModel, set_seed
 
-from hf_disparse.cli import commands as cli
+from hf_disparse.cli import main as cli
 from tests.helpers.tiny import WORDS, tiny_bert_config, tiny_tokenizer
 
 LABELS = {"two": ["no", "yes"], "three": ["a", "b", "c"]}

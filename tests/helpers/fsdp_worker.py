@@ -12,8 +12,9 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 from hf_disparse import PruningConfig
-from hf_disparse.model.multitask import prunable_parameters
-from hf_disparse.pruning.masks import count_pruned, sparsity_report
+from hf_disparse.model.prunable import prunable_parameters
+from hf_disparse.model.sparsity import sparsity_report
+from hf_disparse.pruning.masks import count_pruned
 from tests.helpers.ddp_worker import CUBIC, METHODS, Log, trainer_of
 
 CONFIGS = {

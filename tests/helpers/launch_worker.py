@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
-from hf_disparse.cli import commands as cli
+from hf_disparse.cli import main as cli
 from tests.helpers.cli_helpers import hf_disparse
 
 

@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from transformers import TrainerCallback
 
 from hf_disparse import DisparseTrainer, PruningConfig, UserError, last_whole_checkpoint
-from hf_disparse.cli import commands as cli
+from hf_disparse.cli import main as cli
 from hf_disparse.export import packed
 from hf_disparse.trainer import trainer
 from hf_disparse.trainer.checkpoints import seal

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from hf_disparse import DynamicConfig, PruningConfig, UserError, score
-from hf_disparse.methods.dynamic import allocate, drop_counts, erdos_renyi, grow, round_to, select, uniform
+from hf_disparse.methods.dynamic import allocate, drop_counts, erdos_renyi, forget, grow, round_to, select, uniform
 from hf_disparse.pruning.schedule import cosine_decay
-from hf_disparse.trainer.methods.dynamic import forget
 from tests.trainer.test_trainer import assert_same, multitask_trainer
 
 SQUARES = {"a": (2, 2), "b": (4, 4), "c": (8, 8)}  # 4, 16 and 64 weights; n_in + n_out = 4, 8 and 16

@@ -19,8 +19,8 @@ from hf_disparse import (
 from hf_disparse.config import GroupLassoConfig
 from hf_disparse.export.card import write_card
 from hf_disparse.methods.group_lasso import penalty_in_time, rms, shrink, shrinkage, sizes
+from hf_disparse.model.prunable import prunable_sites
 from hf_disparse.pruning.parts import Site, channels, sum_by_part
-from hf_disparse.pruning.rules import prunable_sites
 from tests.helpers.tiny import three_datasets, tiny_model, tiny_tokenizer
 from tests.trainer.test_resume import DieAt, Died
 from tests.trainer.test_trainer import arguments, assert_same, multitask_trainer, weights

@@ -6,6 +6,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_disparse import L0Config, MultitaskModel, UserError, prunable_parameters
+from hf_disparse.methods import L0
 from hf_disparse.methods.l0 import (
     ascend,
     expected_gate,
@@ -18,7 +19,6 @@ from hf_disparse.methods.l0 import (
     slope,
 )
 from hf_disparse.trainer.checkpoints import PRUNING_STATE_NAME
-from hf_disparse.trainer.methods import L0
 from tests.trainer.test_resume import STEPS, DieAt, Died, killed_and_resumed
 from tests.trainer.test_trainer import Watch, assert_same, multitask_trainer, weights
 

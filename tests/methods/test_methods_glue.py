@@ -3,7 +3,7 @@
 import pytest
 
 from hf_disparse.compare import by_method as cells
-from hf_disparse.compare import runner as compare
+from hf_disparse.compare import by_method as compare
 from hf_disparse.recipes.recipe import parse_recipe
 from tests.helpers.tiny import needs_demo
 from tests.runs.test_real import GLUE, glue_recipe

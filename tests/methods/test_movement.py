@@ -180,7 +180,7 @@ def test_soft_scores_move_in_units_that_no_scale_of_the_loss_changes():
     class Spy:
         config = MovementConfig(**SOFT, end_step=9)
 
-    from hf_disparse.trainer.methods import Movement
+    from hf_disparse.methods import Movement
 
     def run(scale):
         torch.manual_seed(0)

@@ -105,7 +105,7 @@ def test_the_count_is_exact_at_every_update_and_in_the_file(tmp_path, decision):
 
 
 def test_a_task_without_a_batch_has_no_say_and_does_not_stop_a_quorum():
-    from hf_disparse.trainer.methods import Platon
+    from hf_disparse.methods import Platon
 
     config = PlatonConfig(**CUBIC, decision="quorum", quorum=3)
     method = Platon(config)

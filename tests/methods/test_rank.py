@@ -26,12 +26,13 @@ from hf_disparse import (
     task_model,
 )
 from hf_disparse.export import multiply_out
+from hf_disparse.methods import Rank, Update
 from hf_disparse.methods.rank import fill_budget, parameter_budget, score_per_parameter
-from hf_disparse.model.low_rank import LowRankLinear, dense_size, factors, low_rank_modules, rank_sites
+from hf_disparse.model.low_rank import LowRankLinear, factors, low_rank_modules, rank_sites
+from hf_disparse.model.sparsity import dense_size
 from hf_disparse.pruning.masks import apply_masks
 from hf_disparse.pruning.parts import Site, mask_of_parts
 from hf_disparse.pruning.scores import score
-from hf_disparse.trainer.methods import Rank, Update
 from tests.export.test_compact import BATCH, close, logits, model_of, prune_parts, same
 from tests.helpers.cli_helpers import hf_disparse, write_inputs, write_recipe
 from tests.helpers.tiny import CONFIGS, DENSE, three_tasks, tiny_model

@@ -18,8 +18,8 @@ from hf_disparse import (
     prunable_parameters,
     sparsity_report,
 )
+from hf_disparse.methods import Flop
 from hf_disparse.model.low_rank import low_rank_modules
-from hf_disparse.trainer.methods import Flop
 from tests.export.test_compact import close, logits, same
 from tests.helpers.tiny import DENSE, tiny_model, tiny_tokenizer, tokenized_rows
 from tests.trainer.test_resume import DieAt, Died, killed_and_resumed

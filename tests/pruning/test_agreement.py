@@ -10,9 +10,9 @@ from transformers import TrainerCallback
 from hf_disparse import MultitaskModel, PruningConfig, UserError, compact, prunable_parameters
 from hf_disparse.config import DynamicConfig
 from hf_disparse.export.card import write_card
+from hf_disparse.model.prunable import prunable_sites
 from hf_disparse.pruning.part_criteria import agreement, agreement_score, taylor
 from hf_disparse.pruning.parts import Site, sum_by_part
-from hf_disparse.pruning.rules import prunable_sites
 from hf_disparse.pruning.scores import gradients, score
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 from tests.trainer.test_resume import DieAt, Died

@@ -25,9 +25,9 @@ from hf_disparse import (
 )
 from hf_disparse.export import compact, save_compact, save_packed, save_tasks
 from hf_disparse.model.architectures import find_sites
-from hf_disparse.model.multitask import prunable_parameters
+from hf_disparse.model.prunable import prunable_parameters, prunable_sites
 from hf_disparse.pruning.parts import Site, mask_of_parts, sum_by_part
-from hf_disparse.pruning.rules import decide_parts, keep_parts, prunable_sites
+from hf_disparse.pruning.rules import decide_parts, keep_parts
 from tests.export.test_compact import prune_parts
 from tests.helpers.tiny import CONFIGS, three_datasets, three_tasks, tiny_bert_config, tiny_model, tiny_tokenizer
 

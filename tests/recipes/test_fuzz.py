@@ -186,7 +186,7 @@ def test_a_mistake_is_named_by_the_command(tmp_path, mistake):
     command = [
         sys.executable,
         "-c",
-        "from hf_disparse.cli.commands import main; main()",
+        "from hf_disparse.cli.main import main; main()",
         "train",
         str(tmp_path / "recipe.yaml"),
     ]

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from hf_disparse import PruningConfig, apply_masks, decide, score
-from hf_disparse.runs import train as run
 from hf_disparse.analysis import agreement, footprint, knee, watershed
-from hf_disparse.model.multitask import prunable_parameters
+from hf_disparse.model.prunable import prunable_parameters
 from hf_disparse.recipes.recipe import read_recipe
+from hf_disparse.runs import train as run
 from hf_disparse.tasks import average
 from tests.helpers.cli_helpers import hf_disparse, refused, snapshot, write_recipe
 from tests.trainer.test_trainer import multitask_trainer

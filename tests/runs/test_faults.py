@@ -17,7 +17,17 @@ from hf_disparse import UserError, last_whole_checkpoint
 from hf_disparse.export import push
 from tests.helpers.cli_helpers import hf_disparse, refused, snapshot, write_inputs, write_recipe
 from tests.helpers.hub_server import serve
-from tests.helpers.processes import child, export_command, messages, push_command, train_as_rank, train_command, train_telling, train_where_files_may_not_grow, train_where_the_folder_becomes_read_only
+from tests.helpers.processes import (
+    child,
+    export_command,
+    messages,
+    push_command,
+    train_as_rank,
+    train_command,
+    train_telling,
+    train_where_files_may_not_grow,
+    train_where_the_folder_becomes_read_only,
+)
 from tests.trainer.test_resume import CUBIC, STEPS
 from tests.trainer.test_trainer import assert_same, multitask_trainer, weights
 

@@ -7,10 +7,10 @@ import torch
 import yaml
 
 from hf_disparse import PruningConfig, prunable_parameters
-from hf_disparse.runs import train as run
 from hf_disparse.recipes.recipe import parse_recipe
-from tests.trainer.test_trainer import multitask_trainer
+from hf_disparse.runs import train as run
 from tests.helpers.tiny import needs_demo, tiny_model
+from tests.trainer.test_trainer import multitask_trainer
 
 ROOT = Path(__file__).parents[2]
 GLUE = ROOT.parent / "shared" / "glue"

@@ -21,7 +21,7 @@ from hf_disparse import (
     last_whole_checkpoint,
     prunable_parameters,
 )
-from hf_disparse.pruning.masks import sparsity_report
+from hf_disparse.model.sparsity import sparsity_report
 from hf_disparse.pruning.schedule import sparsity_at
 from hf_disparse.trainer import guard
 from hf_disparse.trainer.guard import worst_drop

@@ -1,0 +1,3 @@
+"""The version of the package, for results and cards."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,86 @@
+"""Which weights and parts of a model are pruned."""
+
+from collections.abc import Sequence
+
+import regex
+from torch import nn
+
+from hf_disparse.config import PruningConfig, UserError
+from hf_disparse.model.adapters import has_adapters
+from hf_disparse.model.architectures import encoder_layers, find_sites
+from hf_disparse.model.low_rank import low_rank_modules
+from hf_disparse.model.unshared import shared_name
+from hf_disparse.pruning import decision
+from hf_disparse.pruning.parts import channels
+from hf_disparse.pruning.rules import Sites
+
+
+def prunable_parameters(model: nn.Module, config: PruningConfig | None = None) -> dict[str, nn.Parameter]:
+    """The weights that pruning may zero, by their name in `model`: 2-D weights of Linear modules of the encoder.
+
+    By default those of its layers, that is, below a ModuleList of the encoder: not embeddings, norms, biases, poolers or
+    heads. `config.target_modules` chooses among all Linear modules of the encoder instead, `config.exclude_modules` takes
+    away. Works on a `MultitaskModel` and on any transformers model with an encoder (`model.base_model`). A matrix in two
+    factors, see `hf_disparse.model.low_rank`, goes by its own name there and gives both.
+
+    Raises:
+        UserError: nothing matches.
+    """
+    if has_adapters(model):
+        raise UserError("pruning: expected a model without adapters, got one with PEFT's; prune before adding them")
+    encoder = model.base_model
+    prefix = next(name for name, module in model.named_modules() if module is encoder)
+    lists = [name + "." for name, module in encoder.named_modules() if isinstance(module, nn.ModuleList)]
+    target, exclude = (config.target_modules, config.exclude_modules) if config else (None, None)
+    found, full, seen, factorised = {}, "", set(), low_rank_modules(encoder)
+    for name, module in encoder.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        place = f"{prefix}.{name}" if prefix else name
+        full = shared_name(encoder, name)  # a layer that one task has to itself goes by the one it was copied from
+        full = f"{prefix}.{full}" if prefix else full
+        full = full.rpartition(".")[0] if name.rpartition(".")[0] in factorised else full  # a factor goes by its matrix
+        wanted = name.startswith(tuple(lists)) if target is None else _matches(full, target)
+        if wanted and not (exclude is not None and _matches(full, exclude)):
+            if id(module.weight) not in seen:  # a weight that two modules share goes by its first name
+                found[f"{place}.weight"] = module.weight
+            seen.add(id(module.weight))
+    if not found:
+        wish = f"target_modules={target!r}, exclude_modules={exclude!r}"
+        raise UserError(f"pruning: no Linear module of the encoder matches {wish}; the names look like '{full}'")
+    return found
+
+
+def _matches(name: str, patterns: str | Sequence[str]) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their endings."""
+    if isinstance(patterns, str):
+        try:
+            return regex.fullmatch(patterns, name, timeout=1) is not None
+        except TimeoutError:
+            got = f"{patterns[:100]!r}, which is not done with '{name}' after a second"
+            raise UserError(f"pruning: expected a regular expression that ends, got {got}") from None
+    return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
+
+
+def prunable_sites(model: nn.Module, config: PruningConfig) -> Sites:
+    """The sites of the parts that `config` prunes, empty for weights; names are those of `model`'s modules."""
+    if not config.prunes_parts:
+        return {}
+    if config.granularity == ("channel",):
+        return {"channel": channels(prunable_parameters(model, config))}
+    encoder = model.base_model
+    prefix = next(name for name, module in model.named_modules() if module is encoder)
+    sites = find_sites(encoder, f"{prefix}." if prefix else "")
+    sites = {kind: sites.get(kind, {}) for kind in config.granularity}
+    if config.granularity == ("rank",):
+        mine = prunable_parameters(model, config)
+        sites["rank"] = {name: site for name, site in sites["rank"].items() if f"{name}.up.weight" in mine}
+    return sites
+
+
+def gone_layers(model: nn.Module, masks: decision.Masks) -> list[int]:
+    """The layers of which the masks keep nothing, by their place."""
+    layers = encoder_layers(model.base_model)
+    keeps = {id(p): bool(masks[name].any()) for name, p in model.named_parameters() if name in masks}
+    by_layer = [[keeps[id(p)] for p in layer.parameters() if id(p) in keeps] for layer in layers]
+    return [i for i, kept in enumerate(by_layer) if kept and not any(kept)]

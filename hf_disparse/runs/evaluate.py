@@ -1,0 +1,74 @@
+"""Evaluating a model on the data of a recipe."""
+
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from transformers import PrinterCallback
+
+from hf_disparse.config import UserError, require
+from hf_disparse.model.loading import load_pretrained
+from hf_disparse.model.multitask import MultitaskModel
+from hf_disparse.model.prunable import prunable_parameters
+from hf_disparse.model.sparsity import sparsity_report
+from hf_disparse.recipes.recipe import Recipe, read_recipe
+from hf_disparse.runs.folder import RECIPE_NAME
+from hf_disparse.runs.setup import Splits, new_trainer, prepare
+from hf_disparse.tasks import average, resolve
+from hf_disparse.trainer import DisparseTrainer
+
+
+def evaluate(model_name: str, recipe_path: str | None = None, overrides=()) -> dict[str, Any]:
+    """Evaluates a model that `train` wrote on the validation data of its recipe, or of another one.
+
+    Returns:
+        {"tasks": {name: {metric: value}}, "average": x, "sparsity": {denominator: fraction}}, metrics in 0 to 100.
+    """
+    source, recipe = open_run(model_name, recipe_path, overrides)
+    # It trains nothing that a tracker would show.
+    recipe = replace(recipe, recovery={**recipe.recovery, "report_to": "none"})
+    model = load_pretrained(model_name, MultitaskModel, source)
+    judge_as(recipe, model)
+    tokenizer, data, _ = prepare(recipe, source, splits=("validation",))
+    with TemporaryDirectory() as folder:  # a Trainer makes its output folder, and evaluation leaves nothing behind
+        trainer = new_trainer(recipe, "sparse", folder, model, tokenizer, data)
+        trainer.remove_callback(PrinterCallback)  # the caller prints the metrics
+        metrics = _values(trainer, data)
+    prunable = prunable_parameters(model, recipe.pruning)
+    return {**metrics, "sparsity": sparsity_report(model, model.encoder, prunable)}
+
+
+def open_run(model_name: str, recipe_path: str | None, overrides=()) -> tuple[str, Recipe]:
+    """A model's folder or Hub id, resolved, and the recipe it comes with, or another one."""
+    source = resolve(model_name)
+    path = recipe_path or Path(source, RECIPE_NAME)
+    if not recipe_path and not path.is_file():
+        got = "a folder without it" if Path(source).is_dir() else "no folder"
+        raise UserError(
+            f"{model_name}: expected the folder of a run, which holds {RECIPE_NAME}, got {got}; name a recipe by --recipe"
+        )
+    return source, read_recipe(path, overrides)
+
+
+def judge_as(recipe: Recipe, model: MultitaskModel) -> None:
+    """Gives the model's tasks the recipe's columns and metrics; refuses tasks that its heads were not made for."""
+    tasks = model.tasks
+    for name, (task, _) in recipe.voters.items():
+        if name not in tasks:
+            raise UserError(f"tasks.{name}: the model has no such task; it has {', '.join(tasks)}")
+        for key in ("problem_type", "labels"):
+            expected, got = getattr(tasks[name], key), getattr(task, key)
+            require(got == expected, f"tasks.{name}.{key}", f"{expected!r}, as the model was trained", got)
+        tasks[name] = task
+    model.config.tasks = [task.to_dict() for task in tasks.values()]
+
+
+def _values(trainer: DisparseTrainer, data: Splits) -> dict[str, Any]:
+    """{"tasks": {name: {metric: value}}, "average": x} on the validation data, in GLUE's 0 to 100."""
+    metrics = trainer.evaluate(data["validation"])
+    tasks = {
+        name: {metric: 100 * metrics[f"eval_{name}_{metric}"] for metric in trainer.model.tasks[name].metric}
+        for name in data["validation"]
+    }
+    return {"tasks": tasks, "average": average(tasks)}
