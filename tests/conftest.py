@@ -24,7 +24,7 @@ def pytest_collection_finish():
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> dict:
     """A recipe whose encoder and data are there; tests run it into folders of their own. Some files have another one."""
-    from tests.helpers.cli_helpers import write_inputs  # not above: torch reads OMP_NUM_THREADS as it is imported
+    from tests.helpers.commands import write_inputs  # not above: torch reads OMP_NUM_THREADS as it is imported
 
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 

@@ -11,7 +11,7 @@ from transformers import AutoModel
 
 import hf_disparse
 from hf_disparse import MultitaskModel, PruningConfig, prunable_parameters, sparsity_report
-from tests.helpers.cli_helpers import hf_disparse as command
+from tests.helpers.commands import hf_disparse as command
 
 ARTEFACTS = Path(__file__).parent / "artefacts"
 LOGITS = load_file(ARTEFACTS / "logits.safetensors")
@@ -25,7 +25,7 @@ PUBLIC = """
     TaskConfig TaskMetric UserError apply_masks compact decide decide_again decide_max decide_mean_rank decide_sum factorise
     find_masks last_whole_checkpoint load_masks load_task prunable_parameters prune_again resolve save_compact save_masks
     save_onnx save_packed save_tasks score sparsity_report task_model tokenize unshare vote_masks
-""".split()
+"""
 
 
 @pytest.mark.parametrize("name", ["plain", "packed", "compact", "rank", "unshared", "adapters"])
@@ -65,5 +65,5 @@ def test_a_run_of_the_past_that_died_ends_as_it_would_have(tmp_path, monkeypatch
 
 
 def test_the_public_names_of_the_past_are_there():
-    assert set(PUBLIC) <= set(hf_disparse.__all__)
-    assert all(getattr(hf_disparse, name) for name in PUBLIC)
+    assert set(PUBLIC.split()) <= set(hf_disparse.__all__)
+    assert all(getattr(hf_disparse, name) for name in PUBLIC.split())

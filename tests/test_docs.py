@@ -10,16 +10,8 @@ import pytest
 import tomllib
 
 import hf_disparse
+from tests.helpers.docs import DOCS, ROOT, blocks
 from tests.helpers.tiny import needs_demo
-
-ROOT = Path(__file__).parents[1]
-DOCS = {
-    path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-}
-
-
-def blocks(page: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", DOCS[page], re.DOTALL)
 
 
 @pytest.mark.parametrize("name", hf_disparse.__all__)

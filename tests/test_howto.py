@@ -10,10 +10,10 @@ from transformers import BertModel
 
 from hf_disparse import PruningConfig, TaskConfig
 from hf_disparse.tasks import MultitaskCollator, TaskDataset
-from tests.helpers.cli_helpers import hf_disparse, write_recipe
+from tests.helpers.commands import hf_disparse, write_recipe
+from tests.helpers.docs import blocks
 from tests.helpers.tiny import tiny_bert_config, tiny_model, tiny_tokenizer, tokenized_rows
-from tests.test_docs import blocks
-from tests.trainer.test_trainer import arguments, multitask_trainer, plain_model
+from tests.helpers.training import arguments, multitask_trainer, plain_model
 
 pytest.importorskip("peft")
 BLOCKS = blocks("howto.md", "python")

@@ -26,7 +26,7 @@ from hf_disparse.analysis import (
 )
 from hf_disparse.analysis.names import layer_and_kind
 from hf_disparse.pruning.parts import Site
-from tests.helpers.planted import names, random_masks
+from tests.helpers.analyses import matrix_names, random_masks
 
 torch.set_num_threads(1)
 
@@ -89,7 +89,7 @@ def test_an_own_mask_refuses_what_has_no_order():
 
 def test_agreement_is_that_of_sets():
     masks = random_masks(4, 3, density=0.4)
-    live = {name: torch.rand((24, 40), generator=torch.Generator().manual_seed(7)) < 0.6 for name in names(3)}
+    live = {name: torch.rand((24, 40), generator=torch.Generator().manual_seed(7)) < 0.6 for name in matrix_names(3)}
     for task in masks.values():
         for name, alive in live.items():
             task[name] &= alive
@@ -97,7 +97,7 @@ def test_agreement_is_that_of_sets():
     sets = [*itertools.combinations(masks, 2), tuple(masks)]
     assert set(rows) == set(itertools.product(range(3), ("query", "output", "all"), sets))
     for (layer, kind, tasks), row in rows.items():
-        mine = [n for n in names(3) if f".{layer}." in n and (kind == "all" or kind in n)]
+        mine = [n for n in matrix_names(3) if f".{layer}." in n and (kind == "all" or kind in n)]
         kept = [{(n, i) for n in mine for i in np.flatnonzero(masks[t][n].numpy())} for t in tasks]
         size = sum(int(live[n].sum()) for n in mine)
         iou = len(set.intersection(*kept)) / len(set.union(*kept))
@@ -130,7 +130,7 @@ def test_masks_without_a_choice_are_identical():
 
 def test_a_layer_without_a_live_weight_has_no_row():
     masks = random_masks(2, 3)
-    live = {name: torch.full((24, 40), ".1." not in name) for name in names(3)}
+    live = {name: torch.full((24, 40), ".1." not in name) for name in matrix_names(3)}
     masks = {task: {name: mask & live[name] for name, mask in by.items()} for task, by in masks.items()}
     assert {row["layer"] for row in agreement(masks, live)} == {0, 2}
     assert {row["layer"] for row in keepers(masks, live)} == {0, 2}
@@ -180,7 +180,7 @@ def test_the_interval_of_a_watershed_is_that_of_its_samples():
 @pytest.mark.parametrize("same", [1, 3, 5])
 def test_masks_that_are_identical_below_a_layer_and_independent_above_have_their_watershed_there(same):
     masks = random_masks(3, 6, density=0.2)
-    for name in names(6):
+    for name in matrix_names(6):
         if layer_and_kind([name])[name][0] < same:
             masks["t1"][name] = masks["t2"][name] = masks["t0"][name]
     layers, curve = by_layer(tally(masks))
@@ -242,7 +242,7 @@ def test_sketches_are_unbiased():
 def test_keepers_count_the_tasks_of_every_weight():
     masks = random_masks(3, 2, density=0.5)
     for row in keepers(masks):
-        mine = [n for n in names(2) if f".{row['layer']}." in n and (row["kind"] == "all" or row["kind"] in n)]
+        mine = [n for n in matrix_names(2) if f".{row['layer']}." in n and (row["kind"] == "all" or row["kind"] in n)]
         votes = [sum(int(m[n].flatten()[i]) for m in masks.values()) for n in mine for i in range(960)]
         assert row["kept_by"] == pytest.approx([votes.count(v) / len(votes) for v in range(4)])
 

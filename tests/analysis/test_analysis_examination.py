@@ -23,7 +23,7 @@ from hf_disparse.analysis import (
 from hf_disparse.model.architectures import find_sites
 from hf_disparse.model.prunable import prunable_parameters
 from hf_disparse.pruning.scores import disparse, gradients
-from tests.helpers.planted import names, planted_gradients, random_masks
+from tests.helpers.analyses import matrix_names, planted_gradients, random_masks
 from tests.helpers.tiny import tiny_model
 
 torch.set_num_threads(1)
@@ -113,7 +113,9 @@ def test_a_sample_is_the_same_share_of_what_is_live_in_every_matrix():
 
 def test_a_bootstrap_of_one_batch_on_all_weights_centres_on_the_agreement():
     draw = np.random.default_rng(1)
-    stream = {f"t{t}": {n: torch.tensor(draw.exponential(size=3000)).float() for n in names(2)} for t in range(2)}
+    stream = {
+        f"t{t}": {n: torch.tensor(draw.exponential(size=3000)).float() for n in matrix_names(2)} for t in range(2)
+    }
     samples = {
         t: Sampled({n: g.unsqueeze(0) for n, g in by.items()}, {n: torch.ones(3000) for n in by}, lambda w, s: w * s)
         for t, by in stream.items()
@@ -193,7 +195,7 @@ def test_an_examination_measures_what_its_parts_say_on_a_model():
 
 def test_zeros_are_left_out_of_a_sparse_model_s_measures():
     stream = list(planted_gradients(2, 3, same=0))
-    keep = {name: torch.rand(4000, generator=torch.Generator().manual_seed(1)) < 0.3 for name in names(3)}
+    keep = {name: torch.rand(4000, generator=torch.Generator().manual_seed(1)) < 0.3 for name in matrix_names(3)}
     exam = Examination({name: mask.float() for name, mask in keep.items()}, "snip", 0.5)
     scores = dict(exam.watch(stream))
     for task, seen in exam.evidence.items():

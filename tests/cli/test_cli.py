@@ -23,7 +23,7 @@ from hf_disparse.runs import folder as run_folder
 from hf_disparse.runs import train as run
 from hf_disparse.runs.setup import prepare
 from hf_disparse.trainer import last_whole_checkpoint
-from tests.helpers.cli_helpers import changed, hf_disparse, refused, snapshot, write_recipe
+from tests.helpers.commands import changed, hf_disparse, refused, snapshot, write_recipe
 
 torch.set_num_threads(1)
 PROCESS = [sys.executable, "-c", "from hf_disparse.cli.main import main; main()"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from tests.helpers.cli_helpers import changed, hf_disparse, refused, snapshot, without, write_recipe
+from tests.helpers.commands import changed, hf_disparse, refused, snapshot, without, write_recipe
 
 torch.set_num_threads(1)
 

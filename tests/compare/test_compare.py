@@ -19,7 +19,7 @@ from hf_disparse.methods import saliency
 from hf_disparse.recipes.recipe import parse_recipe
 from hf_disparse.report import sentences
 from hf_disparse.runs import train as run
-from tests.helpers.cli_helpers import changed, hf_disparse, refused, snapshot, without, write_csv
+from tests.helpers.commands import changed, hf_disparse, refused, snapshot, without, write_csv
 from tests.helpers.comparing import ASKS, compared, parsed_table, stopping, write_comparison
 from tests.helpers.tiny import VOCABULARY
 

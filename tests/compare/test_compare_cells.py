@@ -9,7 +9,7 @@ import torch
 from hf_disparse import DynamicConfig, PlatonConfig, PruningConfig, UserError
 from hf_disparse.compare.by_method import METHODS, Cell, default_criterion, grid, recipe_of, scoring_batches
 from hf_disparse.recipes.recipe import parse_recipe
-from tests.helpers.cli_helpers import changed, hf_disparse, refused, snapshot, write_recipe
+from tests.helpers.commands import changed, hf_disparse, refused, snapshot, write_recipe
 from tests.helpers.comparing import ASKS, OTHERS, compared, write_comparison
 
 torch.set_num_threads(1)

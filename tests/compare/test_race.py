@@ -15,8 +15,8 @@ from hf_disparse.compare.equal_budget import Cell, Race, best_ensemble, recipe_o
 from hf_disparse.compare.tables import markdown
 from hf_disparse.recipes.recipe import parse_recipe
 from hf_disparse.tasks import average
-from tests.helpers.cli_helpers import changed, refused, snapshot, write_recipe
-from tests.helpers.racing import CELLS, write_race
+from tests.helpers.commands import changed, refused, snapshot, write_recipe
+from tests.helpers.comparing import CELLS, write_race
 
 torch.set_num_threads(1)
 

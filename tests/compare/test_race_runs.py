@@ -13,9 +13,8 @@ from hf_disparse.compare.equal_budget import Cell, exact
 from hf_disparse.methods import saliency
 from hf_disparse.recipes.recipe import parse_recipe
 from hf_disparse.runs import train as run
-from tests.helpers.cli_helpers import changed, hf_disparse, snapshot, without, write_recipe
-from tests.helpers.comparing import counted, parsed_table, stopping
-from tests.helpers.racing import CELLS, COMMAND, write_race
+from tests.helpers.commands import changed, hf_disparse, snapshot, without, write_recipe
+from tests.helpers.comparing import CELLS, COMMAND, counted, parsed_table, stopping, write_race
 
 torch.set_num_threads(1)
 

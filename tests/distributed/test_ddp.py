@@ -19,7 +19,7 @@ from hf_disparse.pruning import scores
 from tests.helpers.ddp_worker import METHODS, ODD, VARIANTS, evaluated, trained, trainer_of
 from tests.helpers.launching import in_processes
 from tests.helpers.tiny import tiny_model
-from tests.trainer.test_trainer import assert_same
+from tests.helpers.training import assert_same
 
 FAST = [name for name in VARIANTS if name != "compiled"]
 OTHERS = ["evaluated", "disturbed", "other_data"]

@@ -14,7 +14,7 @@ from hf_disparse.trainer.checkpoints import SEAL_NAME, last_whole_checkpoint, to
 from tests.helpers.ddp_worker import trained, trainer_of
 from tests.helpers.fsdp_worker import CONFIGS, ROUND
 from tests.helpers.launching import in_processes
-from tests.trainer.test_trainer import assert_same, multitask_trainer
+from tests.helpers.training import assert_same, multitask_trainer
 
 RESUMED = ["saliency", "sharded"]
 

@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
 from hf_disparse.trainer.checkpoints import last_whole_checkpoint
-from tests.helpers.cli_helpers import changed, write_inputs, write_recipe
+from tests.helpers.commands import changed, write_inputs, write_recipe
 from tests.helpers.launching import ROOT, in_processes, torchrun
 
 TRAIN, EVALUATE, COMPARE, AGAIN, WRONG, ANALYZE = range(6)

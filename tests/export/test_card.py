@@ -13,7 +13,7 @@ from hf_disparse import MultitaskConfig, MultitaskModel, PruningConfig, UserErro
 from hf_disparse.export import save_packed, write_card
 from hf_disparse.recipes.recipe import parse_recipe
 from hf_disparse.runs import train as run
-from tests.helpers.cli_helpers import hf_disparse, write_inputs
+from tests.helpers.commands import hf_disparse, write_inputs
 from tests.helpers.tiny import CONFIGS, three_tasks, tiny_model, tiny_tokenizer
 
 

@@ -1,9 +1,6 @@
 """Pushing and loading against a Hub on loopback, by the real huggingface_hub client."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,10 +9,10 @@ from safetensors.torch import load_file
 
 from hf_disparse import MultitaskModel, PruningConfig, UserError
 from hf_disparse.export import push
-from tests.export.test_compact import prune_parts
-from tests.helpers.hub_server import serve
+from tests.helpers.compacting import prune_parts
+from tests.helpers.hub_server import run_with_hub, serve
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
-from tests.trainer.test_trainer import plain_model
+from tests.helpers.training import plain_model
 
 
 @pytest.fixture
@@ -39,17 +36,6 @@ def folder(tmp_path_factory):
 
 def client(address: str, token: str | None = "good") -> HfApi:
     return HfApi(endpoint=address, token=token or False)
-
-
-def run(code: str, address: str, tmp_path, token: str | None = "good") -> subprocess.CompletedProcess:
-    """Python of its own, for huggingface_hub reads its settings when it is imported."""
-    settings = {
-        "HF_ENDPOINT": address,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_TOKEN": token or "",
-    }
-    return subprocess.run([sys.executable, "-c", code], env={**os.environ, **settings}, capture_output=True, text=True)
 
 
 def test_what_is_pushed_loads_elsewhere(hub, folder, tmp_path):
@@ -77,7 +63,7 @@ def test_what_is_pushed_loads_elsewhere(hub, folder, tmp_path):
         "one = AutoModelForSequenceClassification.from_pretrained('me/sparse', subfolder='tasks/three')\n"
         "assert one.config.id2label == {0: 'a', 1: 'b', 2: 'c'}\n"
     )
-    done = run(code, address, tmp_path)
+    done = run_with_hub(code, address, tmp_path)
     assert done.returncode == 0, done.stderr
     saved, loaded = load_file(folder / "model.safetensors"), torch.load(tmp_path / "state.pt", weights_only=True)
     assert all(torch.equal(saved[name], loaded[name]) for name in saved)
@@ -91,15 +77,15 @@ def test_the_command_and_the_model_s_own_method(hub, folder, tmp_path):
         f"sys.argv = ['hf-disparse', 'push', {str(folder)!r}, 'me/compact', '--format', 'compact', '--private']\n"
         "cli.main()\n"
     )
-    done = run(code, address, tmp_path)
+    done = run_with_hub(code, address, tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"pushed: {address}/me/compact/commit/{store.head('me/compact')}" in done.stdout
     assert store.repos["me/compact"]["private"] and not store.repos["me/own"]["private"]
     assert "structure" in json.loads(store.files("me/compact")["config.json"][0])["quantization_config"]
     assert "model.safetensors" in store.files("me/own")
     code = "import hf_disparse; from transformers import AutoModel; AutoModel.from_pretrained('me/compact')"
-    assert run(code, address, tmp_path).returncode == 0
-    stranger = run(code, address, tmp_path / "stranger", token=None)
+    assert run_with_hub(code, address, tmp_path).returncode == 0
+    stranger = run_with_hub(code, address, tmp_path / "stranger", token=None)
     assert stranger.returncode != 0 and "me/compact" in stranger.stderr
 
 
@@ -162,7 +148,7 @@ def test_shards_are_pushed_with_their_index(hub, folder, tmp_path):
         "from hf_disparse import MultitaskModel\n"
         f"MultitaskModel.from_pretrained('me/shards').save_pretrained({str(tmp_path / 'whole')!r})\n"
     )
-    done = run(code, address, tmp_path)
+    done = run_with_hub(code, address, tmp_path)
     assert done.returncode == 0, done.stderr
     pulled = load_file(tmp_path / "whole" / "model.safetensors")
     assert all(torch.equal(tensor, pulled[name]) for name, tensor in model.state_dict().items())
@@ -193,7 +179,7 @@ def test_a_trainer_pushes_while_it_trains(hub, tmp_path):
         "    train_dataset=three_datasets(), eval_dataset=three_datasets(), processing_class=tiny_tokenizer())\n"
         "trainer.train(); trainer.evaluate(); trainer.push_to_hub()\n"
     )
-    done = run(code, address, tmp_path)
+    done = run_with_hub(code, address, tmp_path)
     assert done.returncode == 0, done.stderr
     files = store.files("me/trained")
     assert {"last-checkpoint/pruning_masks.safetensors", "last-checkpoint/optimizer.pt", "pruning_config.json"} <= set(

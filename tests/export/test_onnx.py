@@ -9,10 +9,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from hf_disparse import MultitaskModel, UserError, compact
 from hf_disparse.export import save_onnx, save_packed
-from tests.export.test_compact import model_of, prune_parts
-from tests.helpers.cli_helpers import hf_disparse
+from tests.helpers.commands import hf_disparse
+from tests.helpers.compacting import model_of, prune_parts
 from tests.helpers.tiny import CONFIGS, tiny_model, tiny_tokenizer
-from tests.trainer.test_trainer import multitask_trainer
+from tests.helpers.training import multitask_trainer
 
 onnx = pytest.importorskip("onnx", reason="pip install 'hf_disparse[onnx]'")
 onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'hf_disparse[onnx]'")

@@ -12,8 +12,8 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 from hf_disparse import MultitaskConfig, MultitaskModel, TaskConfig, UserError, compact, save_packed
 from hf_disparse.export import save_tasks, task_model
-from tests.export.test_compact import BATCH, close, model_of, prune_parts
-from tests.helpers.cli_helpers import refused
+from tests.helpers.commands import refused
+from tests.helpers.compacting import BATCH, close, model_of, prune_parts
 from tests.helpers.tiny import CONFIGS, three_tasks, tiny_model, tiny_tokenizer
 
 TAGS = TaskConfig(name="tags", columns="tokens", labels=["O", "X", "Y"], problem_type="token_classification")

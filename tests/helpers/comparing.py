@@ -1,4 +1,4 @@
-"""What tests of comparisons share: the methods, a recipe, the command with its passes counted, and a table read back."""
+"""What tests of comparisons and races share: the methods, a recipe, the command with its passes counted, and a table read back."""
 
 import json
 from collections import Counter
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_disparse import DisparseTrainer
-from tests.helpers.cli_helpers import changed, hf_disparse, write_csv, write_inputs, write_recipe
+from tests.helpers.commands import changed, hf_disparse, write_csv, write_inputs, write_recipe
 
 # What each method asks for, given the criterion fisher; the recipe's own pruning section asks for a quorum of 2.
 ASKS = {
@@ -111,3 +111,17 @@ def parsed_table(text: str) -> list[list[str]]:
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     assert all(set(cell) <= set("-:") for cell in lines[1])
     return [lines[0], *lines[2:]]
+
+
+COMMAND = ("--protocol", "equal-budget", "--sparsities", "0.6,0.8,0.9", "--budgets", "0.3,0.5", "--seeds", "1,2")
+
+SINGLES = [(task, s) for task in ("two", "real") for s in (0.6, 0.8, 0.9)]
+
+CELLS = [(*who, seed) for seed in (1, 2) for who in (*SINGLES, (None, 0.7), (None, 0.5))]
+
+
+def write_race(folder: Path) -> dict:
+    """The tasks of a comparison; pruning asks for a quorum of 2 and goes in two steps."""
+    pruning = {"sparsity": 0.9, "decision": "quorum", "quorum": 2, "score_batches": 2}
+    pruning |= {"schedule": "cubic", "start_step": 0, "update_every": 1, "end_step": 2}
+    return changed(write_comparison(folder), "pruning", pruning)

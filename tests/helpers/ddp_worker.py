@@ -26,7 +26,7 @@ from hf_disparse import (
 from hf_disparse.distributed.fsdp import local
 from hf_disparse.distributed.processes import processes
 from tests.helpers.tiny import three_datasets, three_tasks, tiny_bert_config, tiny_tokenizer, tokenized_rows
-from tests.trainer.test_trainer import arguments
+from tests.helpers.training import arguments
 
 CUBIC = dict(schedule="cubic", start_step=2, end_step=8, update_every=3, score_batches=2)
 RISING = dict(sparsity=0.7, end_step=8, update_every=3)

@@ -6,7 +6,9 @@ Knows regular and LFS files, private repositories, tokens, parent commits, and u
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
 import sys
 import threading
 from contextlib import contextmanager
@@ -206,3 +208,14 @@ def serve():
     finally:
         server.shutdown()
         server.server_close()
+
+
+def run_with_hub(code: str, address: str, tmp_path, token: str | None = "good") -> subprocess.CompletedProcess:
+    """Python of its own, for huggingface_hub reads its settings when it is imported."""
+    settings = {
+        "HF_ENDPOINT": address,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": token or "",
+    }
+    return subprocess.run([sys.executable, "-c", code], env={**os.environ, **settings}, capture_output=True, text=True)

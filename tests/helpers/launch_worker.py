@@ -7,7 +7,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from hf_disparse.cli import main as cli
-from tests.helpers.cli_helpers import hf_disparse
+from tests.helpers.commands import hf_disparse
 
 
 def main(folder: Path) -> None:

@@ -23,10 +23,10 @@ from hf_disparse.cli import main as cli
 from hf_disparse.export import packed
 from hf_disparse.trainer import trainer
 from hf_disparse.trainer.checkpoints import seal
-from tests.helpers.cli_helpers import hf_disparse
+from tests.helpers.commands import hf_disparse
+from tests.helpers.resuming import CUBIC, STEPS
 from tests.helpers.tiny import three_datasets, tiny_model, tiny_tokenizer
-from tests.trainer.test_resume import CUBIC, STEPS
-from tests.trainer.test_trainer import arguments, multitask_trainer
+from tests.helpers.training import arguments, multitask_trainer
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.helpers.processes"])

@@ -9,7 +9,8 @@ import torch
 from hf_disparse import DynamicConfig, PruningConfig, UserError, score
 from hf_disparse.methods.dynamic import allocate, drop_counts, erdos_renyi, forget, grow, round_to, select, uniform
 from hf_disparse.pruning.schedule import cosine_decay
-from tests.trainer.test_trainer import assert_same, multitask_trainer
+from tests.helpers.dynamic import brute_force
+from tests.helpers.training import assert_same, multitask_trainer
 
 SQUARES = {"a": (2, 2), "b": (4, 4), "c": (8, 8)}  # 4, 16 and 64 weights; n_in + n_out = 4, 8 and 16
 
@@ -80,17 +81,6 @@ def tied(seed: int, tasks: int = 3) -> tuple[dict, dict]:
         f"t{i}": {n: torch.randint(0, 8, s, generator=generator) / 4 for n, s in shapes.items()} for i in range(tasks)
     }
     return scores, {n: torch.rand(s, generator=generator) < 0.5 for n, s in shapes.items()}
-
-
-def brute_force(scores: list[np.ndarray], eligible: np.ndarray, count: int, quorum: int) -> set[int]:
-    """The chosen places of one group, from the definition, one weight after the other."""
-    places = np.flatnonzero(eligible)
-    ranks = []
-    for values in scores:
-        order = sorted(places, key=lambda i: (-values[i], i))
-        ranks.append({i: rank if values[i] else len(values) for rank, i in enumerate(order)})
-    cost = {i: sorted(rank[i] for rank in ranks)[quorum - 1] for i in places}
-    return set(sorted(places, key=lambda i: (cost[i], i))[:count])
 
 
 @pytest.mark.parametrize("quorum", [1, 2, 3])

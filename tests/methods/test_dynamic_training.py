@@ -10,10 +10,10 @@ from transformers import Trainer, TrainerCallback
 
 from hf_disparse import DynamicConfig, MultitaskModel, PruningCallback, PruningConfig, find_masks, prunable_parameters
 from hf_disparse.methods.dynamic import allocate
+from tests.helpers.dynamic import brute_force
+from tests.helpers.resuming import STEPS, DieAt, Died, killed_and_resumed
 from tests.helpers.tiny import tiny_model, tiny_tokenizer, tokenized_rows
-from tests.methods.test_dynamic import brute_force
-from tests.trainer.test_resume import STEPS, DieAt, Died, killed_and_resumed
-from tests.trainer.test_trainer import BINARY, Watch, arguments, assert_same, multitask_trainer, plain_model, weights
+from tests.helpers.training import BINARY, Watch, arguments, assert_same, multitask_trainer, plain_model, weights
 
 RIGL = {"criterion": "magnitude", "allocation": "erk", "score_batches": 1}  # as its authors start
 

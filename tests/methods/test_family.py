@@ -30,10 +30,9 @@ from hf_disparse import (
 from hf_disparse.methods.again import majority, rank_correlation
 from hf_disparse.pruning.schedule import sparsity_at, update_steps
 from hf_disparse.pruning.stored_scores import keep_scores, load_scores, scored_tasks
-from tests.helpers.scored_run import ONCE, pruned, run
+from tests.helpers.resuming import CUBIC
 from tests.helpers.tiny import three_datasets, three_tasks, tiny_model, tiny_tokenizer
-from tests.trainer.test_resume import CUBIC
-from tests.trainer.test_trainer import arguments, assert_same, weights
+from tests.helpers.training import SCORED, arguments, assert_same, count_pruned, saved_run, weights
 
 NEW = TaskConfig(name="new", columns="text", labels=["no", "yes"])
 
@@ -41,7 +40,7 @@ NEW = TaskConfig(name="new", columns="text", labels=["no", "yes"])
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    return folder, run(folder)
+    return folder, saved_run(folder)
 
 
 def batches(task: str, number: int = 4) -> list[dict]:
@@ -82,18 +81,18 @@ def broken(finished, tmp_path):
 @pytest.mark.parametrize(
     "config",
     [
-        *(replace(ONCE, decision=decision) for decision in ("unanimous", "sum", "max", "mean_rank")),
-        replace(ONCE, decision="quorum", quorum=2),
+        *(replace(SCORED, decision=decision) for decision in ("unanimous", "sum", "max", "mean_rank")),
+        replace(SCORED, decision="quorum", quorum=2),
         *(replace(CUBIC, keep_scores=True, decision=decision) for decision in ("unanimous", "max")),
         replace(CUBIC, keep_scores=True, criterion="random"),
-        replace(ONCE, granularity=("head", "neuron"), sparsity=0.5),
-        replace(ONCE, granularity="2:4", sparsity=0.5),
-        replace(ONCE, granularity="block4x4", sparsity=0.5),
+        replace(SCORED, granularity=("head", "neuron"), sparsity=0.5),
+        replace(SCORED, granularity="2:4", sparsity=0.5),
+        replace(SCORED, granularity="block4x4", sparsity=0.5),
     ],
     ids=lambda c: f"{c.decision}-{c.schedule}-{c.criterion}-{'-'.join(c.granularity)}",
 )
 def test_all_tasks_decide_again_as_the_run_did_bit_for_bit(tmp_path, config):
-    trainer = run(tmp_path, config, max_steps=17 if config.schedule == "cubic" else 2)
+    trainer = saved_run(tmp_path, config, max_steps=17 if config.schedule == "cubic" else 2)
     assert_same(trainer.pruner.masks, decide_again(tiny_model(), tmp_path))
 
 
@@ -106,7 +105,7 @@ def test_what_was_pruned_before_the_tasks_scored_does_not_compete(tmp_path, deci
         task: {n: torch.rand(p.shape, generator=generator).mul(9).floor() for n, p in parameters.items()}
         for task in "abc"
     }
-    config = replace(ONCE, decision=decision)
+    config = replace(SCORED, decision=decision)
     config.save_pretrained(tmp_path)
     assert dict(keep_scores(drawn.items(), tmp_path / "scores", masks)) == drawn  # what is handed on is not marked
     rule = {"unanimous": decide, "sum": decide_sum, "max": decide_max, "mean_rank": decide_mean_rank}[decision]
@@ -119,18 +118,18 @@ def test_what_was_pruned_before_the_tasks_scored_does_not_compete(tmp_path, deci
 
 
 def test_a_run_in_steps_marks_what_it_had_pruned_before(tmp_path):
-    run(tmp_path, replace(CUBIC, keep_scores=True), max_steps=17)
+    saved_run(tmp_path, replace(CUBIC, keep_scores=True), max_steps=17)
     parameters = prunable_parameters(tiny_model())
     size, last_but_one = sum(p.numel() for p in parameters.values()), sparsity_at(CUBIC, update_steps(CUBIC)[-2])
     for path in scored_tasks(tmp_path).values():
-        assert pruned(load_scores(path, parameters)[1]) == round(last_but_one * size)
+        assert count_pruned(load_scores(path, parameters)[1]) == round(last_but_one * size)
 
 
 def test_without_a_task_the_masks_are_those_of_a_run_without_it(finished, tmp_path):
     folder, _ = finished
     for gone in ("two", "real"):
         rest = [task for task in three_datasets() if task != gone]
-        expected = run(tmp_path / gone, tasks=rest, max_steps=1).pruner.masks
+        expected = saved_run(tmp_path / gone, tasks=rest, max_steps=1).pruner.masks
         found = decide_again(tiny_model(), folder, [gone])
         assert_same(expected, found)
         assert any((keep != finished[1].pruner.masks[name]).any() for name, keep in found.items())
@@ -148,11 +147,11 @@ def test_a_sparse_model_loses_more_and_nothing_comes_back(finished):
     folder, trainer = finished
     held = {name: keep.cpu() for name, keep in trainer.pruner.masks.items()}
     assert_same(held, decide_again(trainer.model, folder, ["two"]))
-    more = decide_again(trainer.model, folder, ["two"], config=replace(ONCE, sparsity=0.9))
-    assert pruned(more) == round(0.9 * sum(keep.numel() for keep in held.values()))
+    more = decide_again(trainer.model, folder, ["two"], config=replace(SCORED, sparsity=0.9))
+    assert count_pruned(more) == round(0.9 * sum(keep.numel() for keep in held.values()))
     assert all((more[name] <= keep).all() for name, keep in held.items())
     with pytest.raises(UserError, match="start from the dense model"):
-        decide_again(trainer.model, folder, config=replace(ONCE, sparsity=0.5))
+        decide_again(trainer.model, folder, config=replace(SCORED, sparsity=0.5))
 
 
 def test_pruning_again_takes_the_heads_away_and_zeroes_the_rest(finished):
@@ -167,7 +166,7 @@ def test_pruning_again_takes_the_heads_away_and_zeroes_the_rest(finished):
 
 
 def test_layers_that_go_again_are_skipped(tmp_path):
-    trainer = run(tmp_path, replace(ONCE, granularity="layer", sparsity=0.5), max_steps=2)
+    trainer = saved_run(tmp_path, replace(SCORED, granularity="layer", sparsity=0.5), max_steps=2)
     model = tiny_model()
     prune_again(model, tmp_path, ["two"])
     assert len(model.config.skipped_layers) == len(trainer.model.config.skipped_layers) == 1
@@ -192,12 +191,12 @@ def test_only_stored_tasks_can_be_left_out_and_not_all(finished, without, messag
 def test_configs_that_have_no_scores_of_tasks_are_refused(finished):
     for changes in ({"decision": "joint"}, {"max_drop": 1.0}, {"keep_scores": "yes"}):
         with pytest.raises(UserError, match="keep_scores"):
-            replace(ONCE, **changes)
-    config = replace(ONCE, keep_scores=False, decision="joint")
+            replace(SCORED, **changes)
+    config = replace(SCORED, keep_scores=False, decision="joint")
     with pytest.raises(UserError, match="config: expected tasks that judge"):
         decide_again(tiny_model(), finished[0], config=config)
     with pytest.raises(UserError, match="at most the number of tasks that are left, 2, got 3"):
-        decide_again(tiny_model(), finished[0], ["two"], config=replace(ONCE, decision="quorum", quorum=3))
+        decide_again(tiny_model(), finished[0], ["two"], config=replace(SCORED, decision="quorum", quorum=3))
 
 
 @pytest.mark.parametrize(
@@ -308,7 +307,7 @@ def test_the_nearest_tasks_vote_on_the_layers_of_the_new_one(finished):
         source = name.replace("encoder.private.new.0.", "encoder.encoder.layer.1.")
         both = (kept[0][source] & kept[1][source]).reshape(alive.shape)
         assert np.array_equal(mask.numpy(), alive & both if "private" in name else alive), name
-    assert pruned(masks) > pruned(find_masks(parameters))
+    assert count_pruned(masks) > count_pruned(find_masks(parameters))
 
 
 def test_a_task_that_is_a_known_one_again_is_nearest_to_it(finished):
@@ -320,7 +319,7 @@ def test_a_task_that_is_a_known_one_again_is_nearest_to_it(finished):
             model.remove_task(task)
         masks, similarity = vote_masks(model, known, batches(known, 5), folder, nearest=1)
         assert next(iter(similarity)) == known
-        assert pruned(masks) == round(0.7 * sum(keep.numel() for keep in masks.values()))  # dense: its own mask
+        assert count_pruned(masks) == round(0.7 * sum(keep.numel() for keep in masks.values()))  # dense: its own mask
 
 
 def test_a_new_task_learns_and_the_others_keep_their_bits(finished, tmp_path):
@@ -357,4 +356,4 @@ def test_votes_that_mean_nothing_are_refused(finished, task, changes, nearest, m
     model = tiny_model()
     unshare(model, 1, ["real"])
     with pytest.raises(UserError, match=message):
-        vote_masks(model, task, batches("real"), finished[0], nearest, config=replace(ONCE, **changes))
+        vote_masks(model, task, batches("real"), finished[0], nearest, config=replace(SCORED, **changes))

@@ -21,9 +21,9 @@ from hf_disparse.export.card import write_card
 from hf_disparse.methods.group_lasso import penalty_in_time, rms, shrink, shrinkage, sizes
 from hf_disparse.model.prunable import prunable_sites
 from hf_disparse.pruning.parts import Site, channels, sum_by_part
+from tests.helpers.resuming import DieAt, Died
 from tests.helpers.tiny import three_datasets, tiny_model, tiny_tokenizer
-from tests.trainer.test_resume import DieAt, Died
-from tests.trainer.test_trainer import arguments, assert_same, multitask_trainer, weights
+from tests.helpers.training import arguments, assert_same, multitask_trainer, weights
 
 # Two groups: rows 0, 1 and columns 0, 1 against rows 2, 3 and columns 2, 3.
 SITE = Site(2, {"q": (0, torch.tensor([0, 0, 1, 1])), "o": (1, torch.tensor([0, 0, 1, 1]))})

@@ -19,8 +19,8 @@ from hf_disparse.methods.l0 import (
     slope,
 )
 from hf_disparse.trainer.checkpoints import PRUNING_STATE_NAME
-from tests.trainer.test_resume import STEPS, DieAt, Died, killed_and_resumed
-from tests.trainer.test_trainer import Watch, assert_same, multitask_trainer, weights
+from tests.helpers.resuming import STEPS, DieAt, Died, killed_and_resumed
+from tests.helpers.training import Watch, assert_same, multitask_trainer, weights
 
 SHARE = dict(sparsity=0.8, start_step=2, end_step=14, gate_learning_rate=0.5)
 

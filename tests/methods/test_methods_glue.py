@@ -5,13 +5,13 @@ import pytest
 from hf_disparse.compare import by_method as cells
 from hf_disparse.compare import by_method as compare
 from hf_disparse.recipes.recipe import parse_recipe
+from tests.helpers.glue import glue_recipe, needs_glue
 from tests.helpers.tiny import needs_demo
-from tests.runs.test_real import GLUE, glue_recipe
 
 
 @pytest.mark.slow
 @needs_demo
-@pytest.mark.skipif(not GLUE.is_dir(), reason="needs GLUE in ../shared/glue, in the layout of nyu-mll/glue")
+@needs_glue
 def test_every_method_trains_on_glue(tmp_path):
     """Half of the weights, parts or numbers go in a few steps; what that costs is for docs/methods.md to say."""
     values = glue_recipe(tmp_path)

@@ -11,9 +11,9 @@ from hf_disparse import DisparseTrainer, MovementConfig, MultitaskModel, UserErr
 from hf_disparse.methods.movement import above, accumulate, soft_step
 from hf_disparse.pruning.schedule import sparsity_at, update_steps
 from hf_disparse.trainer.checkpoints import PRUNING_STATE_NAME
+from tests.helpers.resuming import STEPS, DieAt, Died, killed_and_resumed
 from tests.helpers.tiny import three_datasets, tiny_model, tiny_tokenizer
-from tests.trainer.test_resume import STEPS, DieAt, Died, killed_and_resumed
-from tests.trainer.test_trainer import Watch, arguments, assert_same, multitask_trainer, weights
+from tests.helpers.training import Watch, arguments, assert_same, multitask_trainer, weights
 
 HARD = dict(sparsity=0.8, end_step=16, update_every=4)
 SOFT = dict(mode="soft", score_learning_rate=0.5, penalty=4.0)

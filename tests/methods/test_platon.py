@@ -7,9 +7,9 @@ import torch
 from hf_disparse import DisparseTrainer, MultitaskModel, PlatonConfig, UserError, decide, prunable_parameters
 from hf_disparse.methods.platon import score, smooth
 from hf_disparse.pruning.schedule import sparsity_at, update_steps
+from tests.helpers.resuming import STEPS, killed_and_resumed
 from tests.helpers.tiny import three_datasets, tiny_model, tiny_tokenizer
-from tests.trainer.test_resume import STEPS, killed_and_resumed
-from tests.trainer.test_trainer import Watch, arguments, assert_same, multitask_trainer, weights
+from tests.helpers.training import Watch, arguments, assert_same, multitask_trainer, weights
 
 CUBIC = dict(sparsity=0.8, end_step=16, update_every=4)
 

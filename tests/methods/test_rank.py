@@ -33,10 +33,10 @@ from hf_disparse.model.sparsity import dense_size
 from hf_disparse.pruning.masks import apply_masks
 from hf_disparse.pruning.parts import Site, mask_of_parts
 from hf_disparse.pruning.scores import score
-from tests.export.test_compact import BATCH, close, logits, model_of, prune_parts, same
-from tests.helpers.cli_helpers import hf_disparse, write_inputs, write_recipe
+from tests.helpers.commands import hf_disparse, write_inputs, write_recipe
+from tests.helpers.compacting import BATCH, close, logits, model_of, prune_parts, same
 from tests.helpers.tiny import CONFIGS, DENSE, three_tasks, tiny_model
-from tests.trainer.test_trainer import assert_same
+from tests.helpers.training import assert_same
 
 
 def prune_ranks(model, seed: int = 0) -> int:

@@ -20,10 +20,10 @@ from hf_disparse import (
 )
 from hf_disparse.methods import Flop
 from hf_disparse.model.low_rank import low_rank_modules
-from tests.export.test_compact import close, logits, same
+from tests.helpers.compacting import close, logits, same
+from tests.helpers.resuming import DieAt, Died, killed_and_resumed
 from tests.helpers.tiny import DENSE, tiny_model, tiny_tokenizer, tokenized_rows
-from tests.trainer.test_resume import DieAt, Died, killed_and_resumed
-from tests.trainer.test_trainer import BINARY, arguments, assert_same, multitask_trainer, plain_model, weights
+from tests.helpers.training import BINARY, arguments, assert_same, multitask_trainer, plain_model, weights
 
 CUBIC = dict(schedule="cubic", start_step=1, end_step=13, update_every=3, score_batches=2)
 

@@ -9,8 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_disparse import MultitaskModel, PruningConfig, TaskConfig, UserError, save_packed
 from hf_disparse.export import compact, push, save_compact, save_tasks
-from tests.helpers.tiny import three_tasks, tiny_model
-from tests.model.test_adapters import (
+from tests.helpers.adapters import (
     TWO,
     adapted,
     adapter,
@@ -22,7 +21,8 @@ from tests.model.test_adapters import (
     state,
     train_by_hand,
 )
-from tests.trainer.test_trainer import multitask_trainer, weights
+from tests.helpers.tiny import three_tasks, tiny_model
+from tests.helpers.training import multitask_trainer, weights
 
 
 def test_what_adapters_do_not_go_with_says_so_in_a_line(tmp_path):

@@ -24,10 +24,10 @@ from hf_disparse import (
 )
 from hf_disparse.model.architectures import layout_of
 from hf_disparse.model.multitask import head_config
-from tests.export.test_compact import BATCH, close, logits, model_of, prune_parts, same
+from tests.helpers.compacting import BATCH, close, logits, model_of, prune_parts, same
+from tests.helpers.resuming import DieAt, Died
 from tests.helpers.tiny import CONFIGS, three_datasets, tiny_model, tiny_tokenizer
-from tests.trainer.test_resume import DieAt, Died
-from tests.trainer.test_trainer import arguments, assert_same, multitask_trainer, weights
+from tests.helpers.training import arguments, assert_same, multitask_trainer, weights
 
 
 def by_task(model, **kwargs) -> dict[str, torch.Tensor]:

@@ -14,9 +14,9 @@ from hf_disparse.model.prunable import prunable_sites
 from hf_disparse.pruning.part_criteria import agreement, agreement_score, taylor
 from hf_disparse.pruning.parts import Site, sum_by_part
 from hf_disparse.pruning.scores import gradients, score
+from tests.helpers.resuming import DieAt, Died
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
-from tests.trainer.test_resume import DieAt, Died
-from tests.trainer.test_trainer import assert_same, multitask_trainer, weights
+from tests.helpers.training import assert_same, multitask_trainer, weights
 
 OWNER = torch.tensor([0, 0, 1, 1])
 SITES = {"head": {"a": Site(2, {"q": (0, OWNER), "o": (1, OWNER)})}, "layer": {"": Site(1, {"q": (0, 0 * OWNER)})}}

@@ -28,7 +28,7 @@ from hf_disparse.model.architectures import find_sites
 from hf_disparse.model.prunable import prunable_parameters, prunable_sites
 from hf_disparse.pruning.parts import Site, mask_of_parts, sum_by_part
 from hf_disparse.pruning.rules import decide_parts, keep_parts
-from tests.export.test_compact import prune_parts
+from tests.helpers.compacting import prune_parts
 from tests.helpers.tiny import CONFIGS, three_datasets, three_tasks, tiny_bert_config, tiny_model, tiny_tokenizer
 
 HEADS = Site(2, {"q": (0, torch.tensor([0, 0, 1, 1])), "o": (1, torch.tensor([0, 0, 1, 1]))})

@@ -19,9 +19,9 @@ from hf_disparse.pruning.patterns import (
     ranks_in_groups,
 )
 from hf_disparse.recipes.recipe import read_recipe
+from tests.helpers.resuming import DieAt, Died
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
-from tests.trainer.test_resume import DieAt, Died
-from tests.trainer.test_trainer import Watch, assert_same, multitask_trainer, weights
+from tests.helpers.training import Watch, assert_same, multitask_trainer, weights
 
 DECISIONS = ["unanimous", "quorum", "joint", "sum", "max", "mean_rank"]
 

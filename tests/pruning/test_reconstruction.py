@@ -29,10 +29,9 @@ from hf_disparse import (
 from hf_disparse.pruning.masks import apply_masks
 from hf_disparse.pruning.reconstruction import fit, reconstruct
 from hf_disparse.pruning.scores import model_loss
+from tests.helpers.resuming import CUBIC, STEPS, killed_and_resumed
 from tests.helpers.tiny import CONFIGS, needs_demo, three_tasks, tiny_model
-from tests.trainer.test_reinitialise import At
-from tests.trainer.test_resume import CUBIC, STEPS, killed_and_resumed
-from tests.trainer.test_trainer import assert_same, multitask_trainer, weights
+from tests.helpers.training import StateAt, assert_same, multitask_trainer, weights
 
 LABELS = torch.arange(16) % 2
 SHARED_KEYS = "deberta-v2 with shared keys"  # whose key and query projections see two inputs in a layer, as in v3
@@ -238,7 +237,7 @@ def test_nothing_that_is_whole_changes():
 def test_training_goes_on_from_the_fit_on_the_scoring_batches_of_all_tasks(tmp_path):
     config = PruningConfig(sparsity=0.8, score_batches=3, reconstruct=True)
     trainer = multitask_trainer(tmp_path, config, a_model("bert"), max_steps=4)
-    trainer.add_callback(at := At(0))  # after the pruner
+    trainer.add_callback(at := StateAt(0))  # after the pruner
     expected = a_model("bert")
     batches = [batch for loader in trainer.pruner.loaders.values() for batch in islice(loader, 3)]
     trainer.train()

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from hf_disparse import PruningConfig, UserError
 from hf_disparse.runs import train as run
-from tests.helpers.cli_helpers import changed, hf_disparse, without
-from tests.recipes.test_recipes import VALID
+from tests.helpers.commands import VALID, changed, hf_disparse, without
 
 PLAN = {"examples": {"train": {}, "validation": {}}, "unlabelled": {}, "prunable": 0, "parameters": 0}
 MANY = dict(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

@@ -8,7 +8,8 @@ from datasets import ClassLabel
 from hf_disparse import UserError, load_task
 from hf_disparse.recipes.recipe import parse_recipe, read_recipe
 from hf_disparse.tasks.glue import GLUE
-from tests.runs.test_real import GLUE as FOLDER
+from tests.helpers.glue import GLUE as FOLDER
+from tests.helpers.glue import needs_glue
 
 HERE = [name for name in GLUE if (FOLDER / name).is_dir()]
 
@@ -17,7 +18,7 @@ def recipe(tasks: dict) -> dict:
     return {"model": {"encoder": "x"}, "tasks": tasks, "output_dir": "y"}
 
 
-@pytest.mark.skipif(not HERE, reason="needs GLUE in ../shared/glue, in the layout of nyu-mll/glue")
+@needs_glue
 @pytest.mark.parametrize("name", HERE)
 def test_columns_labels_and_splits_are_those_of_the_data(name):
     task, data = parse_recipe(recipe({name: {"glue": name, "data": str(FOLDER)}})).tasks[name]

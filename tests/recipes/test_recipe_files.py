@@ -12,11 +12,12 @@ import pytest
 from hf_disparse.recipes.recipe import read_recipe
 from hf_disparse.runs import train as run
 from hf_disparse.tasks.glue import GLUE
-from tests.helpers.cli_helpers import write_csv, write_encoder
+from tests.helpers.commands import write_csv, write_encoder
+from tests.helpers.glue import GLUE as GLUE_DATA
+from tests.helpers.glue import needs_glue
 from tests.helpers.tiny import WORDS
 
 ROOT = Path(__file__).parents[2]
-GLUE_DATA = ROOT.parent / "shared" / "glue"
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 ON_CPU = "training.use_cpu=true"  # where a recipe asks for a GPU's bf16
 
@@ -49,7 +50,7 @@ def test_the_minilm_recipes_differ_in_sparsity_and_recovery_only():
         assert {**one, "output_dir": ""} == {**values[0], "output_dir": ""}
 
 
-@pytest.mark.skipif(not GLUE_DATA.is_dir(), reason="needs GLUE in ../shared/glue, in the layout of nyu-mll/glue")
+@needs_glue
 def test_a_glue_recipe_takes_a_local_encoder_and_local_data(tmp_path):
     overrides = [
         f"tasks.*.data={GLUE_DATA}",

@@ -14,20 +14,8 @@ from hf_disparse.config import UserError
 from hf_disparse.recipes.recipe import parse_recipe, public, read_recipe
 from hf_disparse.recipes.yaml_text import dump_yaml, parse_yaml
 from hf_disparse.trainer.arguments import cpu_has_bfloat16
-from tests.helpers.cli_helpers import changed as replaced
-
-VALID = {
-    "model": {"encoder": "some/encoder", "max_length": 16},
-    "tasks": {
-        "two": {"data": "two.csv", "columns": ["text"], "labels": ["bad", "good"], "weight": 2.0},
-        "real": {"data": "real.csv", "columns": ["a", "b"], "problem_type": "regression", "options": {"sep": ";"}},
-    },
-    "pruning": {"sparsity": 0.7, "schedule": "cubic", "end_step": 4, "update_every": 2, "target_modules": ["dense"]},
-    "training": {"max_steps": 8, "learning_rate": 2e-5, "use_cpu": True, "lr_scheduler_type": "cosine"},
-    "recovery": {"learning_rate": 1e-5},
-    "seed": 3,
-    "output_dir": "runs/x",
-}
+from tests.helpers.commands import VALID
+from tests.helpers.commands import changed as replaced
 
 
 @pytest.fixture

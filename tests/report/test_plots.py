@@ -12,7 +12,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from hf_disparse.report import plots, theme
-from tests.helpers.analysis_example import analysis, comparison, footprint
+from tests.helpers.analyses import analysis, comparison, footprint
 
 THREE = analysis(["a", "b", "c"], layers=4, stages=("sparse",))["stages"][0]
 

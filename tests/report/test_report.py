@@ -17,7 +17,7 @@ from hf_disparse.report import page, sentences, theme
 from hf_disparse.report.figures import figures_of
 from hf_disparse.report.values import blocks
 from hf_disparse.report.write import require_libraries, write_comparison, write_report
-from tests.helpers.analysis_example import analysis, comparison
+from tests.helpers.analyses import analysis, comparison
 
 TASKS = ["topic", "sentiment", "question"]
 VOID = {"meta", "link", "br", "img", "input"}

@@ -9,7 +9,7 @@ pytest.importorskip("matplotlib", reason="pip install 'hf_disparse[plot]'")
 
 from hf_disparse.report import theme
 from hf_disparse.report.write import write_comparison, write_report
-from tests.helpers.analysis_example import analysis, comparison
+from tests.helpers.analyses import analysis, comparison
 
 PROGRAMS = [shutil.which("chromium"), shutil.which("chromedriver")]
 pytestmark = pytest.mark.skipif(

@@ -13,8 +13,8 @@ from hf_disparse.model.prunable import prunable_parameters
 from hf_disparse.recipes.recipe import read_recipe
 from hf_disparse.runs import train as run
 from hf_disparse.tasks import average
-from tests.helpers.cli_helpers import hf_disparse, refused, snapshot, write_recipe
-from tests.trainer.test_trainer import multitask_trainer
+from tests.helpers.commands import hf_disparse, refused, snapshot, write_recipe
+from tests.helpers.training import multitask_trainer
 
 torch.set_num_threads(1)
 STAGES = ["before training", "dense", "sparse"]

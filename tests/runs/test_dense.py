@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.cli_helpers import changed, hf_disparse, refused, snapshot, write_inputs, write_recipe
+from tests.helpers.commands import changed, hf_disparse, refused, snapshot, write_inputs, write_recipe
 from tests.helpers.comparing import stopping
 
 torch.set_num_threads(1)

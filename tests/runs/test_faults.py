@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, constants
 
 from hf_disparse import UserError, last_whole_checkpoint
 from hf_disparse.export import push
-from tests.helpers.cli_helpers import hf_disparse, refused, snapshot, write_inputs, write_recipe
+from tests.helpers.commands import hf_disparse, refused, snapshot, write_inputs, write_recipe
 from tests.helpers.hub_server import serve
 from tests.helpers.processes import (
     child,
@@ -28,8 +28,8 @@ from tests.helpers.processes import (
     train_where_files_may_not_grow,
     train_where_the_folder_becomes_read_only,
 )
-from tests.trainer.test_resume import CUBIC, STEPS
-from tests.trainer.test_trainer import assert_same, multitask_trainer, weights
+from tests.helpers.resuming import CUBIC, STEPS
+from tests.helpers.training import assert_same, multitask_trainer, weights
 
 DEATHS = int(os.environ.get("HF_DISPARSE_DEATHS", "6"))
 PAUSE = 0.1  # seconds, around each part of a checkpoint and of a pruning step

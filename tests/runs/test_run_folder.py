@@ -11,7 +11,7 @@ import yaml
 from hf_disparse.files import write_whole
 from hf_disparse.recipes.recipe import parse_recipe
 from hf_disparse.runs.folder import alone_in, claim
-from tests.helpers.cli_helpers import changed, hf_disparse, refused, snapshot, write_csv, write_inputs, write_recipe
+from tests.helpers.commands import changed, hf_disparse, refused, snapshot, write_csv, write_inputs, write_recipe
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from hf_disparse import MultitaskModel, TaskConfig, UserError
 from hf_disparse.recipes.recipe import parse_recipe
 from hf_disparse.runs.setup import prepare
 from hf_disparse.runs.teachers import teachers_of
-from tests.helpers.cli_helpers import changed, hf_disparse, refused, snapshot, without, write_encoder, write_recipe
+from tests.helpers.commands import changed, hf_disparse, refused, snapshot, without, write_encoder, write_recipe
 from tests.helpers.tiny import tiny_tokenizer
 
 torch.set_num_threads(1)

@@ -11,9 +11,9 @@ from datasets import Dataset
 
 from hf_disparse.config import DataConfig, TaskConfig, UserError
 from hf_disparse.tasks import load_task, resolve, tokenize
+from tests.helpers.glue import GLUE, needs_glue
 from tests.helpers.tiny import tiny_tokenizer
 
-GLUE = Path(__file__).parents[3] / "shared" / "glue"
 TASK = TaskConfig(name="t", columns="text", labels=("no", "yes"))
 
 
@@ -381,7 +381,7 @@ def test_folder_with_several_configs_asks_for_the_subset(tmp_path):
     assert "'tow' not found" in refused(load, tmp_path, subset="tow")
 
 
-@pytest.mark.skipif(not GLUE.is_dir(), reason="the GLUE folder beside the repository is not there")
+@needs_glue
 def test_rte_of_a_glue_folder_has_its_official_rows_and_label_order():
     task = TaskConfig(name="rte", columns=("sentence1", "sentence2"), labels=("entailment", "not_entailment"))
     train, validation = load_task(task, DataConfig(data=str(GLUE), subset="rte"))

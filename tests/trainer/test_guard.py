@@ -25,10 +25,9 @@ from hf_disparse.model.sparsity import sparsity_report
 from hf_disparse.pruning.schedule import sparsity_at
 from hf_disparse.trainer import guard
 from hf_disparse.trainer.guard import worst_drop
-from tests.helpers.guarding import FIELDS, GUARDED, zeros
+from tests.helpers.resuming import FIELDS, GUARDED, STEPS, killed_and_resumed
 from tests.helpers.tiny import three_datasets, tiny_model
-from tests.trainer.test_resume import STEPS, killed_and_resumed
-from tests.trainer.test_trainer import BINARY, assert_same, multitask_trainer, weights
+from tests.helpers.training import BINARY, assert_same, multitask_trainer, weights, zeros
 
 torch.set_num_threads(1)
 

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
-from scipy.special import expit, rel_entr, softmax
 from torch import nn
 
 from hf_disparse.trainer.losses import (
@@ -18,38 +17,23 @@ from hf_disparse.trainer.losses import (
     pcgrad_weights,
     uncertainty_weight,
 )
-
-CLASSES, LABELS = "single_label_classification", "multi_label_classification"
-REAL, TOKENS = "regression", "token_classification"
-SHAPES = {CLASSES: (3, 4), LABELS: (3, 4), REAL: (3, 1), TOKENS: (3, 6, 4)}
-MASK = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 5 + [0]])
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+from tests.helpers.losses import (
+    CLASSES,
+    LABELS,
+    MASK,
+    REAL,
+    SHAPES,
+    by_hand,
+    generator,
+    hidden_by_hand,
+    project,
+    some_labels,
+    vector,
+)
 
 
 def some_logits(problem: str) -> list[torch.Tensor]:
     return [3 * torch.randn(SHAPES[problem], generator=generator(seed)) for seed in (0, 1)]
-
-
-def some_labels(problem: str) -> torch.Tensor:
-    if problem in (LABELS, REAL):
-        return torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0]])[:, : 4 if problem == LABELS else 1]
-    labels = torch.randint(4, SHAPES[problem][:-1], generator=generator(2))
-    return labels.masked_fill(torch.arange(6) % 2 == 0, -100) if problem == TOKENS else labels
-
-
-def by_hand(student, teacher, problem: str, t: float) -> float:
-    """The distillation loss, number by number or example by example, in double precision."""
-    student, teacher = (np.asarray(x.detach().float(), dtype=float) for x in (student, teacher))
-    if problem == REAL:
-        return float(np.mean([(s - v) ** 2 for s, v in zip(student.flat, teacher.flat, strict=True)]))
-    if problem == LABELS:
-        pairs = [(expit(v / t), expit(s / t)) for s, v in zip(student.flat, teacher.flat, strict=True)]
-        return t * t * float(np.mean([-p * math.log(q) - (1 - p) * math.log(1 - q) for p, q in pairs]))
-    kept = [i for i in np.ndindex(student.shape[:-1]) if some_labels(problem)[i] != -100]
-    return t * t * float(np.mean([rel_entr(softmax(teacher[i] / t), softmax(student[i] / t)).sum() for i in kept]))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
@@ -100,11 +84,6 @@ def test_hot_gradients_are_differences_of_logits_at_any_temperature(problem, sha
         torch.testing.assert_close(z.grad, share * (student - teacher), rtol=0.1, atol=0.01)
 
 
-def hidden_by_hand(hidden, teacher) -> float:
-    at, layers = [i for i in np.ndindex(*MASK.shape) if MASK[i]], zip(hidden, teacher, strict=True)
-    return float(np.mean([(h[i] - t[i]).detach().square().mean() for h, t in layers for i in at]))
-
-
 def test_hidden_states_are_compared_over_real_tokens_only():
     hidden, teacher = torch.randn(2, 3, 3, 6, 4, generator=generator(0))
     expected = hidden_by_hand(hidden, teacher)
@@ -118,16 +97,6 @@ def test_the_uncertainty_weight_is_kendalls_at_its_optimum_and_at_most_1000():
         s = minimize_scalar(lambda s, mean=mean: math.exp(-s) * mean + s, bounds=(-10, 10), options={"xatol": 1e-9}).x
         assert uncertainty_weight(mean) == pytest.approx(math.exp(-s), rel=1e-4)
     assert uncertainty_weight(0.0) == uncertainty_weight(1e-9) == pytest.approx(1000)
-
-
-def project(gradients: np.ndarray, seed: int) -> np.ndarray:
-    """PCGrad as Yu et al. write it, algorithm 1: (tasks, width) -> (width,)."""
-    random, out = generator(seed), gradients.astype(float).copy()
-    for i in range(len(gradients)):
-        for j in torch.randperm(len(gradients), generator=random).tolist():
-            if j != i and (inner := out[i] @ gradients[j]) < 0:
-                out[i] = out[i] - inner / (gradients[j] @ gradients[j]) * gradients[j]
-    return out.sum(0)
 
 
 def surgery(gradients, seed: int = 0) -> np.ndarray:
@@ -152,11 +121,6 @@ def test_pcgrad_by_hand():
     np.testing.assert_allclose(surgery([[3, 4], [-6, -8]]), [0, 0], atol=1e-12)  # opposite ones leave nothing
     assert surgery([[0, 0], [0, 0]]).tolist() == [0, 0]
     assert surgery([[2, -1]]).tolist() == [2, -1]
-
-
-def vector(parameters) -> np.ndarray:
-    """Their gradients end to end, zeros where there is none."""
-    return np.concatenate([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double() for p in parameters])
 
 
 @settings(max_examples=50, deadline=None)

@@ -9,8 +9,7 @@ from torch import nn
 from transformers import BertForSequenceClassification, TrainingArguments
 
 from hf_disparse import DisparseTrainer, PruningConfig, TaskConfig, UserError
-from tests.helpers.tiny import three_datasets, three_tasks, tiny_bert_config, tiny_model, tiny_tokenizer, tokenized_rows
-from tests.trainer.test_losses import (
+from tests.helpers.losses import (
     MASK,
     REAL,
     SHAPES,
@@ -22,8 +21,9 @@ from tests.trainer.test_losses import (
     some_labels,
     vector,
 )
-from tests.trainer.test_resume import CUBIC, STEPS, DieAt, Died
-from tests.trainer.test_trainer import BINARY, arguments, assert_same, plain_model, weights
+from tests.helpers.resuming import CUBIC, STEPS, DieAt, Died
+from tests.helpers.tiny import three_datasets, three_tasks, tiny_bert_config, tiny_model, tiny_tokenizer, tokenized_rows
+from tests.helpers.training import BINARY, arguments, assert_same, plain_model, weights
 
 
 def trainer_of(folder, teachers=None, model=None, data=None, pruning=None, **changes) -> DisparseTrainer:

@@ -4,35 +4,20 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from hf_disparse import DynamicConfig, MultitaskConfig, MultitaskModel, PruningConfig, UserError, prunable_parameters
 from hf_disparse.trainer.reinitialise import reinitialise
+from tests.helpers.resuming import STEPS, killed_and_resumed
 from tests.helpers.tiny import CONFIGS, three_tasks, tiny_model
-from tests.trainer.test_resume import STEPS, killed_and_resumed
-from tests.trainer.test_trainer import Watch, assert_same, multitask_trainer, weights
+from tests.helpers.training import StateAt, Watch, assert_same, multitask_trainer, weights
 
 CUBIC = PruningConfig(
     sparsity=0.8, schedule="cubic", start_step=1, end_step=9, update_every=4, score_batches=1, reinitialise=True
 )
 
 
-class At(TrainerCallback):
-    """Weights of the model and the optimizer's state at the start of some steps, once the pruner has been there."""
-
-    def __init__(self, *steps):
-        self.steps, self.weights, self.state, self.random = steps, {}, {}, {}
-
-    def on_step_begin(self, args, state, control, *, model, optimizer, **kwargs):
-        if state.global_step in self.steps:
-            named = dict(model.named_parameters())
-            self.weights[state.global_step] = weights(model)
-            self.state[state.global_step] = {n for n, p in named.items() if optimizer.state.get(p)}
-            self.random[state.global_step] = torch.get_rng_state()
-
-
 def run(folder, config, *steps, **changes):
-    watch, at = Watch(), At(*steps)
+    watch, at = Watch(), StateAt(*steps)
     watch.trainer = trainer = multitask_trainer(folder, config, callbacks=[watch], **changes)
     trainer.add_callback(at)
     trainer.train()

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from hf_disparse import (
-    DisparseTrainer,
     PruningCallback,
     PruningConfig,
     UserError,
@@ -23,35 +22,9 @@ from hf_disparse import (
 )
 from hf_disparse.pruning.masks import MASKS_NAME
 from hf_disparse.trainer.checkpoints import SEAL_NAME, STATE_NAME
+from tests.helpers.resuming import CUBIC, STEPS, DieAt, Died, killed_and_resumed
 from tests.helpers.tiny import tiny_tokenizer, tokenized_rows
-from tests.trainer.test_trainer import BINARY, arguments, assert_same, multitask_trainer, plain_model, weights
-
-CUBIC = PruningConfig(sparsity=0.8, schedule="cubic", start_step=2, end_step=16, update_every=4, score_batches=2)
-# 3 tasks of 40, 31 and 22 rows in batches of 4 are 24 batches an epoch, 12 steps of 2: 20 steps end in the second epoch.
-STEPS = dict(max_steps=20, gradient_accumulation_steps=2, save_strategy="steps", save_steps=3, learning_rate=3e-3)
-
-
-class Died(Exception):
-    pass
-
-
-class DieAt(TrainerCallback):
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise Died
-
-
-def killed_and_resumed(folder, config, step: int, **changes) -> DisparseTrainer:
-    """The trainer that has ended a run which died at `step`; a fresh one, as of another process."""
-    with pytest.raises(Died):
-        multitask_trainer(folder, config, callbacks=[DieAt(step)], **changes).train()
-    trainer = multitask_trainer(folder, config, **changes)
-    torch.manual_seed(99)  # what the new process did before must not matter
-    trainer.train(resume_from_checkpoint=True)
-    return trainer
+from tests.helpers.training import BINARY, arguments, assert_same, multitask_trainer, plain_model, weights
 
 
 @pytest.fixture(scope="module")
@@ -227,8 +200,8 @@ def test_nothing_to_resume_from_says_so(tmp_path):
 _TWO = """
 import sys, torch
 from pathlib import Path
-from tests.test_resume import CUBIC, STEPS, DieAt, Died
-from tests.test_trainer import multitask_trainer
+from tests.helpers.resuming import CUBIC, STEPS, DieAt, Died
+from tests.helpers.training import multitask_trainer
 from hf_disparse import last_whole_checkpoint
 torch.set_num_threads(1)
 folder, die = sys.argv[1], int(sys.argv[2])

@@ -7,9 +7,9 @@ from datasets import IterableDataset
 
 from hf_disparse import DisparseTrainer, PruningConfig, UserError, last_whole_checkpoint
 from hf_disparse.tasks.batches import TaskStream, blocks_of
+from tests.helpers.resuming import DieAt, Died
 from tests.helpers.tiny import three_datasets, tiny_model, tiny_tokenizer, tokenized_rows
-from tests.trainer.test_resume import DieAt, Died
-from tests.trainer.test_trainer import BINARY, arguments, assert_same, plain_model, weights
+from tests.helpers.training import BINARY, arguments, assert_same, plain_model, weights
 
 CUBIC = PruningConfig(sparsity=0.8, schedule="cubic", start_step=2, end_step=16, update_every=4, score_batches=2)
 

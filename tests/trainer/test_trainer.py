@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from transformers import (
-    AutoModelForSequenceClassification,
     EarlyStoppingCallback,
     Trainer,
     TrainerCallback,
@@ -15,7 +14,6 @@ from transformers import (
 
 from hf_disparse import (
     DisparseTrainer,
-    DisparseTrainingArguments,
     MultitaskModel,
     PruningCallback,
     PruningConfig,
@@ -24,60 +22,8 @@ from hf_disparse import (
     find_masks,
     prunable_parameters,
 )
-from tests.helpers.tiny import CONFIGS, three_datasets, tiny_model, tiny_tokenizer, tokenized_rows
-
-BINARY = TaskConfig(name="two", columns="text", labels=["no", "yes"])
-
-
-def arguments(folder, **changes) -> DisparseTrainingArguments:
-    values = dict(max_steps=8, per_device_train_batch_size=4, learning_rate=1e-2, weight_decay=0.1, use_cpu=True)
-    values |= dict(save_strategy="no", logging_strategy="no", disable_tqdm=True, report_to="none")
-    return DisparseTrainingArguments(output_dir=str(folder), **values | changes)
-
-
-def multitask_trainer(
-    folder, pruning_config=None, model=None, callbacks=None, masks=None, **changes
-) -> DisparseTrainer:
-    return DisparseTrainer(
-        model or tiny_model(),
-        arguments(folder, **changes),
-        pruning_config=pruning_config,
-        masks=masks,
-        train_dataset=three_datasets(),
-        eval_dataset=three_datasets(30, seed=9),
-        processing_class=tiny_tokenizer(),
-        callbacks=callbacks,
-    )
-
-
-def plain_model():
-    torch.manual_seed(0)
-    config = CONFIGS["bert"]()
-    config.num_labels = 2
-    return AutoModelForSequenceClassification.from_config(config)
-
-
-def weights(model) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
-    assert list(first) == list(second)
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
-
-
-class Watch(TrainerCallback):
-    """After every optimizer step, how many prunable weights are exactly zero, and whether the masks say which."""
-
-    def __init__(self):
-        self.trainer, self.zeros, self.agree = None, [], []
-
-    def on_step_end(self, args, state, control, *, model, **kwargs):
-        parameters = prunable_parameters(model)
-        self.zeros.append(sum(int((p == 0).sum()) for p in parameters.values()))
-        masks = self.trainer.pruner.masks
-        self.agree.append(masks is None or all(torch.equal(p != 0, masks[n]) for n, p in parameters.items()))
+from tests.helpers.tiny import three_datasets, tiny_model, tiny_tokenizer, tokenized_rows
+from tests.helpers.training import BINARY, Watch, arguments, assert_same, multitask_trainer, plain_model, weights
 
 
 def test_sparsity_zero_is_the_plain_trainer_bit_for_bit(tmp_path):

@@ -19,7 +19,7 @@ from hf_disparse import (
 )
 from hf_disparse.model.architectures import layout_of
 from tests.helpers.tiny import CONFIGS, three_datasets, three_tasks, tiny_model, tiny_tokenizer, tokenized_rows
-from tests.trainer.test_trainer import BINARY, arguments, assert_same, multitask_trainer, plain_model
+from tests.helpers.training import BINARY, arguments, assert_same, multitask_trainer, plain_model
 
 
 @pytest.mark.parametrize(

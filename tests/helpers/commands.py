@@ -132,3 +132,17 @@ def refused(*words, names: tuple[str, ...], after_bars: bool = False) -> None:
     assert 1 <= len(err.splitlines()) <= 3 and err.startswith("error: "), err
     for name in names:
         assert name in err, f"{name!r} is missing in: {err}"
+
+
+VALID = {
+    "model": {"encoder": "some/encoder", "max_length": 16},
+    "tasks": {
+        "two": {"data": "two.csv", "columns": ["text"], "labels": ["bad", "good"], "weight": 2.0},
+        "real": {"data": "real.csv", "columns": ["a", "b"], "problem_type": "regression", "options": {"sep": ";"}},
+    },
+    "pruning": {"sparsity": 0.7, "schedule": "cubic", "end_step": 4, "update_every": 2, "target_modules": ["dense"]},
+    "training": {"max_steps": 8, "learning_rate": 2e-5, "use_cpu": True, "lr_scheduler_type": "cosine"},
+    "recovery": {"learning_rate": 1e-5},
+    "seed": 3,
+    "output_dir": "runs/x",
+}
