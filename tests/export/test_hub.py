@@ -72,10 +72,10 @@ def test_what_is_pushed_loads_elsewhere(hub, folder, tmp_path):
 def test_the_command_and_the_model_s_own_method(hub, folder, tmp_path):
     store, address = hub
     code = (
-        "import sys; from hf_disparse import MultitaskModel, cli\n"
+        "import sys; from hf_disparse import MultitaskModel; from hf_disparse.cli.main import main\n"
         f"MultitaskModel.from_pretrained({str(folder)!r}).push_to_hub('me/own')\n"
         f"sys.argv = ['hf-disparse', 'push', {str(folder)!r}, 'me/compact', '--format', 'compact', '--private']\n"
-        "cli.main()\n"
+        "main()\n"
     )
     done = run_with_hub(code, address, tmp_path)
     assert done.returncode == 0, done.stderr
