@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers import PreTrainedTokenizerBase
 
 from hf_disparse.config import UserError
 from hf_disparse.distributed.processes import from_main, say
@@ -176,11 +176,11 @@ def rehearse(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Splits) -
         teachers = teachers_of(recipe, phase, tokenizer, (lambda: model) if phase == "sparse" else None)
         with TemporaryDirectory() as folder:
             trainer = new_trainer(recipe, phase, folder, model, tokenizer, data, teachers)
-            state = TrainerState(max_steps=_steps(trainer))
-            trainer.pruner.on_train_begin(trainer.args, state, trainer.control, model=model)
+            steps = _steps(trainer)
+            trainer.pruner.check(model, trainer.args, steps)
             try_teachers(trainer)
             with _judged_by_trainer(phase, ArithmeticError, ImportError, RuntimeError, TypeError, ValueError):
-                trainer.create_optimizer_and_scheduler(state.max_steps)
+                trainer.create_optimizer_and_scheduler(steps)
     return model
 
 

@@ -172,5 +172,5 @@ def load_state(trainer: Trainer, folder: Path) -> dict[str, Any]:
     if pruner.guard:
         pruner.guard.load(folder / GUARD_NAME)
     state = json.loads((folder / STATE_NAME).read_text()) if (folder / STATE_NAME).is_file() else {}
-    pruner.measures = state.get("measures", {})
+    pruner.scorer.measures = state.get("measures", {})
     return state

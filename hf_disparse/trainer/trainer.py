@@ -227,7 +227,7 @@ class DisparseTrainer(Trainer):
         masks = self.pruner.masks
         if "loss" in logs:
             logs |= self.pruner.measures
-            self.pruner.measures = {}
+            self.pruner.scorer.measures = {}
         if masks and "loss" in logs:
             logs["sparsity"] = masked_share(self.model, masks)
         super().log(logs, *args, **kwargs)
@@ -352,7 +352,9 @@ class DisparseTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (state := load_state(self, Path(checkpoint))):
             self._trained, self.loss_means = state["backward_passes"], state["loss_means"]
-            self.pruner.backward_passes = 0  # the total has them; here are those of a try that ran out of memory
+            self.pruner.scorer.backward_passes = (
+                0  # the total includes these; here are those of a try that ran out of memory
+            )
             self._earlier = state.get("seconds", 0.0)  # of an earlier version none
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -216,7 +216,7 @@ def test_a_checkpoint_without_scores_is_refused_before_the_last_update_alone(tmp
         multitask_trainer(tmp_path, config, callbacks=[DieAt(10)], **STEPS).train()
     for name in (PRUNING_STATE_NAME, "seal.json"):  # as another Trainer leaves it
         (tmp_path / "checkpoint-9" / name).unlink()
-    with pytest.raises(UserError, match="expected a checkpoint with the state of method movement, got one without it"):
+    with pytest.raises(UserError, match="the checkpoint does not hold the state of method movement"):
         multitask_trainer(tmp_path, config, **STEPS).train(resume_from_checkpoint=True)
     multitask_trainer(tmp_path / "late", config, **STEPS).train()
     assert not (tmp_path / "late" / "checkpoint-18" / PRUNING_STATE_NAME).exists()
@@ -258,5 +258,5 @@ def test_what_does_not_go_together_is_refused_at_birth(values, words):
 def test_fp16_is_refused(tmp_path):
     trainer = multitask_trainer(tmp_path, MovementConfig(**HARD), max_steps=18)
     trainer.args.fp16 = True
-    with pytest.raises(UserError, match="movement reads gradients as they come, which fp16 scales; use bf16"):
-        trainer.pruner._check(trainer.model, trainer.args)
+    with pytest.raises(UserError, match="movement reads raw gradients, which fp16 training scales; use bf16 instead"):
+        trainer.pruner.check(trainer.model, trainer.args, 18)

@@ -136,7 +136,7 @@ def test_what_cannot_be_met_is_refused_before_a_matrix_is_touched(tmp_path):
     most = 1 - 2 * (4 * 32 + 2 * 48) / DENSE
     message = f"at most {most:.3f}, for one component of each of 12 matrices stays, got 0.95"
     with pytest.raises(UserError, match=message):
-        trainer.pruner.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+        trainer.pruner.check(trainer.model, trainer.args, max_steps=12)
     assert not low_rank_modules(trainer.model)
     with pytest.raises(UserError, match=message):
         trainer.train()

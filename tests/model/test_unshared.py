@@ -319,7 +319,7 @@ def test_what_does_not_go_together_is_refused(tmp_path):
     single.remove_task("real")
     with pytest.raises(UserError, match="several tasks"):
         unshare(single, 1)
-    with pytest.raises(UserError, match="prune before unsharing"):
+    with pytest.raises(UserError, match="have layers of their own; prune first, then call unshare"):
         multitask_trainer(tmp_path, PruningConfig(sparsity=0.8, score_batches=1), model=model).train()
 
 

@@ -305,7 +305,7 @@ def test_a_loader_that_ends_for_good_is_refused():
     model = tiny_model()
     loaders = {"two": some_batches(3), "three": (batch for batch in some_batches(3))}
     pruner = PruningCallback(PruningConfig(score_batches=2, reconstruct=True), loaders)
-    with pytest.raises(UserError, match=r"expected 2 batches of task 'three' to fit on, got 1; give it a loader"):
+    with pytest.raises(UserError, match=r"needs 2 batches of task 'three', but its loader gave 1; pass a loader"):
         pruner.prune(model, step=0)
 
 

@@ -54,5 +54,5 @@ def test_a_run_of_a_recipe_has_them_on_top(tmp_path):
 def test_a_name_that_cannot_be_a_file_s_is_refused_before_training(tmp_path):
     trainer = multitask_trainer(tmp_path, SCORED)
     trainer.pruner.loaders = {"a/b": trainer.pruner.loaders["two"]}
-    with pytest.raises(UserError, match="names can name a file"):
+    with pytest.raises(UserError, match="must be valid file names"):
         trainer.train()

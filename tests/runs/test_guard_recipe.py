@@ -67,7 +67,7 @@ def test_tasks_that_cannot_be_measured_are_refused(tmp_path):
             eval_dataset=rows,
             processing_class=tiny_tokenizer(),
         )
-    with pytest.raises(UserError, match="max_drop: expected a DisparseTrainer, which measures the tasks"):
+    with pytest.raises(UserError, match="max_drop: needs DisparseTrainer, which evaluates the tasks"):
         Trainer(plain_model(), arguments(tmp_path), callbacks=[PruningCallback(GUARDED, {"only": []})])
 
 

@@ -158,7 +158,7 @@ def test_masks_that_are_not_in_the_checkpoint_are_found_in_the_zeros(tmp_path, u
 
 def test_a_dense_checkpoint_is_not_taken_for_a_pruned_one(tmp_path):
     multitask_trainer(tmp_path, **STEPS | {"max_steps": 12}).train()
-    with pytest.raises(UserError, match=r"expected a checkpoint pruned to 0\.\d+, got 0 pruned among 4096 weights"):
+    with pytest.raises(UserError, match=r"should be pruned to 0\.\d+, but only 0 of 4096 weights are pruned"):
         multitask_trainer(tmp_path, CUBIC, **STEPS).train(resume_from_checkpoint=True)
 
 
