@@ -19,7 +19,7 @@ from hf_disparse.config import (
 from hf_disparse.config.version import __version__ as __version__
 from hf_disparse.export import compact, save_compact, save_onnx, save_packed, save_tasks, task_model
 from hf_disparse.methods.again import decide_again, prune_again, vote_masks
-from hf_disparse.model import factorise
+from hf_disparse.model.factorise import factorise
 from hf_disparse.model.multitask import MultitaskConfig, MultitaskModel
 from hf_disparse.model.pipeline import MultitaskPipeline
 from hf_disparse.model.prunable import prunable_parameters

@@ -1,8 +1,9 @@
 """What leaves the project: checkpoints that are small or fast, and how transformers reads them."""
 
 from hf_disparse.export import loading  # noqa: F401, registers the stored form with transformers
-from hf_disparse.export.card import is_multitask, write_card
+from hf_disparse.export.card import write_card
 from hf_disparse.export.compact import compact, save_compact
+from hf_disparse.export.folder import is_multitask
 from hf_disparse.export.hub import push
 from hf_disparse.export.packed import save_packed
 from hf_disparse.export.task import save_tasks, task_model

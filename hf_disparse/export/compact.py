@@ -1,8 +1,8 @@
-"""Compaction: pruned heads, neurons, layers and components of ranks leave the model for good. Layer 7.
+"""Compaction: removes pruned heads, neurons, layers and ranks from the model for good.
 
-A part is gone when nothing reads it: a head, neuron or component whose columns of the following matrix are all zero. What the
-configuration of the architecture cannot say (fewer heads, neurons that differ by layer) goes into `structure`, which
-`hf_disparse.export.loading` builds again before it loads.
+A head, neuron or rank component is pruned when its columns of the following matrix are all zero, so that nothing reads it. What
+the architecture's own configuration cannot express (fewer heads, neurons that differ by layer) goes into `structure`, from
+which `hf_disparse.export.loading` rebuilds the encoder before it loads the weights.
 """
 
 import copy
@@ -27,24 +27,24 @@ from hf_disparse.pruning.parts import Site, sum_by_part
 
 
 def compact(model: PreTrainedModel, optimizer: Optimizer | None = None) -> dict[str, tuple[int, int]]:
-    """Takes pruned parts and skipped layers out of `model`, in place; its outputs stay the same within rounding.
+    """Removes pruned parts and skipped layers from `model`, in place; its outputs stay the same up to rounding.
 
     Args:
-        optimizer: whose state goes along, so that training goes on as it would have. Masks do not: make new ones by
-            `find_masks`.
+        optimizer: its state is cut as well, so that training continues as it would have. Masks are not: find new ones
+            with `find_masks`.
 
     Returns:
-        kind of part -> (number before, number now).
+        kind of part -> (number before, number after).
 
     Raises:
-        UserError: an encoder whose layers are not known.
+        UserError: the encoder's layers are not known, or the model has adapters or private layers.
     """
     if has_adapters(model):
-        raise UserError("compact: expected a model without adapters, got one with PEFT's; compact before adding them")
+        raise UserError("compact: a model with PEFT adapters cannot be compacted; compact before adding them")
     if hasattr(model.base_model, PRIVATE):
         raise UserError(
-            "compact: expected an encoder that is shared, got one where tasks have layers of their own; compact before "
-            "unsharing, or export the tasks one by one (--format task)"
+            "compact: an encoder whose tasks have private layers cannot be compacted.\n"
+            "Compact before unsharing, or export the tasks one by one with `save_tasks`."
         )
     encoder, before = model.base_model, count_parts(model.base_model)
     layout = layout_of(encoder)
@@ -57,7 +57,7 @@ def compact(model: PreTrainedModel, optimizer: Optimizer | None = None) -> dict[
             [(reader, _)] = [(module, dim) for module, (dim, _) in site.members.items() if dim == 1]
             weights = {f"{reader}.weight": encoder.get_submodule(reader).weight.detach() != 0}
             keep = sum_by_part(weights, Site(site.parts, {reader: site.members[reader]})) > 0
-            keep[0] |= not keep.any()  # attention splits its rows by head: there has to be one
+            keep[0] |= not keep.any()  # one has to stay: attention splits its rows by head
             if not keep.all():
                 shrink(encoder, layout, kind, name, site, keep, cuts)
                 if kind == "head":
@@ -73,15 +73,18 @@ def save_compact(
 ) -> dict[str, tuple[int, int]]:
     """Writes a compact copy of `model` into the new folder `folder`, whole or not at all; see `compact`.
 
-    Where plain transformers can read it (neurons as many in each layer, all heads there), nothing else is needed; otherwise
-    `import hf_disparse` first, and then the `from_pretrained` of the model's class or of the Auto classes.
+    Plain transformers reads it if all heads are there and every layer has as many neurons. Otherwise `import hf_disparse`
+    first; then `from_pretrained` of the model's class and of the Auto classes reads it.
 
     Args:
         model: a transformers model, or the folder or Hub id of one.
-        dtype: of the floating point weights; default: as they are.
+        dtype: of the floating point weights; default: unchanged.
 
     Returns:
-        kind of part -> (number before, number now).
+        kind of part -> (number before, number after).
+
+    Raises:
+        UserError: as `compact`; also if `folder` is not new or the model does not load.
     """
     with new_folder(folder) as target:
         given, source = open_model(model)
@@ -97,24 +100,26 @@ def save_compact(
 
 
 def count_parts(encoder: nn.Module) -> dict[str, int]:
-    """kind -> number of parts that are there."""
+    """kind -> number of parts in the encoder."""
     counts = {kind: sum(site.parts for site in places.values()) for kind, places in find_sites(encoder).items()}
     return counts | {"layer": len(encoder_layers(encoder))}
 
 
 def heads_that_stay(model: PreTrainedModel) -> dict[str, list[int]]:
-    """attention -> places among its first heads, of a model that is compact already."""
+    """attention module -> the original indices of its remaining heads, if the model has been compacted before."""
     return dict(structure_of(model).get("heads", {}))
 
 
 def drop_layers(model: MultitaskModel, cuts: Cuts, heads: dict[str, list[int]]) -> None:
-    """Takes the skipped layers out; the names in `heads` move with the layers that stay."""
+    """Removes the skipped layers; renames the keys of `heads` to the new layer numbers."""
     if not model.config.skipped_layers:
         return
     layout = layout_of(model.encoder)
     encoder, gone = model.encoder, set(model.config.skipped_layers)
     if 0 in gone and first_stays(encoder):
-        raise UserError(f"skipped_layers: the first layer of {type(encoder).__name__} is unlike the others and stays")
+        raise UserError(
+            f"skipped_layers: the first layer of {type(encoder).__name__} differs from the others and cannot be removed"
+        )
     model.skip_layers([])
     layers = encoder.get_submodule(layout.layers)
     stay = [i for i in range(len(layers)) if i not in gone]
@@ -136,7 +141,7 @@ def drop_layers(model: MultitaskModel, cuts: Cuts, heads: dict[str, list[int]]) 
 
 
 def _settle(model: PreTrainedModel, layout: Layout, heads: dict[str, list[int]]) -> None:
-    """Says as much as it can in the architecture's own configuration, and the rest in `structure`."""
+    """Writes the new shape into the architecture's own configuration where it can express it, else into `structure`."""
     encoder = model.base_model
     places, neurons = find_sites(encoder)["neuron"], {}
     widths = {site.parts for site in places.values()}

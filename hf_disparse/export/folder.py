@@ -1,4 +1,4 @@
-"""The folders that models are exported from and to. Layer 7."""
+"""A model's folder: what is copied from one to the next, and what config.json says of the weights beside it."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ import torch
 from hf_disparse.config import UserError
 from hf_disparse.files import read_json
 from hf_disparse.model.adapters import ADAPTER_FOLDER
-from hf_disparse.model.loading import _COMPANIONS, CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
+from hf_disparse.model.loading import COMPANIONS, CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from hf_disparse.model.multitask import MultitaskConfig
 from hf_disparse.model.structure import FORM_VERSION, METHOD
 
@@ -19,17 +19,22 @@ _NOT_PUBLISHED = (INDEX_NAME, "phase.json", "trainer_state.json", "analysis.json
 _OF_THE_MODEL = (CONFIG_NAME, "README.md", "pruning_config.json", "results.json")
 
 
-def copy_companions(source: Path, target: Path, tokenizer_only: bool = False) -> None:
-    """Copies what a model's folder holds besides weights and is published: tokenizer, configurations, adapters, card.
+def is_multitask(folder: str | Path) -> bool:
+    """Whether a folder holds a `MultitaskModel`."""
+    return read_json(Path(folder, CONFIG_NAME)).get("model_type") == MultitaskConfig.model_type
 
-    But not the card of a MultitaskModel, which tells of bytes and times: `write_card` makes a new one.
+
+def copy_companions(source: Path, target: Path, tokenizer_only: bool = False) -> None:
+    """Copies the published files of a model's folder except the weights: tokenizer, configurations, adapters, card.
+
+    The card of a MultitaskModel is left out, because its bytes and times no longer hold: `write_card` makes a new one.
     """
     skipped = set(_NOT_PUBLISHED)
     if tokenizer_only:
         skipped.update(_OF_THE_MODEL)
-    elif read_json(source / CONFIG_NAME).get("model_type") == MultitaskConfig.model_type:
+    elif is_multitask(source):
         skipped.add("README.md")
-    paths = [path for path in source.iterdir() if path.is_file() and path.suffix in _COMPANIONS]
+    paths = [path for path in source.iterdir() if path.is_file() and path.suffix in COMPANIONS]
     paths += () if tokenizer_only else source.glob(f"{ADAPTER_FOLDER}*/adapter_*")
     for path in paths:
         if path.name not in skipped:
@@ -39,15 +44,17 @@ def copy_companions(source: Path, target: Path, tokenizer_only: bool = False) ->
 
 
 def describe(folder: Path, dtype: torch.dtype | None = None, packed: bool = False) -> None:
-    """Completes config.json by what it takes to read the weights beside it."""
+    """Adds to config.json what is needed to read the weights beside it."""
     path = folder / CONFIG_NAME
     config = read_json(path)
     if dtype:
         config["dtype"] = str(dtype).removeprefix("torch.")
     form = config.get("quantization_config") or {}
     if not isinstance(form, dict) or form.get("quant_method", METHOD) != METHOD:
-        raise UserError(f"{path}: expected no quantization_config but ours, got {str(form)[:100]}")
-    if packed or form:  # a model that plain transformers reads stays without
+        raise UserError(
+            f"{path}: a model with a quantization_config of another library cannot be exported: {str(form)[:100]}"
+        )
+    if packed or form:  # plain transformers reads the others as they are
         form |= {"quant_method": METHOD, "version": FORM_VERSION, "packed": packed}
         config["quantization_config"] = form
         form["sha256"] = digests(folder, config)
@@ -55,7 +62,7 @@ def describe(folder: Path, dtype: torch.dtype | None = None, packed: bool = Fals
 
 
 def digests(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """sha256 of the weights' file and of what config.json says but for the digests themselves, its keys sorted."""
+    """file -> sha256, of the weights' file and of `config` without its own digests, as JSON with sorted keys."""
     form = {key: value for key, value in config["quantization_config"].items() if key != "sha256"}
     text, weights = json.dumps(config | {"quantization_config": form}, sort_keys=True), hashlib.sha256()
     with open(folder / WEIGHTS_NAME, "rb") as file:

@@ -1,4 +1,4 @@
-"""From a folder to the Hub. Layer 7."""
+"""From a folder to the Hub, as one commit."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -8,19 +8,19 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_disparse.config import UserError, one_line, require
-from hf_disparse.export.card import is_multitask, write_card
+from hf_disparse.config import UserError, one_line
+from hf_disparse.export.card import write_card
 from hf_disparse.export.compact import save_compact
-from hf_disparse.export.folder import copy_companions
+from hf_disparse.export.folder import copy_companions, is_multitask
 from hf_disparse.export.packed import save_packed
 from hf_disparse.export.task import save_tasks
 from hf_disparse.model.loading import INDEX_NAME, WEIGHTS_NAME, model_folder, weight_files
 
 _REASONS = {
-    401: "it does not accept the token; pass --token, or log in by `hf auth login`",
-    403: "this token may not write there",
-    404: "there is no such repository, or this token may not see it",
-    412: "somebody else pushed to it meanwhile; the same command pushes on top of that",
+    401: "the token is not valid; pass another `token` or run `hf auth login`",
+    403: "the token has no permission to write there",
+    404: "the repository does not exist or the token has no access to it",
+    412: "someone else pushed to it in the meantime; push again to build on their commit",
 }
 
 
@@ -36,27 +36,30 @@ def push(
     token: str | None = None,
     api: HfApi | None = None,
 ) -> str:
-    """Exports a model, writes its card and uploads both as one commit; the repository is made if need be.
+    """Exports a model, writes its card and uploads both as one commit; creates the repository if there is none.
 
     Args:
         model: the folder or Hub id of a model.
         form: `packed`, `compact`, or `plain` (as it is).
-        with_tasks: put every task beside it as a plain model, in `tasks/<name>`.
-        private, token: of the repository, as huggingface_hub has them; `license` is for the card.
-        api: instead of one made of `token`.
+        dtype: of the floating point weights; default: unchanged.
+        with_tasks: also upload every task as a plain model, in `tasks/<name>`.
+        private, token: as in huggingface_hub.
+        license: for the card.
+        api: used instead of a new `HfApi(token)`.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        UserError: what the Hub refused, and why. Files that were sent whole are not sent again by the next call.
+        UserError: the Hub refused the upload, with the reason. The next call does not resend files that arrived whole.
     """
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise UserError(f"REPO: expected USER/NAME, got {one_line(error)}") from None
+        raise UserError(f"repo_id: {one_line(error)}") from None
     source, api = model_folder(model), api or HfApi(token=token)
-    require(not with_tasks or is_multitask(source), "--with-tasks", "nothing with a model of one task", True)
+    if with_tasks and not is_multitask(source):
+        raise UserError("with_tasks: only applies to a MultitaskModel; this model has one task already")
     with TemporaryDirectory() as temporary:
         folder = Path(temporary, "model")
         if form == "packed":
@@ -70,7 +73,7 @@ def push(
                 (folder / path.name).symlink_to(path.resolve())
             copy_companions(source, folder)
         else:
-            raise UserError(f"--format: expected packed, compact or plain, got {form!r}")
+            raise UserError(f"form: expected packed, compact or plain, got {form!r}")
         if is_multitask(folder):
             write_card(folder, repo_id, license)
         if with_tasks:
@@ -89,10 +92,10 @@ def _upload(api: HfApi, folder: Path, repo_id: str, private: bool | None) -> str
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         reason = _REASONS.get(status, one_line(error))
-        raise UserError(f"{repo_id}: expected the Hub to take the model, but {reason} (status {status})") from error
-    except Exception as error:  # connections fail in a dozen kinds, before and within an upload
+        raise UserError(f"{repo_id}: the Hub refused the upload: {reason} (status {status})") from error
+    except Exception as error:  # connections raise many types of errors, before and during an upload
         raise UserError(
-            f"{repo_id}: the upload was cut off: {type(error).__name__}: {one_line(error)}\n"
-            "Nothing was committed; the same command goes on, without the files that were sent."
+            f"{repo_id}: the upload was interrupted: {type(error).__name__}: {one_line(error)}\n"
+            "Nothing was committed. Push again to resume; files that were sent are not sent again."
         ) from error
     return commit.commit_url

@@ -1,6 +1,6 @@
-"""How transformers reads an exported checkpoint, once `import hf_disparse` has registered this. Layer 7.
+"""How transformers reads an exported checkpoint once `import hf_disparse` has registered this.
 
-To transformers it is a "quantizer", the one hook it has for weights that are stored in another form than they are used in.
+transformers calls it a "quantizer": its only hook for weights that are stored in another form than they are used in.
 """
 
 import os
@@ -27,27 +27,29 @@ _SOURCES = ["weight$", f"weight{BITMASK}$"]
 
 @register_quantizer(METHOD)
 class StoredFormReader(HfQuantizer):
-    """Checks a checkpoint, and unpacks its matrices as transformers loads them."""
+    """Rebuilds the encoder's shape, checks the files and unpacks matrices while transformers loads them."""
 
     is_trainable = is_qat_trainable = True
 
     def __init__(self, quantization_config: StoredForm, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
-        # They compute digests and fill the matrices that have been read, while transformers reads the rest.
+        # Threads compute digests and fill the matrices read so far while transformers reads the rest.
         self._threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
         self._jobs: list[Future] = []
 
     def is_serializable(self, *_, **__) -> bool:
-        """A loaded model is an ordinary one, so yes."""
+        """True: a loaded model is an ordinary one."""
         return True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files=None, **_) -> None:
         if not checkpoint_files or [Path(file).name for file in checkpoint_files] != [WEIGHTS_NAME]:
             got = ", ".join(Path(file).name for file in checkpoint_files or ()) or "none"
-            raise UserError(f"{CONFIG_NAME}: expected the weights in {WEIGHTS_NAME} beside it, got {got}")
+            raise UserError(f"{CONFIG_NAME}: expected the weights in {WEIGHTS_NAME} in the same folder, got {got}")
         self._folder = Path(checkpoint_files[0]).parent
         if self.quantization_config.structure:
-            with torch.device("cpu"):  # transformers makes models on the meta device, where indices have no values
+            with torch.device(
+                "cpu"
+            ):  # transformers builds models on the meta device, where index tensors have no values
                 rebuild(model.base_model, self.quantization_config.structure)
                 if isinstance(model, UnsharedLayers):
                     model.make_private()
@@ -56,7 +58,7 @@ class StoredFormReader(HfQuantizer):
         check_header(self._folder / WEIGHTS_NAME)
         form = self.quantization_config
         self._digests = None
-        if form.packed or form.sha256:  # a compact model that a Trainer saved has none
+        if form.packed or form.sha256:  # a compact model saved by a Trainer has no digests
             self._digests = self._threads.submit(lambda: digests(self._folder, read_json(self._folder / CONFIG_NAME)))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_) -> None:
@@ -64,21 +66,24 @@ class StoredFormReader(HfQuantizer):
         if self._digests:
             check_digests(self._folder, self._digests.result(), form.sha256)
         for job in self._jobs:
-            job.result()  # raises what it was refused for
+            job.result()  # raises the job's error
         self._threads.shutdown()
-        if form.structure:  # stays, for the model's shape does; all else was the file's
+        if form.structure:  # describes the model; the rest of the form described the file
             model.config.quantization_config = StoredForm(structure=form.structure)
-        # Else the model would be packed, by the reverse of what unpacked it, whenever it is saved.
+        # Otherwise transformers would reverse the conversion, and so pack the model, whenever it is saved.
         model._weight_conversions = [c for c in model._weight_conversions if c.source_patterns != _SOURCES]
-        for name, tensor in model.state_dict().items():  # transformers 5.10 does not look where there is a quantizer
+        for (
+            name,
+            tensor,
+        ) in model.state_dict().items():  # transformers 5.10 does not check shapes if there is a quantizer
             if tensor.shape != self._shapes[name]:
                 raise UserError(
-                    f"{name}: expected shape {tuple(self._shapes[name])}, as {CONFIG_NAME} has it, "
+                    f"{name}: expected shape {tuple(self._shapes[name])} according to {CONFIG_NAME}, "
                     f"got {tuple(tensor.shape)}"
                 )
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        """What transformers does to every weight that it reads."""
+        """The conversion that transformers applies to every weight it reads."""
         return [WeightConverter(list(_SOURCES), "weight", [Unpack(self._threads, self._jobs)])]
 
     def update_weight_conversions(self, weight_conversions: list, *_) -> list:
@@ -87,16 +92,16 @@ class StoredFormReader(HfQuantizer):
 
 
 class Unpack(ConversionOps):
-    """Values and bitmask to a matrix, which a thread fills; a weight without a bitmask passes through.
+    """Turns values and bitmask into a matrix that a thread fills; a weight without a bitmask passes through.
 
-    transformers makes of an error in a conversion a report with tracebacks; that of a job can be raised as it is.
+    transformers wraps an error of a conversion in a report with tracebacks, so errors are left to the jobs' results.
     """
 
     def __init__(self, threads: Executor, jobs: list[Future]):
         self.threads, self.jobs = threads, jobs
 
     def __deepcopy__(self, _) -> "Unpack":
-        return self  # transformers copies a conversion for each weight: all share one list
+        return self  # transformers copies the conversion for each weight; all copies share one list of jobs
 
     def convert(self, input_dict: dict, *_, full_layer_name: str, model: PreTrainedModel, **__) -> dict:
         """input_dict: {source pattern: [tensor]}. Returns {full name: tensor}."""
@@ -110,10 +115,10 @@ class Unpack(ConversionOps):
             matrix = zeros(values, bitmask, tuple(parameter.shape))
         except UserError as error:
             self._submit(full_layer_name, _refuse, error)
-            return {full_layer_name: torch.empty_like(parameter)}  # on the meta device: of that shape and of no size
+            return {full_layer_name: torch.empty_like(parameter)}  # on the meta device: takes no memory
         self._submit(full_layer_name, fill, matrix, values, bitmask)
         if weight.device.type != "cpu":
-            self.jobs[-1].exception()  # wait: it is filled on the CPU
+            self.jobs[-1].exception()  # waits until it is filled, on the CPU
         return {full_layer_name: matrix.to(weight.device)}
 
     def _submit(self, name: str, work: Callable, *arguments: Any) -> None:
@@ -127,7 +132,7 @@ class Unpack(ConversionOps):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        """Never asked for: the conversion is forgotten once the model is loaded."""
+        """Never used: the conversion is removed once the model is loaded."""
         raise NotImplementedError
 
 
@@ -136,23 +141,23 @@ def _refuse(error: UserError) -> None:
 
 
 def check_header(path: Path) -> None:
-    """That the file is whole safetensors in which each bitmask stands beside its values.
+    """Checks that the file is complete and has values for every bitmask.
 
     Raises:
-        UserError: with the name of the file or the tensor.
+        UserError: names the file or the tensor.
     """
     with open_safetensors(path) as stored:
         shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
     for name in shapes:
         if name.endswith(f"weight{BITMASK}") and len(shapes.get(name.removesuffix(BITMASK), ())) != 1:
-            raise UserError(f"{name.removesuffix(BITMASK)}: expected its values beside its bitmask, got none")
+            raise UserError(f"{name.removesuffix(BITMASK)}: its bitmask is there, but its values are not")
 
 
 def check_factors(path: Path, structure: dict) -> None:
-    """That the file has both factors of each matrix that should be in two, for transformers would make them up.
+    """Checks that the file has both factors of every factorised matrix: transformers would initialise missing ones.
 
     Raises:
-        UserError: with the name of the module.
+        UserError: names the module.
     """
     with open_safetensors(path) as stored:
         names = list(stored.keys())
@@ -160,20 +165,20 @@ def check_factors(path: Path, structure: dict) -> None:
         for factor in ("down", "up"):
             if not any(f".{name}".endswith(f".{module}.{factor}.weight") for name in names):
                 raise UserError(
-                    f"{CONFIG_NAME}: quantization_config.structure: expected matrices in two factors where {path.name} has "
-                    f"them, got '{module}'"
+                    f"{CONFIG_NAME}: quantization_config.structure: '{module}' has a rank, but {path.name} has no "
+                    f"{module}.{factor}.weight"
                 )
 
 
 def check_digests(folder: Path, found: dict[str, str], expected: dict | None) -> None:
-    """That a checkpoint is, bit for bit, what was exported.
+    """Checks that both files are, bit for bit, those that were exported.
 
     Raises:
-        UserError: with the name of the file.
+        UserError: names the file.
     """
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not isinstance(expected, dict) or expected.get(name) != found[name]:
             raise UserError(
-                f"{folder / name}: expected the file that was exported, got another one: its sha256 differs from that in "
-                f"{CONFIG_NAME}.\nDownload it again; if you changed it on purpose, export the model again."
+                f"{folder / name}: not the exported file: its sha256 differs from the one in {CONFIG_NAME}.\n"
+                "Download it again; if you changed it on purpose, export the model again."
             )

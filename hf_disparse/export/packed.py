@@ -1,8 +1,8 @@
-"""Packed checkpoints: a sparse matrix as its non-zeros and one bit a weight. Layer 7.
+"""Packed checkpoints: a sparse matrix as its non-zeros and one bit per weight.
 
-On disk a packed `x.weight` is a 1-D tensor of its non-zeros, row by row, under its own name, beside `x.weight_bitmask`,
-uint8 (rows, ceil(columns / 8)), most significant bit first. Under its own name, so that transformers without this
-package stops at the size instead of loading random weights. `hf_disparse.export.loading` reads it back.
+On disk a packed `x.weight` is a 1-D tensor of its non-zeros, row by row, beside `x.weight_bitmask`, uint8 (rows,
+ceil(columns / 8)), most significant bit first. The values keep the weight's name, so that transformers without this
+package fails on the shape instead of loading random weights. `hf_disparse.export.loading` reads them back.
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,9 +25,9 @@ BITMASK = "_bitmask"
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The non-zeros (n,) of a matrix (rows, columns) and their places, uint8 (rows, ceil(columns / 8)).
+    """Packs a matrix (rows, columns) into its non-zeros (n,) and their bitmask, uint8 (rows, ceil(columns / 8)).
 
-    -0.0 counts as zero: a model that was pruned by a product with its mask is half full of it.
+    -0.0 counts as zero: multiplying weights by a mask turns the negative ones into -0.0.
     """
     keep = (weight != 0).numpy()
     bits = weight.reshape(-1).view(BITS[weight.element_size()]).numpy()
@@ -36,10 +36,10 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack(values: Tensor, bitmask: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The matrix of that shape, bit for bit what `pack` was given, but for the sign of its zeros.
+    """Returns the matrix that `pack` was given, bit for bit except for the sign of its zeros.
 
     Raises:
-        UserError: values, bitmask and shape contradict one another.
+        UserError: values, bitmask and shape contradict each other.
     """
     matrix = zeros(values, bitmask, shape)
     fill(matrix, values, bitmask)
@@ -47,21 +47,29 @@ def unpack(values: Tensor, bitmask: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def zeros(values: Tensor, bitmask: Tensor, shape: tuple[int, int]) -> Tensor:
-    """What `fill` starts from, once `bitmask` has the size that it must have; no memory is touched yet."""
+    """Checks `bitmask` (rows, ceil(columns / 8)) and returns zeros of `shape` for `fill`, whose memory is not yet touched.
+
+    Raises:
+        UserError: the bitmask has another type or shape.
+    """
     rows, columns = shape
     expected = (rows, -(-columns // 8))
     if bitmask.dtype != torch.uint8 or tuple(bitmask.shape) != expected:
         raise UserError(f"bitmask: expected uint8 {expected}, got {bitmask.dtype} {tuple(bitmask.shape)}")
-    matrix = np.zeros(rows * columns, dtype=f"i{values.element_size()}")  # quicker than torch's in large pages
+    matrix = np.zeros(rows * columns, dtype=f"i{values.element_size()}")  # faster than torch.zeros for large matrices
     return torch.from_numpy(matrix).view(values.dtype).reshape(rows, columns)
 
 
 def fill(matrix: Tensor, values: Tensor, bitmask: Tensor) -> None:
-    """Writes values (n,) where bitmask has its n bits. Bound by memory; lets other threads run."""
+    """Writes values (n,) where bitmask has its n bits. Bound by memory; lets other threads run.
+
+    Raises:
+        UserError: there are more or fewer values than bits.
+    """
     keep = np.unpackbits(bitmask.numpy(), axis=1, count=matrix.shape[1]).view(bool)
     places = np.flatnonzero(keep)
     if values.ndim != 1 or len(values) != len(places):
-        raise UserError(f"values: expected {len(places)}, as the bitmask has bits, got {tuple(values.shape)}")
+        raise UserError(f"values: expected {len(places)}, one per bit of the bitmask, got {tuple(values.shape)}")
     bits = BITS[values.element_size()]  # numpy has no bfloat16
     matrix.view(-1).view(bits).numpy()[places] = values.view(bits).numpy()
 
@@ -71,25 +79,26 @@ def save_packed(
 ) -> dict[str, int]:
     """Writes a packed checkpoint of `model` into the new folder `folder`, whole or not at all.
 
-    Every matrix that is smaller that way is packed. After `import hf_disparse` the folder loads by the `from_pretrained`
-    of the model's own class and of the Auto classes.
+    Packs every matrix that becomes smaller. After `import hf_disparse`, `from_pretrained` of the model's own class and of
+    the Auto classes reads the folder.
 
     Args:
-        model: a transformers model, or the folder or Hub id of one; from a folder, its tokenizer and the like come along.
-        dtype: of the floating point weights; default: as they are.
+        model: a transformers model, or the folder or Hub id of one; a folder's tokenizer and configurations are copied,
+            too.
+        dtype: of the floating point weights; default: unchanged.
 
     Returns:
-        {"bytes": written, "dense_bytes": of the same weights unpacked, "packed_bytes", "packed_dense_bytes": of the
-        packed matrices alone, "matrices": their number}.
+        {"bytes": size of the file, "dense_bytes": size of the same weights unpacked, "packed_bytes",
+        "packed_dense_bytes": both sizes for the packed matrices alone, "matrices": their number}.
 
     Raises:
-        UserError: the folder is not new, or the model is no plain safetensors checkpoint.
+        UserError: the folder is not new, or the model is not a plain safetensors checkpoint.
     """
     sizes = {"bytes": 0, "dense_bytes": 0, "packed_bytes": 0, "packed_dense_bytes": 0, "matrices": 0}
     with new_folder(folder) as target:
         if isinstance(model, PreTrainedModel):
             tensors = _packed(without_adapters(model, model.state_dict()).items(), dtype, sizes)
-            # Under the names that the model has, for a conversion to others could not read what is packed.
+            # Keeps the model's own names: transformers' conversion to others cannot read packed weights.
             model.save_pretrained(target, state_dict=tensors, save_original_format=False, max_shard_size="1TB")
         else:
             source = model_folder(model)
@@ -104,6 +113,7 @@ def save_packed(
 
 
 def _read(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yields (name, tensor), one tensor in memory at a time."""
     with open_safetensors(file) as stored:
         for name in stored.keys():  # noqa: SIM118, a safe_open has no iterator
             yield name, stored.get_tensor(name)
@@ -112,11 +122,11 @@ def _read(file: Path) -> Iterator[tuple[str, Tensor]]:
 def _packed(
     tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, sizes: dict[str, int]
 ) -> dict[str, Tensor]:
-    """The tensors as the file holds them; adds to the sizes."""
+    """The tensors as the file will hold them; adds to `sizes`."""
     stored = {}
     for name, tensor in tensors:
         if name.endswith(BITMASK):
-            raise UserError(f"{name}: expected a model as it trains, got a packed one")
+            raise UserError(f"{name}: the model is packed already; load it with `from_pretrained` to pack it again")
         floating = tensor.is_floating_point()
         tensor = tensor.detach().to("cpu", dtype if floating else None)
         sizes["dense_bytes"] += tensor.nbytes

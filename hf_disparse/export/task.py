@@ -1,4 +1,4 @@
-"""One task of a `MultitaskModel` as a plain model, for people who do not have this package. Layer 7."""
+"""One task of a `MultitaskModel` as a plain transformers model, which needs no hf_disparse."""
 
 import copy
 from pathlib import Path
@@ -19,36 +19,36 @@ from hf_disparse.model.structure import Cuts, StoredForm
 
 
 def task_model(model: MultitaskModel, task: str) -> PreTrainedModel:
-    """The encoder and the head of `task` as transformers' own classification model of that architecture.
+    """Copies the encoder and the head of `task` into transformers' own classification model of that architecture.
 
-    Its logits are the model's, its `config.id2label` the task's labels; weights are copied.
+    The logits are the same, and `config.id2label` has the task's labels.
 
     Raises:
-        UserError: no such task, an encoder of a shape that plain transformers has not, or an adapter whose merge fills
-            zeros.
+        UserError: the model has no such task, plain transformers cannot represent the encoder's shape, or merging an
+            adapter would fill zeros.
     """
     check_task(model, task)
     if model.config.skipped_layers or model.adapters or model.config.unshared or low_rank_modules(model.encoder):
         model = only_task(model, task)
-        multiply_out(model)  # no smaller than it was, but what plain transformers reads
+        multiply_out(model)  # larger than the factors, but plain transformers can read it
         drop_layers(model, Cuts(None), {})
     if isinstance(getattr(model.config, "quantization_config", None), StoredForm):
         raise UserError(
-            f"--format task: expected an encoder with the same shape in each layer, got a compact one of {task}, which plain "
-            "transformers cannot read; export the model as it was before it was compact"
+            "task_model: plain transformers cannot read a compact encoder whose layers differ in shape.\n"
+            "Export the task from the model as it was before `compact`."
         )
     config = model.tasks[task]
     full = auto_class(config).from_config(head_config(model.config.encoder_config, config), dtype=torch.float32)
     weights = {f"{full.base_model_prefix}.{name}": tensor for name, tensor in model.encoder.state_dict().items()}
     weights |= model.heads[task].state_dict()
     for name, tensor in full.state_dict(keep_vars=True).items():
-        tensor.data = tensor.data.to(weights[name].dtype)  # which may differ from one to the next
+        tensor.data = tensor.data.to(weights[name].dtype)  # weights may differ in dtype
     full.load_state_dict(weights)
     return full.train(model.training)
 
 
 def only_task(model: MultitaskModel, task: str) -> MultitaskModel:
-    """A copy with that head alone, its adapter merged into the encoder, which has its own layers if it has some."""
+    """Copies the model with this head alone; merges its adapter and its private layers into the encoder."""
     model = copy.deepcopy(model)
     for other in [name for name in model.heads if name != task]:
         model.remove_task(other)
@@ -58,9 +58,9 @@ def only_task(model: MultitaskModel, task: str) -> MultitaskModel:
 
 
 def check_task(model: MultitaskModel, task: str) -> None:
-    """Refuses a task that the model has not."""
+    """Raises UserError if the model has no such task."""
     if task not in model.heads:
-        raise UserError(f"--task: the model has no task '{task}'; it has {', '.join(model.heads)}")
+        raise UserError(f"task: the model has no task '{task}'; it has {', '.join(model.heads)}")
 
 
 def save_tasks(
@@ -74,19 +74,20 @@ def save_tasks(
     """Writes tasks of `model` into the new folder `folder`, for plain `AutoModelFor...` and `pipeline`.
 
     Args:
-        model: a MultitaskModel, or the folder or Hub id of one; from a folder, its tokenizer comes along.
-        task: the one to write into `folder` itself; by default every task, each into `tasks/<name>` of it.
-        dtype: of the floating point weights; default: as they are.
+        model: a MultitaskModel, or the folder or Hub id of one; a folder's tokenizer is copied, too.
+        task: the task to write into `folder` itself; default: every task, each into its own `folder/tasks/<name>`.
+        dtype: of the floating point weights; default: unchanged.
         name: the Hub id that the cards' snippets load; default: the folder's name.
 
     Returns:
         The folders of the models.
+
+    Raises:
+        UserError: as `task_model`; also if `folder` is not new or the model has one task already.
     """
     model, source = open_model(model)
     if not isinstance(model, MultitaskModel):
-        raise UserError(
-            f"--format task: expected a MultitaskModel, got a {type(model).__name__}, which is one task already"
-        )
+        raise UserError(f"model: expected a MultitaskModel, got a {type(model).__name__}, which is one task already")
     names = list(model.heads) if task is None else [task]
     with new_folder(folder) as target:
         for each in names:

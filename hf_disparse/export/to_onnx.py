@@ -1,4 +1,4 @@
-"""One task as ONNX, by torch's own exporter, checked in onnxruntime. Layer 7; needs the extra `onnx`."""
+"""One task as ONNX, by torch's own exporter, checked in onnxruntime; needs the extra `onnx`."""
 
 import contextlib
 import copy
@@ -15,10 +15,10 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_disparse.config import UserError, one_line, require
-from hf_disparse.export.card import tokens_to_time
+from hf_disparse.config import UserError, one_line
 from hf_disparse.export.compact import drop_layers, heads_that_stay
 from hf_disparse.export.folder import copy_companions
+from hf_disparse.export.measurements import tokens_to_time
 from hf_disparse.export.task import check_task, only_task
 from hf_disparse.files import new_folder
 from hf_disparse.model.loading import open_model
@@ -30,42 +30,46 @@ _ROUNDS, _TOLERANCE = 15, 1e-3
 
 
 def save_onnx(model: PreTrainedModel | str | Path, folder: str | Path, task: str | None = None) -> dict[str, float]:
-    """Writes `model.onnx` (input_ids and attention_mask, (batch, tokens) int64, to logits) into the new folder `folder`.
+    """Writes `model.onnx` into the new folder `folder`: input_ids and attention_mask, (batch, tokens) int64, to logits.
 
-    Both axes are free. Skipped layers are left out, compact models are exported as they are. The file runs once in
-    onnxruntime before the folder takes its name.
+    Both axes are dynamic. Skipped layers are left out, and compact models are exported as they are. The folder only
+    appears once onnxruntime has run the file and returned torch's logits.
 
     Args:
-        model: a MultitaskModel, a classification model of transformers', or the folder or Hub id of either; from a folder,
-            its tokenizer comes along.
-        task: which head of a MultitaskModel; may be left out if it has one.
+        model: a MultitaskModel, a transformers classification model, or the folder or Hub id of either; a folder's
+            tokenizer is copied, too.
+        task: the head of a MultitaskModel to export; optional if it has only one.
 
     Returns:
-        {"difference": largest absolute difference of the logits, "speed": times faster than torch, batch of 1, 64 tokens}.
+        {"difference": largest difference of the logits, relative where they exceed 1, "speed": torch's time over
+        onnxruntime's, batch of 1, 64 tokens or as many as the encoder takes}.
 
     Raises:
-        UserError: no such task, the extra is not installed, or onnxruntime gives other logits.
+        UserError: the model has no such task, the extra is not installed, or onnxruntime's logits differ.
     """
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401, which torch's exporter is made of
+        import onnxscript  # noqa: F401, torch's exporter needs it
     except ImportError as error:
-        raise UserError(f"--format onnx: {error}; try: pip install 'hf_disparse[onnx]'") from None
+        raise UserError(f"save_onnx: {error}; try: pip install 'hf_disparse[onnx]'") from None
     model, source = open_model(model)
     if isinstance(model, MultitaskModel):
         if task is None and len(model.heads) > 1:
-            raise UserError(f"--task: expected the task to export, one of {', '.join(model.heads)}, got none")
+            raise UserError(f"task: must be set, because the model has several: {', '.join(model.heads)}")
         task = task or next(iter(model.heads))
         check_task(model, task)
         model = only_task(model, task)
         drop_layers(model, Cuts(None), heads_that_stay(model))
         config = head_config(model.config.encoder_config, model.tasks[task])
     else:
-        require(task is None, "--task", "nothing for a model of one task", task)
+        if task is not None:
+            raise UserError(f"task: must not be set for a model that has one task, got '{task}'")
         config = copy.deepcopy(model.config)
-        config.__dict__.pop("quantization_config", None)  # which says how safetensors are read
+        config.__dict__.pop("quantization_config", None)  # describes safetensors files; there is none here
         model = model if source else copy.deepcopy(model)
-    model = extract_model_from_parallel(model, keep_fp32_wrapper=False)  # without the autocast of a training
+    model = extract_model_from_parallel(
+        model, keep_fp32_wrapper=False
+    )  # removes the autocast of mixed-precision training
     plain = _Logits(model.float().cpu(), task).eval()
     with new_folder(folder) as target:
         if source:
@@ -81,6 +85,8 @@ def save_onnx(model: PreTrainedModel | str | Path, folder: str | Path, task: str
 
 
 class _Logits(nn.Module):
+    """A model as a function of two tensors that returns one."""
+
     def __init__(self, model: PreTrainedModel, task: str | None):
         super().__init__()
         self.model, self.task = model, {} if task is None else {"task": task}
@@ -90,7 +96,7 @@ class _Logits(nn.Module):
 
 
 def _batch(size: int, tokens: int) -> dict[str, Tensor]:
-    """Token ids that any vocabulary has, and a last row that ends early."""
+    """Token ids (size, tokens) that every vocabulary has; the last of several rows is half padding."""
     ids = torch.arange(size * tokens).reshape(size, tokens) % 37 + 5
     mask = torch.ones_like(ids)
     mask[-1, -(-tokens // 2) :] = 0 if size > 1 else 1
@@ -98,9 +104,10 @@ def _batch(size: int, tokens: int) -> dict[str, Tensor]:
 
 
 def _export(model: nn.Module, path: Path) -> None:
+    """Writes the ONNX file, without the exporter's output."""
     axes = {0: "batch", 1: "tokens"}
     level = logging.getLogger("torch.onnx").level
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of operators of libraries that are not there
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of operators of libraries that are not installed
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -115,13 +122,14 @@ def _export(model: nn.Module, path: Path) -> None:
                 external_data=False,
                 verbose=False,
             )
-    except Exception as error:  # the exporter's own kinds
-        raise UserError(f"--format onnx: torch cannot export this model: {one_line(error)}") from error
+    except Exception as error:  # the exporter raises types of its own
+        raise UserError(f"save_onnx: torch cannot export this model: {one_line(error)}") from error
     finally:
         logging.getLogger("torch.onnx").setLevel(level)
 
 
 def _check(model: nn.Module, tokens: int, run: Callable[[dict[str, Tensor]], Tensor]) -> dict[str, float]:
+    """Compares `run`, the exported model, with `model`: logits at three shapes, then time in turns."""
     difference = 0.0
     with torch.inference_mode():
         for size, length in ((2, 8), (3, 13), (1, 4)):
@@ -139,5 +147,7 @@ def _check(model: nn.Module, tokens: int, run: Callable[[dict[str, Tensor]], Ten
                 seconds[name] = time.perf_counter() - start
             ratios.append(seconds["torch"] / seconds["onnxruntime"])
     if not difference < _TOLERANCE:
-        raise UserError(f"--format onnx: expected torch's logits from onnxruntime, got others by {difference:.2g}")
+        raise UserError(
+            f"save_onnx: the logits of onnxruntime and torch differ by {difference:.2g}; nothing was written"
+        )
     return {"difference": difference, "speed": statistics.median(ratios[1:])}

@@ -35,7 +35,7 @@ def load_pretrained(where: str, cls, name: str, method: str = "from_pretrained",
 WEIGHTS_NAME, CONFIG_NAME, INDEX_NAME = "model.safetensors", "config.json", "model.safetensors.index.json"
 
 
-_COMPANIONS = (".json", ".txt", ".model", ".md")  # of a model's folder: tokenizer, configurations, card
+COMPANIONS = (".json", ".txt", ".model", ".md")  # of a model's folder: tokenizer, configurations, card
 
 
 def model_folder(name: str | Path) -> Path:
@@ -48,7 +48,7 @@ def model_folder(name: str | Path) -> Path:
     path = Path(resolve(str(name)))
     if not path.is_dir():
         try:
-            patterns = ["*.safetensors", *(f"*{suffix}" for suffix in _COMPANIONS)]
+            patterns = ["*.safetensors", *(f"*{suffix}" for suffix in COMPANIONS)]
             path = Path(snapshot_download(str(name), allow_patterns=patterns, ignore_patterns="*/*"))
             if read_json(path / CONFIG_NAME).get("adapters"):
                 snapshot_download(str(name), allow_patterns=[f"{ADAPTER_FOLDER}*/adapter_*"])

@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_disparse.config import UserError
 from hf_disparse.distributed.processes import from_main, say
-from hf_disparse.export.card import RESULTS_NAME, losses_of_log, write_card
+from hf_disparse.export.card import write_card
+from hf_disparse.export.results import RESULTS_NAME, losses_of_log
 from hf_disparse.files import sync, write_whole, writing
 from hf_disparse.model.architectures import token_limit
 from hf_disparse.model.loading import load_model

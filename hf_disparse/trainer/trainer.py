@@ -16,7 +16,8 @@ from transformers.trainer_pt_utils import find_batch_size
 from hf_disparse.config import PruningConfig, UserError, closest
 from hf_disparse.distributed.processes import among_processes, processes
 from hf_disparse.distributed.processes import average as average_over_processes
-from hf_disparse.export.card import results_of_log, write_card
+from hf_disparse.export.card import write_card
+from hf_disparse.export.results import results_of_log
 from hf_disparse.model.multitask import MultitaskModel
 from hf_disparse.model.sparsity import masked_share
 from hf_disparse.pruning.stored_scores import SCORES_FOLDER

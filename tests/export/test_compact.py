@@ -228,7 +228,9 @@ def test_a_structure_of_another_model_is_refused(tmp_path):
 def test_a_first_layer_that_is_unlike_the_others_is_not_dropped():
     model = model_of("modernbert")
     model.skip_layers([0])
-    with pytest.raises(UserError, match="the first layer of ModernBertModel is unlike the others and stays"):
+    with pytest.raises(
+        UserError, match="the first layer of ModernBertModel differs from the others and cannot be removed"
+    ):
         compact(model)
 
 

@@ -75,7 +75,7 @@ def test_a_plain_model(tmp_path):
     model = AutoModelForSequenceClassification.from_config(CONFIGS["distilbert"]()).eval()
     save_onnx(model, tmp_path / "onnx")
     same(tmp_path / "onnx", model)
-    with pytest.raises(UserError, match="--task: expected nothing for a model of one task, got 'two'"):
+    with pytest.raises(UserError, match="task: must not be set for a model that has one task, got 'two'"):
         save_onnx(model, tmp_path / "again", "two")
 
 
@@ -85,7 +85,7 @@ def test_a_task_that_is_not_there(tmp_path):
 
 
 def test_one_of_several_tasks_has_to_be_named(tmp_path):
-    with pytest.raises(UserError, match="--task: expected the task to export, one of two, three, real, got none"):
+    with pytest.raises(UserError, match="task: must be set, because the model has several: two, three, real"):
         save_onnx(tiny_model(), tmp_path / "onnx")
 
 

@@ -198,7 +198,7 @@ def test_an_index_cannot_leave_its_folder(sparse_model, tmp_path):
 
 
 def test_neither_twice_nor_over_something_else(packed, tmp_path):
-    with pytest.raises(UserError, match="got a packed one"):
+    with pytest.raises(UserError, match="the model is packed already"):
         save_packed(packed, tmp_path / "twice")
     with pytest.raises(UserError, match="expected a new or empty folder"):
         save_packed(tiny_model(), packed)
@@ -237,9 +237,12 @@ NAME = "encoder.encoder.layer.0.intermediate.dense.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v, b: {NAME: v[:-1], NAME + "_bitmask": b}, "values: expected 41, as the bitmask has bits, got (40,)"),
-        (lambda v, b: {NAME: v.reshape(1, -1), NAME + "_bitmask": b}, "expected its values beside its bitmask"),
-        (lambda v, b: {NAME + "_bitmask": b}, "expected its values beside its bitmask"),
+        (
+            lambda v, b: {NAME: v[:-1], NAME + "_bitmask": b},
+            "values: expected 41, one per bit of the bitmask, got (40,)",
+        ),
+        (lambda v, b: {NAME: v.reshape(1, -1), NAME + "_bitmask": b}, "its bitmask is there, but its values are not"),
+        (lambda v, b: {NAME + "_bitmask": b}, "its bitmask is there, but its values are not"),
         (
             lambda v, b: {NAME: v, NAME + "_bitmask": b.flatten()},
             "bitmask: expected uint8 (32, 2), got torch.uint8 (64,)",
@@ -362,7 +365,7 @@ def test_a_torn_shard_is_named(sparse_model, tmp_path):
 def test_another_file_beside_it_is_not_loaded_unchecked(packed):
     shutil.copyfile(packed / "model.safetensors", packed / "model.fp16.safetensors")
     with pytest.raises(
-        UserError, match=r"expected the weights in model.safetensors beside it, got model.fp16.safetensors"
+        UserError, match=r"expected the weights in model.safetensors in the same folder, got model.fp16.safetensors"
     ):
         AutoModel.from_pretrained(packed, variant="fp16")
 
@@ -370,8 +373,11 @@ def test_another_file_beside_it_is_not_loaded_unchecked(packed):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(quantization_config=[1]), "expected no quantization_config but ours"),
-        (lambda c: c.update(quantization_config={"quant_method": "gptq"}), "expected no quantization_config but ours"),
+        (lambda c: c.update(quantization_config=[1]), "a quantization_config of another library cannot be exported"),
+        (
+            lambda c: c.update(quantization_config={"quant_method": "gptq"}),
+            "a quantization_config of another library cannot be exported",
+        ),
     ],
 )
 def test_a_foreign_form_is_not_packed(change, message, sparse_model, tmp_path):

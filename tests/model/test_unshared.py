@@ -186,7 +186,7 @@ def test_a_compact_model_may_stop_sharing_and_comes_back(tmp_path):
     assert_same(before, by_task(model))
     model.save_pretrained(tmp_path)
     same(model, AutoModel.from_pretrained(tmp_path).eval())
-    with pytest.raises(UserError, match="compact before unsharing"):
+    with pytest.raises(UserError, match="Compact before unsharing"):
         compact(model)
 
 
