@@ -1,1 +1,1 @@
-"""Figures and sentences from JSON."""
+"""Figures and sentences from the JSON of an analysis or a comparison."""

@@ -1,4 +1,4 @@
-"""The figures of a report: title, units, sentence, panels and the table of the same numbers. Layer 7."""
+"""The figures of a report: title, units, sentence, panels and a table of the same numbers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,17 +28,17 @@ from hf_disparse.report.values import (
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One figure of a report, still to be drawn.
+    """One figure of a report, not yet drawn.
 
     Args:
-        name: of its files, and where a link leads.
-        units: what stands on the axes, and in what.
-        sentence: what is to be seen.
-        panels: title and function of each axes.
+        name: of its files and of its anchor on the page.
+        units: what the axes show, and in which units.
+        sentence: what there is to see.
+        panels: (title, function that draws into an Axes) per panel.
         height: of a panel, in CSS pixels.
-        across: panels side by side at most, where the page is wide.
-        header, rows: its numbers; None is a number that is not there.
-        note: what of the numbers is not in the table, and where it is.
+        across: the most panels side by side on a wide page.
+        header, rows: the table of its numbers; None is a missing number.
+        note: which numbers the table leaves out, and where they are.
     """
 
     name: str
@@ -54,27 +54,30 @@ class Figure:
 
 
 def figures_of(analysis: Mapping) -> list[Figure]:
-    """All figures that there are numbers for."""
+    """The figures of an analysis, in the order of the page; those without numbers are left out."""
     stages, tasks = analysis["stages"], analysis["tasks"]
     figures = []
     if stages:
-        figures += [_agreement(stages), _by_kind(stages), _affinity(stages, tasks)]
+        figures += [_agreement_figure(stages), _by_kind_figure(stages), _affinity_figure(stages, tasks)]
         figures += [
-            _keepers(stages, tasks),
-            _keepers_by_kind(stages[-1], tasks),
-            _heads(stages, tasks),
-            _neurons(stages),
+            _keepers_figure(stages, tasks),
+            _keepers_by_kind_figure(stages[-1], tasks),
+            _heads_figure(stages, tasks),
+            _neurons_figure(stages),
         ]
     if analysis["curve"] and analysis["curve"]["points"]:
-        figures.append(_curve(analysis["curve"]))
+        figures.append(_cost_figure(analysis["curve"]))
     if analysis["footprint"]:
-        figures.append(_footprint(analysis["footprint"]))
+        figures.append(_footprint_figure(analysis["footprint"]))
     return [figure for figure in figures if figure]
 
 
-def _agreement(stages: Sequence[Mapping]) -> Figure:
-    title, units = "Where tasks agree", "Agreement of the tasks' own keep masks beyond chance, by layer. "
-    units += "(IoU - c) / (1 - c), c being the IoU of independent masks that keep as many: 0 is chance, 1 is identical."
+def _agreement_figure(stages: Sequence[Mapping]) -> Figure:
+    title, units = (
+        "Where tasks agree",
+        "Agreement of the tasks' own keep masks beyond chance, by layer: (IoU - c) / (1 - c), ",
+    )
+    units += "where c is the IoU of independent masks that keep as many weights. 0 is chance, 1 is identical."
     last = lines_of(stages[-1]["agreement"], "all")
     if not last:
         return Figure(name="agreement", title=title, units=units, sentence=sentences.ONE_TASK)
@@ -96,9 +99,12 @@ def _agreement(stages: Sequence[Mapping]) -> Figure:
         name="agreement",
         title=title,
         units=units + " Bands: bootstrap intervals over scoring batches.",
-        sentence=sentences.agreement(stages),
+        sentence=sentences.agreement_sentence(stages),
         panels=[
-            (stage_name(s), lambda ax, s=s: plots.agreement(s["agreement"], ax, watershed=s["watershed"], pairs=pairs))
+            (
+                stage_name(s),
+                lambda ax, s=s: plots.plot_agreement(s["agreement"], ax, watershed=s["watershed"], pairs=pairs),
+            )
             for s in stages
         ],
         header=["stage", "tasks", "layer", "IoU", "chance", "beyond chance", "low", "high"],
@@ -107,7 +113,7 @@ def _agreement(stages: Sequence[Mapping]) -> Figure:
     )
 
 
-def _by_kind(stages: Sequence[Mapping]) -> Figure | None:
+def _by_kind_figure(stages: Sequence[Mapping]) -> Figure | None:
     rows = []
     for stage in stages:
         for kind in kind_names(stage["agreement"]):
@@ -125,9 +131,10 @@ def _by_kind(stages: Sequence[Mapping]) -> Figure | None:
         name="agreement-by-matrix",
         title="Which matrices tasks share",
         units="All tasks' agreement beyond chance by layer (down) and kind of matrix (across): 0 is chance, 1 is identical.",
-        sentence=sentences.agreement_by_kind(stages),
+        sentence=sentences.agreement_by_kind_sentence(stages),
         panels=[
-            (stage_name(s), lambda ax, s=s: plots.agreement_by_kind(s["agreement"], ax, limit=limit)) for s in stages
+            (stage_name(s), lambda ax, s=s: plots.plot_agreement_by_kind(s["agreement"], ax, limit=limit))
+            for s in stages
         ],
         height=150 + 17 * min(max(layers, 3), 36),
         header=["stage", "matrix", "layer", "beyond chance"],
@@ -135,9 +142,9 @@ def _by_kind(stages: Sequence[Mapping]) -> Figure | None:
     )
 
 
-def _affinity(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure:
+def _affinity_figure(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure:
     title = "Which tasks are alike"
-    units = "Tasks by tasks. Shared importance and the cosine of gradients; 1 is identical, and cosines go down to -1."
+    units = "Shared importance and gradient cosine of each pair of tasks: 1 is identical, and cosines go down to -1."
     if not several(tasks):
         return Figure(name="affinity", title=title, units=units, sentence=sentences.ONE_TASK)
     labels = {"importance": "shared importance", "gradient_cosine": "gradient cosine"}
@@ -151,7 +158,7 @@ def _affinity(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure:
             matrix, diverging = stage["affinity"][key], key == "gradient_cosine"
 
             def draw(ax: Axes, matrix=matrix, label=label, limit=limits[key], diverging=diverging) -> Axes:
-                return plots.affinity(matrix, tasks, ax, label=label, limit=limit, diverging=diverging)
+                return plots.plot_affinity(matrix, tasks, ax, label=label, limit=limit, diverging=diverging)
 
             panels.append((f"{label}, {stage_name(stage)}", draw))
         cells = off_diagonal(stage["affinity"]["importance"])
@@ -167,7 +174,7 @@ def _affinity(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure:
         name="affinity",
         title=title,
         units=units,
-        sentence=sentences.affinity(stages[-1], tasks),
+        sentence=sentences.affinity_sentence(stages[-1], tasks),
         panels=panels,
         height=190 + 16 * min(max(len(tasks), 4), NAMES_UP_TO),
         across=2,
@@ -183,8 +190,8 @@ def _shares(tasks: int) -> list[str]:
     return ["no task", "1 task", *(f"{n} tasks" for n in range(2, tasks)), f"all {tasks} tasks"]
 
 
-def _keepers(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure | None:
-    """Of whole layers; a matrix's are a figure of their own."""
+def _keepers_figure(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure | None:
+    """Who keeps the weights of whole layers; `_keepers_by_kind_figure` shows single matrices."""
     if not all(whole_layers(stage["keepers"]) for stage in stages):
         return None
     values = [
@@ -195,9 +202,9 @@ def _keepers(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure | None:
         name="keepers",
         title="Who keeps what",
         units="Share of each layer's prunable weights by the number of tasks whose own mask keeps them.",
-        sentence=sentences.keepers(stages[-1], *values[-1], "prunable weights"),
+        sentence=sentences.keepers_sentence(stages[-1], *values[-1], "prunable weights"),
         panels=[
-            (stage_name(s), lambda ax, value=value: plots.keepers(*value, ax))
+            (stage_name(s), lambda ax, value=value: plots.plot_keepers(*value, ax))
             for s, value in zip(stages, values, strict=True)
         ],
         header=["stage", "layer", *_shares(len(tasks))],
@@ -209,8 +216,8 @@ def _keepers(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure | None:
     )
 
 
-def _keepers_by_kind(stage: Mapping, tasks: Sequence[str]) -> Figure | None:
-    """Of every kind of matrix, at the last stage."""
+def _keepers_by_kind_figure(stage: Mapping, tasks: Sequence[str]) -> Figure | None:
+    """Who keeps the weights of each kind of matrix, at the last stage."""
     kinds = kind_names(stage["keepers"])
     if not kinds:
         return None
@@ -223,9 +230,14 @@ def _keepers_by_kind(stage: Mapping, tasks: Sequence[str]) -> Figure | None:
         name="keepers-by-matrix",
         title="Who keeps what, by matrix",
         units=f"Share of each matrix's weights by the number of tasks whose own mask keeps them, {stage_name(stage)}.",
-        sentence=sentences.keepers_by_kind(alone, tasks),
+        sentence=sentences.keepers_by_kind_sentence(alone, tasks),
         panels=[
-            (kind, lambda ax, k=kind: plots.keepers([r["layer"] for r in rows[k]], [r["kept_by"] for r in rows[k]], ax))
+            (
+                kind,
+                lambda ax, k=kind: plots.plot_keepers(
+                    [r["layer"] for r in rows[k]], [r["kept_by"] for r in rows[k]], ax
+                ),
+            )
             for kind in kinds
         ],
         height=230,
@@ -234,7 +246,7 @@ def _keepers_by_kind(stage: Mapping, tasks: Sequence[str]) -> Figure | None:
     )
 
 
-def _heads(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure | None:
+def _heads_figure(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure | None:
     stages = [s for s in stages if any(part["granularity"] == "head" for part in s["parts"])]
     if not stages:
         return None
@@ -249,16 +261,16 @@ def _heads(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure | None:
     return Figure(
         name="heads",
         title="Which heads serve which tasks",
-        units="Heads, down, layer by layer; tasks, across. Filled where the task's own mask keeps the head.",
-        sentence=sentences.heads(stages[-1], tasks),
-        panels=[(stage_name(s), lambda ax, s=s: plots.heads(s["parts"], tasks, ax)) for s in stages],
+        units="Heads (down, layer by layer) by tasks (across), filled where the task's own mask keeps the head.",
+        sentence=sentences.heads_sentence(stages[-1], tasks),
+        panels=[(stage_name(s), lambda ax, s=s: plots.plot_heads(s["parts"], tasks, ax)) for s in stages],
         height=min(900, 160 + max(180, 7 * count)),
-        header=["stage", "layer", "head", "kept for"],
+        header=["stage", "layer", "head", "kept by"],
         rows=rows,
     )
 
 
-def _neurons(stages: Sequence[Mapping]) -> Figure | None:
+def _neurons_figure(stages: Sequence[Mapping]) -> Figure | None:
     values = []
     for stage in stages:
         parts = sorted((p for p in stage["parts"] if p["granularity"] == "neuron"), key=lambda part: part["layer"])
@@ -272,23 +284,25 @@ def _neurons(stages: Sequence[Mapping]) -> Figure | None:
         name="neurons",
         title="How many tasks a neuron serves",
         units="Share of each layer's FFN neurons by the number of tasks whose own mask keeps them; the table has counts.",
-        sentence=sentences.keepers(stage, layers, kept, "neurons"),
-        panels=[(stage_name(s), lambda ax, n=n, k=k: plots.keepers(n, k, ax, what="neurons")) for s, n, k, _ in values],
+        sentence=sentences.keepers_sentence(stage, layers, kept, "neurons"),
+        panels=[
+            (stage_name(s), lambda ax, n=n, k=k: plots.plot_keepers(n, k, ax, what="neurons")) for s, n, k, _ in values
+        ],
         header=["stage", "layer", "neurons", *_shares(len(parts[0]["kept_by"]) - 1)],
         rows=[[stage_name(s), p["layer"], p["count"], *p["kept_by"]] for s, _, _, parts in values for p in parts],
     )
 
 
-def _curve(curve: Mapping) -> Figure:
+def _cost_figure(curve: Mapping) -> Figure:
     tasks, named = curve_tasks(curve), named_tasks(curve)
     shown = tasks if len(tasks) <= NAMES_UP_TO else named
     return Figure(
         name="cost",
         title="What sparsity costs",
-        units=f"Metric (0 to 100) against the share pruned of the {curve['denominator']}. Dashed: pruned at one stroke, not "
-        "trained since; solid: recovered. A ring is a knee.",
-        sentence=sentences.cost_curve(curve),
-        panels=[("", lambda ax: plots.cost_curve(curve, ax))],
+        units=f"Metric (0 to 100) against the pruned share of the {curve['denominator']}. Dashed: pruned in one shot, without "
+        "further training; solid: after recovery. Rings mark knees.",
+        sentence=sentences.cost_sentence(curve),
+        panels=[("", lambda ax: plots.plot_cost_curve(curve, ax))],
         height=420,
         header=["sparsity", "recovered", *shown, "average"],
         rows=[
@@ -299,34 +313,34 @@ def _curve(curve: Mapping) -> Figure:
     )
 
 
-def _footprint(modules: Sequence[Mapping]) -> Figure:
+def _footprint_figure(modules: Sequence[Mapping]) -> Figure:
     rows = blocks(modules)
     keys = ["parameters", "nonzeros", "bytes_dense", "bytes_packed", "multiplications", "multiplications_left"]
     header = ["parameters", "non-zeros", "bytes, dense", "bytes, packed", "multiplications", "multiplications left"]
     total = [sum(row[key] for row in rows) for key in keys]
     return Figure(
         name="footprint",
-        title="Where it went",
-        units="Parameters (after: non-zeros), bytes of the file (after: packed) and multiplications per token, by part of the model.",
-        sentence=sentences.footprint(rows),
-        panels=[(q, lambda ax, q=q: plots.footprint(rows, ax, quantity=q)) for q in plots.FOOTPRINT],
+        title="What is left of the model",
+        units="Parameters (after: non-zeros), bytes on disk (after: packed) and multiplications per token, by part of the model.",
+        sentence=sentences.footprint_sentence(rows),
+        panels=[(q, lambda ax, q=q: plots.plot_footprint(rows, ax, quantity=q)) for q in plots.FOOTPRINT],
         height=130 + 24 * max(3, min(len(rows), plots.MODULES_UP_TO)),
         header=["module", *header],
         rows=[*([row["module"], *(row[key] for key in keys)] for row in rows), ["all", *total]],
-        note=f"The {len(modules)} modules one by one are in analysis.json." if len(modules) > len(rows) else "",
+        note=f"All {len(modules)} modules are listed in analysis.json." if len(modules) > len(rows) else "",
     )
 
 
 def figure_of_comparison(report: Mapping) -> Figure:
-    """That of `compare.json`: each method's average by sparsity."""
+    """The figure of `compare.json`: each method's average by sparsity."""
     tasks = [name for name in report["rows"][0]["mean"] if name != "average"]
     return Figure(
         name="comparison",
         title="Methods compared",
-        units="Average of the tasks' metrics (0 to 100) against the share pruned of the prunable weights. "
+        units="Average of the tasks' metrics (0 to 100) against the pruned share of the prunable weights. "
         "Bars and band: standard deviation over seeds.",
-        sentence=sentences.comparison(report["rows"]),
-        panels=[("", lambda ax: plots.comparison(report["rows"], ax))],
+        sentence=sentences.comparison_sentence(report["rows"]),
+        panels=[("", lambda ax: plots.plot_comparison(report["rows"], ax))],
         height=440,
         header=["method", "criterion", "sparsity", "seeds", "average", "± average", *tasks],
         rows=[

@@ -1,4 +1,4 @@
-"""Figures drawn for a wide and for a narrow page, and the page that holds them. Layer 7."""
+"""The HTML page of a report, with each figure drawn for a wide and for a narrow screen."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,15 @@ from hf_disparse.report.figures import Figure
 from hf_disparse.report.theme import UNIT, css_variables, inline_svg, save, styled, svg
 
 FIGURES_NAME = "figures"
-WIDE, NARROW = 880, 356  # CSS pixels that a figure has on a page of 960 and of 390
+WIDE, NARROW = 880, 356  # width of a figure in CSS pixels, on a page of 960 and of 390
 _LEGEND_LINE = 19
 
 
 def write_page(path: Path, title: str, facts: Mapping[str, str], figures: Sequence[Figure], data: str) -> None:
-    """Writes the page, and its figures as files into the folder beside it.
+    """Writes the page, and its figures as files into the folder `figures` beside it.
 
     Args:
-        facts: what stands below the title.
+        facts: name -> text, shown below the title.
         data: name of the file that holds all numbers.
     """
     folder = path.parent / FIGURES_NAME
@@ -42,10 +42,10 @@ def write_page(path: Path, title: str, facts: Mapping[str, str], figures: Sequen
 
 
 def draw(figure: Figure, width: int) -> Drawing:
-    """The figure's panels, side by side as far as they have room, with one legend for all.
+    """Draws the figure's panels, side by side where they fit, with one legend for all.
 
     Args:
-        width: in CSS pixels; a narrow one stacks the panels.
+        width: in CSS pixels; below `WIDE`, panels are stacked.
     """
     across = 1 if width < WIDE else min(len(figure.panels), figure.across)
     down = math.ceil(len(figure.panels) / across)
@@ -74,14 +74,14 @@ def draw(figure: Figure, width: int) -> Drawing:
 
 
 def _drawings(figure: Figure, folder: Path) -> dict[str, Markup]:
-    """Wide and narrow as SVG for the page; the wide one also as files."""
+    """ "wide" and "narrow" -> SVG for the page; writes the wide drawing as files, too."""
     if not figure.panels:
         return {}
     drawn = {}
     label = f"{figure.title}. {figure.sentence}"
     for kind, width in (("wide", WIDE), ("narrow", NARROW)):
         drawing = styled(lambda width=width: draw(figure, width))
-        drawing.set_layout_engine("none")  # laid out; each file would do it again
+        drawing.set_layout_engine("none")  # it is laid out; saving would repeat that for each file
         file = svg(drawing)
         drawn[kind] = Markup(inline_svg(file, f"{figure.name}-{kind}-", label))
         if kind == "wide":
@@ -91,7 +91,7 @@ def _drawings(figure: Figure, folder: Path) -> dict[str, Markup]:
 
 
 def _table(figure: Figure) -> list[list[tuple[str, bool]]]:
-    """Cells as (text, whether it is a number)."""
+    """Rows of cells, each (text, whether it is a number)."""
     return [[_cell(value) for value in row] for row in figure.rows]
 
 

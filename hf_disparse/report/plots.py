@@ -1,6 +1,6 @@
-"""Every figure as a function of plain values and a matplotlib Axes, which it returns. Layer 7.
+"""One function per plot: draws plain values into a matplotlib Axes and returns it.
 
-Rows are those of `analysis.json` and `compare.json`. Names are shown as they are: no name is markup or mathematics.
+Rows have the form of `analysis.json` and `compare.json`. Names are drawn literally, never as markup or mathematics.
 """
 
 import itertools
@@ -37,23 +37,23 @@ FOOTPRINT = {
     "bytes": ("bytes_dense", "bytes_packed"),
     "multiplications": ("multiplications", "multiplications_left"),
 }
-KEEPS = {"kept for this task alone": COLOURS[1], "for some tasks": COLOURS[0], "for all tasks": INK}
+KEPT_BY = {"kept by this task alone": COLOURS[1], "by some tasks": COLOURS[0], "by all tasks": INK}
 
 
-def agreement(
+def plot_agreement(
     rows: Sequence[Mapping], ax: Axes, watershed: Mapping | None = None, pairs: Sequence[tuple] | None = None
 ) -> Axes:
     """Agreement beyond chance by layer: a line for all tasks at once and one per pair, their intervals as bands.
 
     Args:
-        rows: a stage's `agreement`; those of kind `all` are drawn.
-        watershed: a stage's `watershed`, marked if there is one.
-        pairs: the pairs to name; by default all of up to six, else the two extremes. The others are grey, of more than
-            twelve tasks left out.
+        rows: a stage's `agreement`, of which the rows of kind `all` are drawn.
+        watershed: a stage's `watershed`, marked if it has a layer.
+        pairs: the pairs to name; default: all if there are at most six, else the two extremes. The others are grey, or
+            left out if there are more than twelve tasks.
     """
     lines = lines_of(rows, "all")
     if not lines:
-        return _nothing(ax, "one task: nothing to agree about")
+        return _nothing(ax, "one task: no agreement to show")
     everyone = together(lines)
     named = [pair for pair in (named_pairs(lines) if pairs is None else pairs) if pair in lines and pair != everyone]
     rest = [pair for pair in lines if pair not in named and pair != everyone]
@@ -81,13 +81,13 @@ def agreement(
     return _legend(_layers(ax, [row["layer"] for row in lines[everyone]]))
 
 
-def agreement_by_kind(rows: Sequence[Mapping], ax: Axes, limit: float | None = None) -> Axes:
-    """Heat map of all tasks' agreement beyond chance, layer by matrix kind; `limit` is the end of the colours."""
+def plot_agreement_by_kind(rows: Sequence[Mapping], ax: Axes, limit: float | None = None) -> Axes:
+    """Heat map of all tasks' agreement beyond chance, layers by kinds of matrices; `limit` ends the colour scale."""
     kinds = kind_names(rows)
     lines = {kind: lines_of(rows, kind) for kind in kinds}
     kinds = [kind for kind in kinds if lines[kind]]
     if not kinds:
-        return _nothing(ax, "one task: nothing to agree about")
+        return _nothing(ax, "one task: no agreement to show")
     cells = {
         kind: {r["layer"]: number(r["beyond_chance"]) for r in lines[kind][together(lines[kind])]} for kind in kinds
     }
@@ -106,7 +106,7 @@ def agreement_by_kind(rows: Sequence[Mapping], ax: Axes, limit: float | None = N
     return ax
 
 
-def affinity(
+def plot_affinity(
     matrix: Sequence[Sequence[float]],
     tasks: Sequence[str],
     ax: Axes,
@@ -114,7 +114,7 @@ def affinity(
     limit: float | None = None,
     diverging: bool = False,
 ) -> Axes:
-    """Tasks by tasks; the diagonal, 1 by definition, stays empty. `limit`: the end of the colours."""
+    """Heat map of a tasks x tasks matrix; the diagonal, 1 by definition, stays empty. `limit` ends the colour scale."""
     if not several(tasks):
         return _nothing(ax, "one task: no other to compare with")
     values = np.array([[number(v) for v in row] for row in matrix], dtype=float)
@@ -127,12 +127,12 @@ def affinity(
     return ax
 
 
-def keepers(layers: Sequence[int], kept_by: Sequence[Sequence[float]], ax: Axes, what: str = "weights") -> Axes:
-    """Stacked bars per layer: the share kept for no task, for one, ..., for all.
+def plot_keepers(layers: Sequence[int], kept_by: Sequence[Sequence[float]], ax: Axes, what: str = "weights") -> Axes:
+    """Stacked bars per layer: the share that no task keeps, one task, ..., all tasks.
 
     Args:
-        kept_by: per layer, the share by number of tasks, 0 to all of them.
-        what: what is counted, for the axis.
+        kept_by: (layers, tasks + 1), the share by number of tasks, from 0 to all.
+        what: what is counted, for the axis label.
     """
     shares = np.array([[number(v) for v in row] for row in kept_by], dtype=float).reshape(len(layers), -1)
     groups = _groups(shares.shape[1] - 1)
@@ -148,7 +148,7 @@ def keepers(layers: Sequence[int], kept_by: Sequence[Sequence[float]], ax: Axes,
     return _legend(_layers(ax, layers, pad=0.6))
 
 
-def heads(parts: Sequence[Mapping], tasks: Sequence[str], ax: Axes) -> Axes:
+def plot_heads(parts: Sequence[Mapping], tasks: Sequence[str], ax: Axes) -> Axes:
     """Heads (down, layer by layer) by tasks: filled where the task's own mask keeps the head, coloured by who else does."""
     layers = sorted((part for part in parts if part["granularity"] == "head"), key=lambda part: part["layer"])
     rows = [set(names) for part in layers for names in part["heads"]]
@@ -157,7 +157,7 @@ def heads(parts: Sequence[Mapping], tasks: Sequence[str], ax: Axes) -> Axes:
     small = len(rows) > 200 or len(tasks) > NAMES_UP_TO
     edges = {"linewidth": 0} if small else {"edgecolor": PAPER, "linewidth": 0.6}
     x, y = np.arange(len(tasks) + 1) - 0.5, np.arange(len(rows) + 1) - 0.5
-    ax.pcolormesh(x, y, grid, cmap=ListedColormap(list(KEEPS.values())), vmin=1, vmax=3, rasterized=small, **edges)
+    ax.pcolormesh(x, y, grid, cmap=ListedColormap(list(KEPT_BY.values())), vmin=1, vmax=3, rasterized=small, **edges)
     starts = np.cumsum([0, *(len(part["heads"]) for part in layers)])
     for start in starts[1:-1]:
         ax.axhline(start - 0.5, color=BAND, linewidth=0.6)
@@ -171,16 +171,17 @@ def heads(parts: Sequence[Mapping], tasks: Sequence[str], ax: Axes) -> Axes:
         _columns(ax, [short(task, 16) for task in tasks])
     else:
         ax.set_xlabel("task")
-    wanted = KEEPS if several(tasks) else {"for all tasks": INK}
+    wanted = KEPT_BY if several(tasks) else {"kept by the task": INK}
     return _legend(ax, [Patch(color=colour) for colour in wanted.values()], list(wanted))
 
 
 def _company(kept: set[str], tasks: Sequence[str]) -> int:
+    """How many keep the head: 3 for all tasks, 1 for one alone, else 2."""
     return 3 if len(kept) == len(tasks) else 1 if len(kept) == 1 else 2
 
 
-def cost_curve(curve: Mapping, ax: Axes, metric: str = "metric (points)") -> Axes:
-    """Metric against sparsity, a colour per task and the average in ink: one-shot dashed, recovered solid, knees ringed."""
+def plot_cost_curve(curve: Mapping, ax: Axes, metric: str = "metric (points)") -> Axes:
+    """Metric against sparsity, one colour per task, the average in ink; one-shot dashed, recovered solid, knees ringed."""
     points = sorted(curve["points"], key=lambda point: point["sparsity"])
     tasks = list(dict.fromkeys(task for point in points for task in point["metrics"]))
     named = named_tasks(curve)
@@ -211,10 +212,10 @@ def cost_curve(curve: Mapping, ax: Axes, metric: str = "metric (points)") -> Axe
     return _legend(ax)
 
 
-def footprint(rows: Sequence[Mapping], ax: Axes, quantity: str = "parameters") -> Axes:
+def plot_footprint(rows: Sequence[Mapping], ax: Axes, quantity: str = "parameters") -> Axes:
     """Horizontal bars by module, before and after. `quantity`: `parameters`, `bytes` or `multiplications`.
 
-    Of more than twenty modules the largest are drawn, and the others as one.
+    If there are more than twenty modules, the smallest are drawn as one.
     """
     before, after = FOOTPRINT[quantity]
     shown = list(rows)
@@ -235,11 +236,11 @@ def footprint(rows: Sequence[Mapping], ax: Axes, quantity: str = "parameters") -
     return _legend(ax)
 
 
-def comparison(rows: Sequence[Mapping], ax: Axes) -> Axes:
-    """Average against sparsity, a line per method and criterion, standard deviations over seeds as error bars.
+def plot_comparison(rows: Sequence[Mapping], ax: Axes) -> Axes:
+    """Average against sparsity, one line per method and criterion, standard deviations over seeds as error bars.
 
     Args:
-        rows: those of `compare.json`; the dense row is the horizontal line, its deviation the band.
+        rows: of `compare.json`; the dense row becomes a horizontal line, its standard deviation a band.
     """
     dense = next((row for row in rows if row["method"] == "dense"), None)
     if dense is not None:
@@ -255,7 +256,7 @@ def comparison(rows: Sequence[Mapping], ax: Axes) -> Axes:
     gap = min((b - a for a, b in itertools.pairwise(levels)), default=0.1)
     for i, (name, some) in enumerate(lines.items()):
         some = sorted(some, key=lambda row: row["sparsity"])
-        aside = gap * 0.2 * ((i + 0.5) / len(lines) - 0.5)  # side by side, for error bars that would hide one another
+        aside = gap * 0.2 * ((i + 0.5) / len(lines) - 0.5)  # side by side, so that error bars do not hide each other
         ax.errorbar(
             [row["sparsity"] + aside for row in some],
             [row["mean"]["average"] for row in some],
@@ -279,6 +280,7 @@ def comparison(rows: Sequence[Mapping], ax: Axes) -> Axes:
 
 
 def _nothing(ax: Axes, sentence: str) -> Axes:
+    """A sentence in place of a plot."""
     ax.text(0.5, 0.5, sentence, ha="center", va="center", color=MUTED, transform=ax.transAxes)
     ax.set_axis_off()
     return ax
@@ -295,7 +297,7 @@ def _band(ax: Axes, rows: Sequence[Mapping], colour: Any) -> None:
 
 
 def _layers(ax: Axes, layers: Sequence[int], pad: float = 0.35) -> Axes:
-    """Whole numbers only, and room for the markers at either end."""
+    """Ticks at whole numbers only, and room for the markers at either end."""
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12, min_n_ticks=1))
     if layers:
         ax.set_xlim(min(layers) - pad, max(layers) + pad)
@@ -303,7 +305,7 @@ def _layers(ax: Axes, layers: Sequence[int], pad: float = 0.35) -> Axes:
 
 
 def _groups(tasks: int) -> list[tuple[str, int, int]]:
-    """(label, fewest, most tasks) of the pieces of a stacked bar: a number each, of many tasks as ranges."""
+    """(label, fewest, most tasks) per piece of a stacked bar: one per number of tasks, ranges if there are many."""
     if tasks <= 7:
         middle = [(f"{n} task{'s' * (n > 1)}", n, n) for n in range(1, tasks)]
     else:
@@ -314,7 +316,7 @@ def _groups(tasks: int) -> list[tuple[str, int, int]]:
 
 
 def _heat(ax: Axes, values: np.ndarray, rows, columns, label: str, limit: float | None, diverging: bool) -> None:
-    """Cells with their colours' scale; numbers are written into up to 8 columns of up to 24 rows, names None are not."""
+    """A heat map with its colour scale; up to 24 x 8 cells show their numbers. `rows`, `columns`: names, None for no names."""
     finite = values[np.isfinite(values)]
     limit = limit or (float(np.abs(finite).max()) if finite.size else 1.0) or 1.0
     colours = colormaps["PuOr" if diverging else "cividis"]

@@ -1,7 +1,7 @@
-"""Colours of the figures, light and dark, and figures as SVG that a page may hold. Layer 7.
+"""The figures' colours, light and dark, and figures as SVG within a page.
 
-A figure is drawn once, in the light colours; in the SVG of a page each of them becomes a CSS variable, which the page
-sets for light and for dark.
+A figure is drawn once, in light colours. In a page's SVG each colour becomes a CSS variable, which the page sets for
+light and for dark.
 """
 
 import io
@@ -14,7 +14,8 @@ import matplotlib
 from matplotlib.figure import Figure
 
 INK, MUTED, GRID, PAPER, BAND = "#1b1c1e", "#6a6d73", "#d8dade", "#fffffe", "#b9bcc2"
-# Each has 3:1 on its paper, and any two differ for readers with any colour vision; the tests say by how much.
+# light -> dark. Each has a contrast of 3:1 with the page, and readers with any colour vision can tell any two apart
+# (tests/report/test_plots.py has the numbers).
 SERIES = {
     "#2847cf": "#7d9cf0",
     "#c18400": "#e56720",
@@ -25,7 +26,7 @@ SERIES = {
 }
 DARK = {INK: "#eceef1", MUTED: "#9da2ab", GRID: "#3a3e45", PAPER: "#15171a", BAND: "#5b606a", **SERIES}
 COLOURS = list(SERIES)
-MARKERS = ["o", "s", "^", "D", "v", "P"]  # so that no line is told by its colour alone
+MARKERS = ["o", "s", "^", "D", "v", "P"]  # so that no line is identified by its colour alone
 VARIABLE = {colour: f"--c{i}" for i, colour in enumerate(DARK)}
 
 STYLE = {
@@ -46,27 +47,27 @@ STYLE = {
     "lines.linewidth": 1.8,
     "lines.markersize": 5,
     "svg.fonttype": "none",  # text stays text: small, searchable, in the reader's fonts
-    "svg.hashsalt": "hf_disparse",  # the same data, the same bytes
+    "svg.hashsalt": "hf_disparse",  # the same data gives the same bytes
     "text.color": INK,
     "xtick.color": INK,
     "ytick.color": INK,
 }
-UNIT = 72  # of an inch in an SVG, so that a figure of 358 units is drawn 1:1 on a phone
+UNIT = 72  # SVG units per inch, so that one unit is one CSS pixel
 _METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
 _NAMESPACE = re.compile(r"^\{[^}]*\}")
 
 
 def styled(draw: Callable[[], Figure]) -> Figure:
-    """`draw()` in the style above, without warnings of letters that matplotlib's font lacks: a browser has them."""
+    """Runs `draw` in the style above, without warnings about glyphs that matplotlib's font lacks: browsers have them."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = draw()
-        figure.draw_without_rendering()  # lays it out while the style holds
+        figure.draw_without_rendering()  # lays it out while the style applies
     return figure
 
 
 def save(figure: Figure, path, **kwargs) -> None:
-    """Writes a figure without a date in it; the kind of file is that of `path`'s ending, or `format`."""
+    """Writes a figure into a file of the type of `path`'s suffix, or of `format`."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(path, **kwargs)
@@ -80,13 +81,13 @@ def svg(figure: Figure) -> bytes:
 
 
 def inline_svg(file: bytes, prefix: str, label: str) -> str:
-    """That of `svg` for the middle of an HTML page: no namespaces, ids of its own, colours as variables.
+    """Turns the result of `svg` into SVG for an HTML page: no namespaces, unique ids, colours as variables.
 
     Args:
-        prefix: what its ids begin with, which differs from figure to figure.
-        label: what a screen reader says in its place.
+        prefix: of the ids, different for each figure.
+        label: what a screen reader reads out.
     """
-    root = ElementTree.fromstring(file)  # drops comments, which repeat the texts
+    root = ElementTree.fromstring(file)  # drops comments, which repeat the labels
     for parent in list(root.iter()):
         for child in list(parent):
             if _NAMESPACE.sub("", child.tag) in ("metadata", "style"):
@@ -106,6 +107,7 @@ def inline_svg(file: bytes, prefix: str, label: str) -> str:
 
 
 def _rewritten(key: str, value: str, prefix: str) -> str:
+    """An attribute's value with prefixed ids, the page's font and colours as CSS variables."""
     if key == "id":
         return prefix + value
     if key == "href" and value.startswith("#"):
@@ -119,5 +121,5 @@ def _rewritten(key: str, value: str, prefix: str) -> str:
 
 
 def css_variables(dark: bool) -> str:
-    """The declarations of all colours, for light or for dark."""
+    """CSS declarations of all colours, for the light or the dark page."""
     return " ".join(f"{VARIABLE[light]}: {DARK[light] if dark else light};" for light in DARK)

@@ -1,4 +1,4 @@
-"""What a figure, its sentence and its table show of an analysis, in plain Python. Layer 7."""
+"""Which numbers of an analysis a figure, its sentence and its table show, in plain Python."""
 
 import math
 import re
@@ -6,43 +6,43 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-TASKS_UP_TO = 12  # of more tasks only the extremes are drawn and tabulated
-NAMES_UP_TO = 24  # of more tasks no name is written along an axis
-PAIRS_UP_TO = 6
-BANDS_UP_TO = 3
+TASKS_UP_TO = 12  # with more tasks, only the extremes are drawn and tabulated
+NAMES_UP_TO = 24  # with more tasks, axes have no names
+PAIRS_UP_TO = 6  # with more pairs or tasks, only the extremes have a colour and a name
+BANDS_UP_TO = 3  # with more named pairs, their intervals are not drawn
 STAGES = {"before training": "before training", "dense": "after dense training", "sparse": "after sparse training"}
 
 Pair = tuple[str, ...]
 
 
 def number(value: float | None) -> float:
-    """The value, NaN for none."""
+    """The value as a float, NaN for None."""
     return math.nan if value is None else float(value)
 
 
 def mean_of(values: Iterable[float | None]) -> float:
-    """The mean of those that are numbers; NaN for none."""
+    """The mean of the finite values; NaN if there are none."""
     finite = [number(v) for v in values if math.isfinite(number(v))]
     return fmean(finite) if finite else math.nan
 
 
 def stage_name(stage: Mapping) -> str:
-    """A stage as figures call it."""
+    """The name of a stage in figures, such as "after dense training"."""
     return STAGES.get(stage["name"], stage["name"])
 
 
 def method_name(row: Mapping) -> str:
-    """A row of a comparison as tables and figures call it."""
+    """The name of a comparison's row in tables and figures: method and criterion."""
     return f"{row['method']} {row['criterion']}".rstrip()
 
 
 def several(tasks: Sequence) -> bool:
-    """Whether there is anything to compare."""
+    """Whether there are at least two tasks to compare."""
     return len(tasks) > 1
 
 
 def short(name: Any, length: int = 22) -> str:
-    """A name as matplotlib shows it as it is: no mathematics, no hidden label, no line break, not too long."""
+    """A name that matplotlib draws literally: no mathematics, hidden label or line break, at most `length` characters."""
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(name))
     if len(text) > length:
         text = text[: length // 2] + "…" + text[len(text) - (length - length // 2 - 1) :]
@@ -51,7 +51,7 @@ def short(name: Any, length: int = 22) -> str:
 
 
 def lines_of(rows: Sequence[Mapping], kind: str) -> dict[Pair, list[Mapping]]:
-    """Tasks -> their rows of this matrix kind, first layer to last; without those of a single task."""
+    """Tasks -> their rows of this kind of matrix, from the first layer to the last; single tasks are left out."""
     lines: dict[Pair, list[Mapping]] = {}
     some = [row for row in rows if row["kind"] == kind and several(row["tasks"])]
     for row in sorted(some, key=lambda row: row["layer"]):
@@ -60,23 +60,23 @@ def lines_of(rows: Sequence[Mapping], kind: str) -> dict[Pair, list[Mapping]]:
 
 
 def together(lines: Mapping[Pair, Any]) -> Pair:
-    """The tasks of the line of all of them."""
+    """The key of the line of all tasks."""
     return max(lines, key=len)
 
 
 def kind_names(rows: Sequence[Mapping]) -> list[str]:
-    """The matrix kinds in their order, `all` not among them."""
+    """The kinds of matrices, in order, without `all`."""
     return list(dict.fromkeys(row["kind"] for row in rows if row["kind"] != "all"))
 
 
 def extremes(values: Mapping[Any, float]) -> list[Any]:
-    """The keys of the lowest and of the highest value (fewer if there are fewer)."""
+    """The keys of the lowest and the highest finite value; one if they are the same, [] if there are none."""
     known = {key: value for key, value in values.items() if math.isfinite(value)}
     return list(dict.fromkeys([min(known, key=known.__getitem__), max(known, key=known.__getitem__)])) if known else []
 
 
 def named_pairs(lines: Mapping[Pair, Sequence[Mapping]]) -> list[Pair]:
-    """The pairs whose lines get a colour and a name: all of up to six, else the two that agree least and most."""
+    """The pairs whose lines get a colour and a name: all if at most six, else those that agree least and most."""
     everyone = together(lines)
     pairs = [pair for pair in lines if pair != everyone]
     if len(pairs) <= PAIRS_UP_TO:
@@ -85,7 +85,7 @@ def named_pairs(lines: Mapping[Pair, Sequence[Mapping]]) -> list[Pair]:
 
 
 def shown_pairs(lines: Mapping[Pair, Sequence[Mapping]], named: Sequence[Pair]) -> list[Pair]:
-    """The lines of the figure: all tasks at once first, then the pairs, of more than twelve tasks only those named."""
+    """The lines to show: all tasks first, then the pairs; with more than twelve tasks only the named pairs."""
     everyone = together(lines)
     if len(everyone) > TASKS_UP_TO:
         return [everyone, *(pair for pair in named if pair in lines and pair != everyone)]
@@ -98,13 +98,13 @@ def curve_tasks(curve: Mapping) -> list[str]:
 
 
 def named_tasks(curve: Mapping) -> list[str]:
-    """The tasks whose curves get a colour: all of up to six, else the two that lose least and most."""
+    """The tasks whose curves get a colour and a name: all if at most six, else those that lose least and most."""
     tasks = curve_tasks(curve)
     return tasks if len(tasks) <= PAIRS_UP_TO else extremes({task: loss(curve, task) for task in tasks})
 
 
 def loss(curve: Mapping, task: str) -> float:
-    """Points that the task loses from the lowest to the highest sparsity; the recovered if there are any."""
+    """Points that the task loses from the lowest to the highest sparsity, after recovery if it was measured."""
     points = curve["points"]
     recovered = any(point["recovered"] for point in points)
     some = sorted((p for p in points if p["recovered"] is recovered), key=lambda point: point["sparsity"])
@@ -114,18 +114,18 @@ def loss(curve: Mapping, task: str) -> float:
 
 
 def whole_layers(rows: Sequence[Mapping]) -> list[Mapping]:
-    """The keepers' rows of whole layers (kind `all`), by layer; none if there are only rows of single matrices."""
+    """The rows of whole layers (kind `all`) among the keepers, by layer; [] if there are only single matrices."""
     return sorted((row for row in rows if row["kind"] == "all"), key=lambda row: row["layer"])
 
 
 def off_diagonal(matrix: Sequence[Sequence[float]]) -> dict[tuple[int, int], float]:
-    """(i, j), i < j -> the value of that pair."""
+    """(i, j) with i < j -> the value of that pair."""
     size = range(len(matrix))
     return {(i, j): number(matrix[i][j]) for i in size for j in size if i < j}
 
 
 def blocks(rows: Sequence[Mapping]) -> list[dict[str, Any]]:
-    """A footprint's modules summed by layer, and those outside of layers by the first two parts of their names."""
+    """Sums a footprint's modules by layer; modules outside layers by the first two parts of their names."""
     sums: dict[str, dict[str, Any]] = {}
     for row in rows:
         inside = re.search(r"(?:^|\.)(\d+)(?:\.|$)", row["module"])

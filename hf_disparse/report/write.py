@@ -1,4 +1,4 @@
-"""An analysis, or a comparison, as one HTML page that needs no network, and its figures as PNG and SVG. Layer 7."""
+"""Writes an analysis or a comparison as one HTML page that needs no network, and its figures as PNG and SVG."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -10,12 +10,12 @@ REPORT_NAME, COMPARISON_NAME = "report.html", "compare.html"
 
 
 def missing_libraries() -> list[str]:
-    """What of matplotlib and jinja2 is not installed."""
+    """The libraries that a report needs and that are not installed."""
     return [name for name in ("jinja2", "matplotlib") if importlib.util.find_spec(name) is None]
 
 
 def require_libraries() -> None:
-    """Raises UserError unless matplotlib and jinja2 are there; for whoever wants to know before a long computation."""
+    """Raises UserError unless matplotlib and jinja2 are installed; call it before a long computation."""
     if missing := missing_libraries():
         raise UserError(f'report: No module named {missing[0]!r}; try: pip install "hf_disparse[plot]"')
 

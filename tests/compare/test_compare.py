@@ -231,7 +231,7 @@ def test_rows_are_mean_sample_deviation_and_the_difference_from_dense_of_the_sam
     assert joint["mean"] == pytest.approx({"average": 235 / 3, "two": 250 / 3, "real": 220 / 3})
     assert joint["spread"]["average"] == pytest.approx(math.sqrt((25**2 + 10**2 + 35**2) / 9 / 2))
     assert joint["against_dense"] == pytest.approx(((70 - 80) + (75 - 82)) / 2)  # of the seeds that both have
-    assert "-8.5 points against dense" in sentences.comparison([dense, joint])
+    assert "-8.5 points relative to dense" in sentences.comparison_sentence([dense, joint])
     assert dense["against_dense"] == 0 and dense["seconds"] == 2 and joint["seconds"] == (3 + 5 + 10) / 3
 
 

@@ -1,4 +1,4 @@
-"""Model cards: what they say is what the folder holds, their code runs, and the Hub's own library reads them back."""
+"""Model cards state what the folder holds, their code runs, and the Hub's own library reads them."""
 
 import json
 import re
@@ -113,7 +113,7 @@ def test_hub_ids_and_a_licence(finished, tmp_path):
 def test_every_architecture_has_one(model_type, tmp_path):
     model = MultitaskModel(MultitaskConfig(encoder_config=CONFIGS[model_type](), tasks=three_tasks()))
     model.save_pretrained(tmp_path)
-    assert "62 tokens" in write_card(tmp_path).text  # what these tiny ones have positions for
+    assert "62 tokens" in write_card(tmp_path).text  # as many as these tiny encoders have positions for
 
 
 def test_a_model_without_results_has_a_card_that_claims_none(tmp_path):

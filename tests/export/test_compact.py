@@ -1,4 +1,4 @@
-"""Compaction: what is taken out changes no output, comes back from disk, trains on, and fits only where it belongs."""
+"""Compaction changes no output; compact models load from disk, train further and are refused where they do not fit."""
 
 import json
 import subprocess
@@ -56,7 +56,7 @@ def test_twice_is_as_good_as_once(model_type, tmp_path):
 def test_skipped_layers_are_dropped(model_type, skipped, tmp_path):
     model = model_of(model_type)
     prune_parts(model)
-    compact(model)  # so that what is left of the layers has shapes of its own, which must move with them
+    compact(model)  # so that the remaining layers differ in shape, which must move with them
     whole = logits(model)
     model.skip_layers(skipped)
     expected = logits(model)
@@ -72,7 +72,7 @@ def test_skipped_layers_are_dropped(model_type, skipped, tmp_path):
 
 
 def test_an_optimizer_goes_along():
-    """A compacted model trains on as the masked one does: weights, AdamW's moments and steps."""
+    """A compacted model trains as the masked one does: weights, AdamW's moments and steps."""
     models, optimizers, labels = [tiny_model().eval(), tiny_model().eval()], [], torch.tensor([0, 1])
     prune_parts(models[0], even=True)
     models[1].load_state_dict(models[0].state_dict())
@@ -92,7 +92,7 @@ def test_an_optimizer_goes_along():
         for model, optimizer in zip(models, optimizers, strict=True):
             step(model, optimizer, masks)
     masked, small = models
-    hooks[1].remove()  # the masks are those of the old shapes
+    hooks[1].remove()  # the masks have the old shapes
     before = sum(p.numel() for p in small.parameters())
     compact(small, optimizers[1])
     assert sum(p.numel() for p in small.parameters()) < before
@@ -121,8 +121,8 @@ def test_even_neurons_and_fewer_layers_need_no_package(model_type, tmp_path):
     prune_parts(model, ["neuron"], even=True)
     model.skip_layers([1])
     compact(model)
-    plain = AutoModel.from_config(model.config.encoder_config).eval()  # which only has the architecture's configuration
-    plain.load_state_dict(model.encoder.state_dict(), strict=False)  # but for a pooler, which heads have
+    plain = AutoModel.from_config(model.config.encoder_config).eval()  # knows only the architecture's configuration
+    plain.load_state_dict(model.encoder.state_dict(), strict=False)  # except the pooler, which belongs to the heads
     plain.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     code = (
@@ -259,7 +259,7 @@ def test_attention_with_more_than_is_known_is_refused():
 
 @pytest.mark.parametrize("change", ["lost", "added", "class"])
 def test_a_checkpoint_with_other_weights_than_its_class_is_not_exported(change, tmp_path):
-    """transformers would fill in random weights."""
+    """transformers would initialise missing weights at random."""
     model = tiny_model()
     model.save_pretrained(tmp_path / "model")
     stored = load_file(tmp_path / "model" / "model.safetensors")

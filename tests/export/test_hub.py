@@ -1,4 +1,4 @@
-"""Pushing and loading against a Hub on loopback, by the real huggingface_hub client."""
+"""Pushes to and loads from a Hub on loopback with the real huggingface_hub client."""
 
 import json
 
@@ -106,7 +106,7 @@ def test_a_token_that_may_not(token, message, hub, folder):
 
 def test_an_upload_that_was_cut_off_goes_on(hub, folder, monkeypatch):
     store, address = hub
-    monkeypatch.setattr("time.sleep", lambda _: None)  # which huggingface_hub does between its own attempts
+    monkeypatch.setattr("time.sleep", lambda _: None)  # huggingface_hub sleeps between its own retries
     store.cut_off = 100
     with pytest.raises(UserError, match=r"the upload was interrupted.*\nNothing was committed\. Push again to resume"):
         push(folder, "me/sparse", with_tasks=True, api=client(address))

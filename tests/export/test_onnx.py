@@ -35,7 +35,7 @@ def same(folder, model, **kwargs) -> None:
 
 
 def numbers(folder) -> int:
-    """Floating point numbers in the file."""
+    """The number of floating point values in the file."""
     tensors = onnx.load(folder / "model.onnx").graph.initializer
     return sum(math.prod(t.dims) for t in tensors if t.data_type == onnx.TensorProto.FLOAT)
 

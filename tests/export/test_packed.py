@@ -1,4 +1,4 @@
-"""Packed checkpoints: bit for bit there and back, small, and closed to what is torn, swapped or hostile."""
+"""Packed checkpoints restore every bit, are small, and refuse truncated, swapped or hostile files."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def prune(model: PreTrainedModel, sparsity: float = 0.9, seed: int = 0) -> PreTrainedModel:
-    """Random zeros, of either sign, as a product with a mask leaves them."""
+    """Sets random weights to zeros of either sign, as multiplying by a mask does."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in prunable_parameters(model).values():
         parameter.data.normal_(generator=generator).mul_(torch.rand(parameter.shape, generator=generator) >= sparsity)
@@ -67,7 +67,7 @@ def packed(sparse_model, tmp_path) -> Path:
 )
 def test_any_bits_come_back(bits, keep, seed):
     bits[np.random.default_rng(seed).random(bits.shape) >= keep] = 0
-    bits[bits == -(2**31)] = 0  # -0.0, of which the sign is not kept
+    bits[bits == -(2**31)] = 0  # -0.0, whose sign is not kept
     weight = torch.from_numpy(bits).view(torch.float32)
     values, bitmask = pack(weight)
     # brute force: row by row, the most significant bit first
@@ -113,7 +113,7 @@ def test_auto_classes_read_it_bit_for_bit(auto, model_type, tmp_path):
     assert not any(report.values()), report
     assert same_bits(loaded.state_dict(), model.state_dict())
     expected, encoder = model.base_model.state_dict(), AutoModel.from_pretrained(tmp_path / "packed").state_dict()
-    assert same_bits({name: encoder[name] for name in expected}, expected)  # it may have a new pooler besides
+    assert same_bits({name: encoder[name] for name in expected}, expected)  # it may also have a new pooler
 
 
 def test_what_is_loaded_is_an_ordinary_model(packed, sparse_model, tmp_path):
@@ -211,7 +211,7 @@ def test_a_newer_format_is_refused(packed):
 
 
 def rewrite(folder: Path, config=None, tensors=None, forge: bool = False) -> None:
-    """Changes config.json, a dictionary in place, and the stored tensors; `forge` makes the digests right again."""
+    """Applies `config` to config.json and `tensors` to the stored tensors, in place; `forge` makes the digests fit again."""
     path, weights = folder / "config.json", folder / "model.safetensors"
     values = json.loads(path.read_text())
     stored = load_file(weights)
@@ -220,7 +220,7 @@ def rewrite(folder: Path, config=None, tensors=None, forge: bool = False) -> Non
         save_file(stored, weights, metadata={"format": "pt"})
     if config:
         config(values)
-    if forge:  # as an attacker would, by the format's own description
+    if forge:  # as an attacker would who knows the format
         form = values["quantization_config"]
         form.pop("sha256")
         text = json.dumps(values, sort_keys=True)
@@ -280,7 +280,7 @@ def test_files_of_two_checkpoints_do_not_mix(name, packed, tmp_path):
 
 
 def mutate(folder: Path, seed: int) -> str:
-    """One random fault, as disks, networks and people make them."""
+    """Makes one random fault of the kinds that disks, networks and people cause; returns its kind."""
     draw = random.Random(seed)
     path = folder / draw.choice(["model.safetensors", "model.safetensors", "config.json"])
     data = bytearray(path.read_bytes())
@@ -327,11 +327,11 @@ def test_500_faults_load_what_was_saved_or_are_refused(packed, sparse_model, tmp
         refused += state is None
         assert state is None or same_bits(state, expected), f"seed {seed}: {kind} went unnoticed"
         shutil.rmtree(folder)
-    assert refused > 400  # some of the faults change nothing, such as a byte that swaps with its like
+    assert refused > 400  # some faults change nothing, such as swapping two equal bytes
 
 
 def test_forged_files_never_take_more_than_they_hold(packed, sparse_model):
-    """Columns that a hostile configuration invents: refused before a matrix of that size is made."""
+    """Columns that a hostile configuration invents are refused before a matrix of that size is allocated."""
     bitmask = load_file(packed / "model.safetensors")[NAME + "_bitmask"]
     with pytest.raises(UserError, match="bitmask: expected uint8"):
         unpack(torch.zeros(3), bitmask, (2**40, 2**20))

@@ -1,4 +1,4 @@
-"""A task as a plain model: the same logits, read by plain transformers without this package."""
+"""A task as a plain model gives the same logits and loads with plain transformers, without this package."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The wheel builds, installs beside nothing of this checkout, and runs."""
+"""The wheel builds, installs and runs without this checkout."""
 
 import os
 import subprocess

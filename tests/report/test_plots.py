@@ -1,4 +1,4 @@
-"""Figures hold the numbers they were given: lines, bars, cells, labels, and what colours can be told apart."""
+"""Plots show the numbers they were given as lines, bars, cells and labels, in colours that readers can tell apart."""
 
 import math
 
@@ -31,7 +31,7 @@ def whole(stage: dict, tasks: list, key: str = "beyond_chance") -> list:
 
 def test_agreement_has_a_line_per_pair_and_one_of_all_with_its_interval():
     ax = axes()
-    assert plots.agreement(THREE["agreement"], ax, watershed=THREE["watershed"]) is ax
+    assert plots.plot_agreement(THREE["agreement"], ax, watershed=THREE["watershed"]) is ax
     drawn = lines(ax)
     assert set(drawn) == {"chance", "a + b", "a + c", "b + c", "all 3 tasks at once", "watershed"}
     for label, tasks in (("a + b", ["a", "b"]), ("b + c", ["b", "c"]), ("all 3 tasks at once", ["a", "b", "c"])):
@@ -43,7 +43,7 @@ def test_agreement_has_a_line_per_pair_and_one_of_all_with_its_interval():
     assert ends[0] in bands and len(bands) == 4
 
 
-def test_of_many_pairs_the_two_extremes_have_names_and_of_more_than_twelve_tasks_no_other_is_drawn():
+def test_with_many_pairs_only_the_extremes_have_names_and_with_more_than_twelve_tasks_no_others_are_drawn():
     for count, grey in ((5, 8), (12, 64), (14, 0)):
         tasks = [f"t{i}" for i in range(count)]
         rows = [
@@ -62,21 +62,21 @@ def test_of_many_pairs_the_two_extremes_have_names_and_of_more_than_twelve_tasks
                 (tuple(tasks), 0.4),
             ]
         ]
-        ax = plots.agreement(rows, axes())
+        ax = plots.plot_agreement(rows, axes())
         named = {label for label in lines(ax) if "+" in label}
         assert named == {"t0 + t1", f"t{count - 2} + t{count - 1}"}
         assert sum(to_hex(line.get_color()) == theme.BAND for line in ax.get_lines()) == grey
 
 
-@pytest.mark.parametrize("function", ["agreement", "agreement_by_kind"])
+@pytest.mark.parametrize("function", ["plot_agreement", "plot_agreement_by_kind"])
 def test_one_task_gets_a_sentence_instead_of_an_empty_figure(function):
     ax = getattr(plots, function)([], axes())
     assert "one task" in ax.texts[0].get_text() and not ax.get_lines() and not ax.axison
-    assert "one task" in plots.affinity([[1.0]], ["a"], axes()).texts[0].get_text()
+    assert "one task" in plots.plot_affinity([[1.0]], ["a"], axes()).texts[0].get_text()
 
 
 def test_the_heat_map_has_layers_down_and_kinds_across():
-    ax = plots.agreement_by_kind(THREE["agreement"], axes())
+    ax = plots.plot_agreement_by_kind(THREE["agreement"], axes())
     cells = ax.collections[0].get_array()
     kinds = [label.get_text() for label in ax.get_xticklabels()]
     assert cells.shape == (4, 6) and kinds == ["query", "key", "value", "output", "up", "down"]
@@ -88,7 +88,7 @@ def test_the_heat_map_has_layers_down_and_kinds_across():
 
 def test_affinity_shows_pairs_and_no_diagonal_on_the_scale_that_it_is_given():
     matrix = [[1.0, 0.25, -0.5], [0.25, 1.0, 0.125], [-0.5, 0.125, 1.0]]
-    ax = plots.affinity(matrix, ["a", "b", "c"], axes(), limit=0.8, diverging=True)
+    ax = plots.plot_affinity(matrix, ["a", "b", "c"], axes(), limit=0.8, diverging=True)
     mesh = ax.collections[0]
     shown = np.ma.filled(mesh.get_array().astype(float), np.nan)
     assert np.isnan(np.diag(shown)).all() and shown[0, 2] == -0.5 and shown[1, 2] == shown[2, 1] == 0.125
@@ -98,7 +98,7 @@ def test_affinity_shows_pairs_and_no_diagonal_on_the_scale_that_it_is_given():
 
 def test_bars_of_keepers_stand_on_one_another_and_end_at_one():
     shares = [[0.4, 0.3, 0.2, 0.1], [0.7, 0.2, 0.1, 0.0]]
-    ax = plots.keepers([0, 1], shares, axes())
+    ax = plots.plot_keepers([0, 1], shares, axes())
     assert [c.get_label() for c in ax.containers] == ["no task", "1 task", "2 tasks", "all 3 tasks"]
     for i, bars in enumerate(ax.containers):
         assert [bar.get_height() for bar in bars] == pytest.approx([share[i] for share in shares])
@@ -106,9 +106,9 @@ def test_bars_of_keepers_stand_on_one_another_and_end_at_one():
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 7, 8, 12, 200])
-def test_ranges_of_many_tasks_lose_nobody(tasks):
+def test_ranges_of_many_tasks_lose_no_task(tasks):
     share = np.arange(1.0, tasks + 2) / sum(range(1, tasks + 2))
-    ax = plots.keepers([0], [share.tolist()], axes())
+    ax = plots.plot_keepers([0], [share.tolist()], axes())
     heights = {bars.get_label(): bars[0].get_height() for bars in ax.containers}
     assert sum(heights.values()) == pytest.approx(1) and len(heights) <= 8
     assert heights["no task"] == share[0] and [*heights.values()][-1] == pytest.approx(share[-1])
@@ -120,7 +120,7 @@ def test_a_head_is_coloured_by_who_else_keeps_it():
         {"layer": 0, "granularity": "head", "heads": [[], ["a", "c"]]},
         {"layer": 0, "granularity": "neuron"},
     ]
-    ax = plots.heads(parts, ["a", "b", "c"], axes())
+    ax = plots.plot_heads(parts, ["a", "b", "c"], axes())
     cells = np.ma.filled(ax.collections[0].get_array().astype(float), 0)
     assert cells.tolist() == [[0, 0, 0], [2, 0, 2], [0, 1, 0], [3, 3, 3]]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["0", "1"]
@@ -139,7 +139,7 @@ def test_the_cost_curve_is_dashed_one_shot_and_solid_recovered_with_a_ring_at_th
         for s in (0.9, 0.5)
     ]
     curve = {"denominator": "prunable weights", "points": points, "knee": {"a": 0.5, "b": None, "average": 0.9}}
-    ax = plots.cost_curve(curve, axes())
+    ax = plots.plot_cost_curve(curve, axes())
     drawn = lines(ax)
     assert drawn["a, one-shot"].get_linestyle() == "--" and drawn["a, recovered"].get_linestyle() == "-"
     for label, values in (("a, one-shot", [80, 72]), ("a, recovered", [81, 73]), ("average, recovered", [71, 59])):
@@ -153,7 +153,7 @@ def test_the_footprint_has_a_bar_before_and_one_after_and_sums_what_it_leaves_ou
     before, after = plots.FOOTPRINT[quantity]
     for layers, bars in ((2, 3), (40, 20)):
         rows = footprint(layers)
-        ax = plots.footprint(rows, axes(), quantity)
+        ax = plots.plot_footprint(rows, axes(), quantity)
         for container, key in zip(ax.containers, (before, after), strict=True):
             widths = [bar.get_width() for bar in container]
             assert len(widths) == bars and sum(widths) == sum(row[key] for row in rows)
@@ -163,7 +163,7 @@ def test_the_footprint_has_a_bar_before_and_one_after_and_sums_what_it_leaves_ou
 
 def test_a_comparison_has_a_line_per_method_and_its_spread():
     report = comparison(["magnitude", "unanimous"], (0.9, 0.5))
-    ax = plots.comparison(report["rows"], axes())
+    ax = plots.plot_comparison(report["rows"], axes())
     assert set(lines(ax)["dense"].get_ydata()) == {90}
     names = [container.get_label() for container in ax.containers]
     assert names == ["magnitude disparse", "unanimous disparse"]
@@ -177,7 +177,7 @@ def test_a_comparison_has_a_line_per_method_and_its_spread():
 
 def test_one_sparsity_one_seed_and_no_dense_row_are_drawn_too():
     rows = comparison(["joint"], (0.8,), seeds=(1,))["rows"][1:]
-    (container,) = plots.comparison(rows, axes()).containers
+    (container,) = plots.plot_comparison(rows, axes()).containers
     assert list(container.lines[0].get_xdata()) == pytest.approx([0.8])
 
 
@@ -185,23 +185,25 @@ HOSTILE = ["$x_1$", "_hidden", "a\nb\x00", r"$\frac{", "<script>", "x" * 300]
 
 
 def test_names_are_shown_as_they_are():
-    ax = plots.affinity(np.eye(6).tolist(), HOSTILE, axes())
+    ax = plots.plot_affinity(np.eye(6).tolist(), HOSTILE, axes())
     stage = analysis(HOSTILE, layers=2, stages=("dense",))
-    plots.cost_curve(stage["curve"], curve := axes())
+    plots.plot_cost_curve(stage["curve"], curve := axes())
     for figure in (ax.figure, curve.figure):
-        figure.draw_without_rendering()  # parses mathematics if it takes a name for it
+        figure.draw_without_rendering()  # would parse a name as mathematics
     labels = [label.get_text() for label in ax.get_yticklabels()]
     assert labels[0] == r"\$x_1\$" and labels[4] == "<script>" and len(labels[5]) <= 16 and "\n" not in labels[2]
-    assert len(curve.get_legend().get_texts()) == 2 * 7  # none hidden: six tasks and the average, both ways
+    assert (
+        len(curve.get_legend().get_texts()) == 2 * 7
+    )  # none is hidden: six tasks and the average, one-shot and recovered
 
 
 def test_two_hundred_tasks_are_drawn():
     tasks = [f"task {i}" for i in range(200)]
     matrix = (np.ones((200, 200)) * 0.5).tolist()
-    ax = plots.affinity(matrix, tasks, axes())
+    ax = plots.plot_affinity(matrix, tasks, axes())
     assert ax.collections[0].get_array().shape == (200, 200) and ax.get_xlabel() == "task"
     parts = [{"layer": 0, "granularity": "head", "heads": [tasks, tasks[:1], []]}]
-    assert plots.heads(parts, tasks, axes()).collections[0].get_array().shape == (3, 200)
+    assert plots.plot_heads(parts, tasks, axes()).collections[0].get_array().shape == (3, 200)
 
 
 # Colours
@@ -251,5 +253,7 @@ def test_colours_differ_in_every_reader_s_eyes_and_have_markers_of_their_own(sig
         shade = to_rgb(theme.DARK[colour] if dark else colour)
         linear = np.array([c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in shade])
         seen.append(lab(np.clip(np.array(BLIND.get(sight, np.eye(3))) @ linear, 0, 1)))
-    assert min(math.dist(a, b) for i, a in enumerate(seen) for b in seen[:i]) > 20  # 2 to 3 can just be seen
+    assert (
+        min(math.dist(a, b) for i, a in enumerate(seen) for b in seen[:i]) > 20
+    )  # a difference of 2 to 3 is just noticeable
     assert len(set(theme.MARKERS)) == len(theme.COLOURS)

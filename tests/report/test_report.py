@@ -1,4 +1,4 @@
-"""The page of a report: every figure has its sentence and its numbers, names are no markup, nothing comes from elsewhere."""
+"""The page of a report: every figure has its sentence and its numbers, names are not markup, and nothing is loaded from elsewhere."""
 
 import copy
 import re
@@ -33,7 +33,7 @@ class Section:
 
 
 class Page(HTMLParser):
-    """What a reader finds; refuses tags that are not closed in order."""
+    """The sections that a reader sees; raises AssertionError if tags are not closed in order."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -131,7 +131,7 @@ def test_the_tables_hold_the_numbers_of_the_analysis(written):
             if p["recovered"] == (recovered == "yes") and p["sparsity"] == pytest.approx(float(sparsity), abs=6e-4)
         )
         assert numbers(rest) == pytest.approx([*point["metrics"].values(), point["average"]], abs=6e-4)
-    for name, *rest in tables["Where it went"]:
+    for name, *rest in tables["What is left of the model"]:
         rows = [row for row in values["footprint"] if name in (row["module"], "all")]
         assert numbers(rest) == [sum(row[key] for row in rows) for key in list(rows[0])[1:]]
 
@@ -162,7 +162,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_runs_nothing(written):
 
 
 def test_no_colour_of_the_theme_is_left_fixed_in_the_page(written):
-    """Else it would not change with the theme."""
+    """A fixed colour would not change with the theme."""
     drawings = "".join(re.findall(r"<svg.*?</svg>", written[1].read_text(encoding="utf-8"), re.DOTALL))
     assert not [colour for colour in theme.DARK if colour in drawings]
     assert all(f"var({theme.VARIABLE[colour]})" in drawings for colour in (theme.INK, theme.GRID, theme.COLOURS[0]))
@@ -212,7 +212,7 @@ def test_one_task_gets_sentences_where_nothing_can_be_compared(tmp_path):
         assert not titles[title].labels and not titles[title].rows
     assert parsed.text.count(sentences.ONE_TASK) == 2
     assert titles["Who keeps what"].header == ["stage", "layer", "no task", "the task"]
-    assert "What sparsity costs" not in titles and "Where it went" not in titles
+    assert "What sparsity costs" not in titles and "What is left of the model" not in titles
 
 
 @pytest.mark.slow
@@ -251,7 +251,7 @@ STAGE = analysis(TASKS, layers=6, stages=("sparse",))["stages"][0]
 
 
 def changed(stage: dict, **values) -> dict:
-    """All tasks' rows of whole layers with other values; a list has one per layer."""
+    """Copies the stage with other values in all tasks' rows of whole layers; a list has one value per layer."""
     stage = copy.deepcopy(stage)
     for row in stage["agreement"]:
         if row["kind"] == "all" and len(row["tasks"]) == 3:
@@ -260,58 +260,66 @@ def changed(stage: dict, **values) -> dict:
 
 
 def test_the_sentence_names_the_layers_that_agree_most_and_least_and_the_watershed():
-    told = sentences.agreement([changed(STAGE, beyond_chance=[0.5, 0.9, 0.5, 0.5, 0.1, 0.5])])
-    assert "all 3 tasks agree most in layer 1 (0.90" in told and "least in layer 4 (0.10" in told
-    assert "it is layer 3 (2 to 3), in 97 % of the bootstrap samples." in told
+    text = sentences.agreement_sentence([changed(STAGE, beyond_chance=[0.5, 0.9, 0.5, 0.5, 0.1, 0.5])])
+    assert "all 3 tasks agree most in layer 1 (0.90" in text and "least in layer 4 (0.10" in text
+    assert "is layer 3 (2 to 3) after sparse training, in 97 % of the bootstrap samples." in text
 
 
-def test_nothing_to_see_is_said():
-    told = sentences.agreement([changed(STAGE, beyond_chance=0.01, low=-0.02, high=0.03)])
-    assert "differs from chance" in told and "agree most" not in told
-    told = sentences.agreement([changed(STAGE, beyond_chance=[0.5, 0.52, 0.5, 0.49, 0.5, 0.5], low=0.4, high=0.6)])
-    assert "may not differ" in told
+def test_it_is_said_if_there_is_nothing_to_see():
+    text = sentences.agreement_sentence([changed(STAGE, beyond_chance=0.01, low=-0.02, high=0.03)])
+    assert "differs from chance" in text and "agree most" not in text
+    text = sentences.agreement_sentence(
+        [changed(STAGE, beyond_chance=[0.5, 0.52, 0.5, 0.49, 0.5, 0.5], low=0.4, high=0.6)]
+    )
+    assert "may not differ" in text
     none = {**STAGE, "watershed": {"layer": None, "low": None, "high": None, "share": 0.1}}
-    assert "There is no watershed" in sentences.agreement([none])
+    assert "There is no watershed" in sentences.agreement_sentence([none])
     some = {**STAGE, "watershed": STAGE["watershed"] | {"share": 0.6}}
-    told = sentences.agreement([none | {"name": "dense"}, some])
-    assert "in 60 % of the bootstrap samples" in told and "after dense training there is none" in told
-    assert "do not read much into it" in sentences.agreement_by_kind([STAGE])
+    text = sentences.agreement_sentence([none | {"name": "dense"}, some])
+    assert "in 60 % of the bootstrap samples; there is none after dense training." in text
+    assert "do not read much into it" in sentences.agreement_by_kind_sentence([STAGE])
 
 
 def test_kinds_pairs_and_heads_are_named():
     stage = copy.deepcopy(STAGE)
     for row in stage["agreement"]:
         row["beyond_chance"] = {"key": 0.9, "down": 0.1}.get(row["kind"], 0.5)
-    assert "share key most (0.90) and down least (0.10)." in sentences.agreement_by_kind([stage])
+    assert (
+        "agree most on the key matrices (0.90) and least on the down matrices (0.10)."
+        in sentences.agreement_by_kind_sentence([stage])
+    )
     stage["affinity"]["gradient_cosine"] = [[1, 0.2, -0.3], [0.2, 1, 0.4], [-0.3, 0.4, 1]]
-    told = sentences.affinity(stage, TASKS)
-    assert "sentiment and question have the gradients most alike (0.40), topic and question least (-0.30)" in told
-    assert "1 of 3 pairs point against each other" in told
+    text = sentences.affinity_sentence(stage, TASKS)
+    assert (
+        "sentiment and question have the most similar gradients (0.40), topic and question the least similar (-0.30)"
+        in text
+    )
+    assert "1 of 3 pairs point in opposing directions" in text
     stage["parts"] = [{"layer": 0, "granularity": "head", "heads": [TASKS, ["topic"], ["topic"], [], TASKS[:2]]}]
-    told = sentences.heads(stage, TASKS)
-    assert "of 5 heads 1 are kept for all tasks, 2 for one task alone and 1 for none" in told
-    assert "topic has most heads of its own (2)" in told
+    text = sentences.heads_sentence(stage, TASKS)
+    assert "of 5 heads, all tasks keep 1, one task alone keeps 2 and no task keeps 1." in text
+    assert "topic has the most heads to itself (2)" in text
 
 
-def test_the_cost_is_told_from_the_points():
-    told = sentences.cost_curve(analysis(TASKS)["curve"])
-    assert "knee at 80 % pruned" in told and "No task loses more than 2 points up to 80 %." in told
-    assert "question loses most" in told and "topic least" in told
+def test_the_cost_sentence_follows_from_the_points():
+    text = sentences.cost_sentence(analysis(TASKS)["curve"])
+    assert "knee at 80 % pruned" in text and "Up to 80 % pruned, no task loses more than 2 points." in text
+    assert "question loses most" in text and "topic least" in text and "further training changes the average by" in text
     curve = analysis(TASKS)["curve"] | {
         "knee": dict.fromkeys([*TASKS, "average"]),
         "within": {"points": 1, "sparsity": None},
     }
-    told = sentences.cost_curve(curve)
-    assert "no knee" in told and "At every sparsity that was tried some task loses more than 1 points" in told
+    text = sentences.cost_sentence(curve)
+    assert "no knee" in text and "At every sparsity tried, some task loses more than 1 point." in text
 
 
 def test_a_lead_within_the_spread_is_called_chance():
     rows = comparison(["unanimous", "magnitude"], (0.8,))["rows"]
-    told = sentences.comparison(rows)
-    assert "unanimous disparse has the highest average (83.9), -6.1 points" in told and "more than a standard" in told
+    text = sentences.comparison_sentence(rows)
+    assert "unanimous disparse has the highest average (83.9), -6.1 points" in text and "more than one standard" in text
     rows[1]["spread"]["average"] = 1.5
-    assert "may be chance" in sentences.comparison(rows)
-    assert "one seed each" in sentences.comparison(comparison(["a", "b"], (0.8,), seeds=(1,))["rows"])
+    assert "may be chance" in sentences.comparison_sentence(rows)
+    assert "one seed each" in sentences.comparison_sentence(comparison(["a", "b"], (0.8,), seeds=(1,))["rows"])
 
 
 def test_modules_are_summed_by_layer():

@@ -1,4 +1,4 @@
-"""The page in a real browser: no error, nothing cut off, on a phone and on a desk, light and dark."""
+"""The page in a real browser, on a phone and on a desktop, light and dark: no errors, nothing cut off."""
 
 import os
 import shutil
@@ -16,12 +16,12 @@ pytestmark = pytest.mark.skipif(
     not all(PROGRAMS) and not os.environ.get("CI"), reason="no browser: apt-get install chromium chromium-driver"
 )
 
-# Elements beyond the page's edges, unless a container scrolls there; writing beyond its drawing; letters too small to read.
+# Elements beyond the page's edges, unless their container scrolls; text beyond its drawing; text too small to read.
 FAULTS = """
 document.querySelectorAll('details').forEach(d => d.open = true);
 const width = document.documentElement.clientWidth, faults = [];
 if (document.documentElement.scrollWidth > width) faults.push('page scrolls to ' + document.documentElement.scrollWidth);
-const told = e => e.tagName + ' ' + (e.textContent || '').trim().slice(0, 40);
+const label = e => e.tagName + ' ' + (e.textContent || '').trim().slice(0, 40);
 for (const e of document.body.querySelectorAll('*')) {
   const box = e.getBoundingClientRect();
   if (!box.width || !box.height) continue;
@@ -31,10 +31,10 @@ for (const e of document.body.querySelectorAll('*')) {
   if (svg && e.tagName !== 'text') continue;
   const frame = svg ? svg.getBoundingClientRect() : {left: 0, right: width, top: -1e9, bottom: 1e9};
   if (box.left < frame.left - 1 || box.right > frame.right + 1 || box.top < frame.top - 1 || box.bottom > frame.bottom + 1)
-    faults.push('beyond the edge: ' + told(e));
+    faults.push('beyond the edge: ' + label(e));
   if (e.tagName === 'text') {
     const size = parseFloat(getComputedStyle(e).fontSize) * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
-    if (size < 8.9) faults.push('letters of ' + size + ': ' + told(e));
+    if (size < 8.9) faults.push('letters of ' + size + ': ' + label(e));
   }
 }
 return faults;
@@ -82,7 +82,7 @@ def pages(tmp_path_factory):
 
 
 def look(browser, path, width: int, scheme: str) -> list:
-    """The faults on the page, and what the console says."""
+    """The faults on the page and the messages of the console."""
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     screen = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
