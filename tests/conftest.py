@@ -15,6 +15,27 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 
+def named(config) -> bool:
+    """Whether the command line names a single test, as in `pytest tests/test_docs.py::test_links`."""
+    return any("::" in argument for argument in config.args)
+
+
+def pytest_configure(config):
+    """A test that is named runs, even a slow one."""
+    if named(config) and config.option.markexpr == "not slow":
+        config.option.markexpr = ""
+
+
+def pytest_xdist_auto_num_workers(config):
+    """One file runs in this process, so that `print` and debuggers work and no worker has to start."""
+    return 0 if len(config.args) == 1 and ".py" in config.args[0] else None
+
+
+def pytest_report_header(config):
+    if config.option.markexpr == "not slow":
+        return "slow tests are left out: `pytest -m slow` runs them, `pytest -m ''` runs all"
+
+
 def pytest_collection_finish():
     """Accelerate collects garbage at every training: half a second each, unless what was imported is left out."""
     gc.collect()
