@@ -171,7 +171,7 @@ def _usage(name: str, model: MultitaskModel) -> str:
 
 
 def _usage_alone(task: TaskConfig, class_name: str, name: str, subfolder: str | None) -> str:
-    """The snippet for a plain model; with a subfolder it cannot name the folder to `pipeline`, which takes none."""
+    """The snippet for a plain model; in a subfolder it is loaded first, because `pipeline` takes no subfolder."""
     text = "{'text': 'A first text.', 'text_pair': 'A second text.'}" if len(task.columns) == 2 else "'A text.'"
     if subfolder is None:
         code = f'from transformers import pipeline\n\nprint(pipeline("{pipeline_tag(task)}", "{name}")({text}))'

@@ -9,7 +9,7 @@ import copy
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -44,28 +44,35 @@ def compact(model: PreTrainedModel, optimizer: Optimizer | None = None) -> dict[
     if hasattr(model.base_model, PRIVATE):
         raise UserError(
             "compact: an encoder whose tasks have private layers cannot be compacted.\n"
-            "Compact before unsharing, or export the tasks one by one with `save_tasks`."
+            "Compact before unsharing, or export the tasks one by one."
         )
     encoder, before = model.base_model, count_parts(model.base_model)
     layout = layout_of(encoder)
     cuts = Cuts(optimizer)
-    heads = heads_that_stay(model)
+    heads = remaining_heads(model)
     if isinstance(model, MultitaskModel):
         drop_layers(model, cuts, heads)
-    for kind, places in find_sites(encoder).items():
-        for name, site in places.items() if kind != "layer" else ():
-            [(reader, _)] = [(module, dim) for module, (dim, _) in site.members.items() if dim == 1]
-            weights = {f"{reader}.weight": encoder.get_submodule(reader).weight.detach() != 0}
-            keep = sum_by_part(weights, Site(site.parts, {reader: site.members[reader]})) > 0
-            keep[0] |= not keep.any()  # one has to stay: attention splits its rows by head
-            if not keep.all():
-                shrink(encoder, layout, kind, name, site, keep, cuts)
-                if kind == "head":
-                    before_it = heads.get(name, range(site.parts))
-                    heads[name] = [place for place, stays in zip(before_it, keep.tolist(), strict=True) if stays]
-    _settle(model, layout, heads)
-    now = count_parts(encoder)
-    return {kind: (before[kind], now[kind]) for kind in before}
+    for kind, sites in find_sites(encoder).items():
+        for name, site in sites.items() if kind != "layer" else ():
+            keep = _parts_in_use(encoder, site)
+            if keep.all():
+                continue
+            shrink(encoder, layout, kind, name, site, keep, cuts)
+            if kind == "head":
+                indices = heads.get(name, range(site.parts))
+                heads[name] = [index for index, stays in zip(indices, keep.tolist(), strict=True) if stays]
+    _record_shape(model, layout, heads)
+    after = count_parts(encoder)
+    return {kind: (before[kind], after[kind]) for kind in before}
+
+
+def _parts_in_use(encoder: nn.Module, site: Site) -> Tensor:
+    """(parts,) bool: which parts have a non-zero column in the matrix that reads them; at least one."""
+    [reader] = [module for module, (dim, _) in site.members.items() if dim == 1]
+    nonzero = {f"{reader}.weight": encoder.get_submodule(reader).weight.detach() != 0}
+    keep = sum_by_part(nonzero, Site(site.parts, {reader: site.members[reader]})) > 0
+    keep[0] |= not keep.any()  # one has to stay: attention splits its rows by head
+    return keep
 
 
 def save_compact(
@@ -101,11 +108,11 @@ def save_compact(
 
 def count_parts(encoder: nn.Module) -> dict[str, int]:
     """kind -> number of parts in the encoder."""
-    counts = {kind: sum(site.parts for site in places.values()) for kind, places in find_sites(encoder).items()}
+    counts = {kind: sum(site.parts for site in sites.values()) for kind, sites in find_sites(encoder).items()}
     return counts | {"layer": len(encoder_layers(encoder))}
 
 
-def heads_that_stay(model: PreTrainedModel) -> dict[str, list[int]]:
+def remaining_heads(model: PreTrainedModel) -> dict[str, list[int]]:
     """attention module -> the original indices of its remaining heads, if the model has been compacted before."""
     return dict(structure_of(model).get("heads", {}))
 
@@ -140,15 +147,15 @@ def drop_layers(model: MultitaskModel, cuts: Cuts, heads: dict[str, list[int]]) 
     heads.update(renamed)
 
 
-def _settle(model: PreTrainedModel, layout: Layout, heads: dict[str, list[int]]) -> None:
+def _record_shape(model: PreTrainedModel, layout: Layout, heads: dict[str, list[int]]) -> None:
     """Writes the new shape into the architecture's own configuration where it can express it, else into `structure`."""
     encoder = model.base_model
-    places, neurons = find_sites(encoder)["neuron"], {}
-    widths = {site.parts for site in places.values()}
+    sites, neurons = find_sites(encoder)["neuron"], {}
+    widths = {site.parts for site in sites.values()}
     if len(widths) == 1:
         setattr(encoder.config, layout.neurons_key, widths.pop())
     else:
         full = getattr(encoder.config, layout.neurons_key)
-        neurons = {name: site.parts for name, site in places.items() if site.parts != full}
+        neurons = {name: site.parts for name, site in sites.items() if site.parts != full}
     ranks = {name: module.rank for name, module in low_rank_modules(encoder).items()}
     set_structure(model, {"heads": heads, "neurons": neurons, "ranks": ranks})

@@ -67,11 +67,7 @@ def push(
         elif form == "compact":
             save_compact(source, folder, dtype)
         elif form == "plain":
-            folder.mkdir()
-            files = weight_files(source)
-            for path in files if files[0].name == WEIGHTS_NAME else (*files, source / INDEX_NAME):
-                (folder / path.name).symlink_to(path.resolve())
-            copy_companions(source, folder)
+            _link_plain(source, folder)
         else:
             raise UserError(f"form: expected packed, compact or plain, got {form!r}")
         if is_multitask(folder):
@@ -82,7 +78,17 @@ def push(
         return _upload(api, folder, repo_id, private)
 
 
+def _link_plain(source: Path, folder: Path) -> None:
+    """Makes `folder` with links to the weights in `source` and copies of its companions."""
+    folder.mkdir()
+    files = weight_files(source)
+    for path in files if files[0].name == WEIGHTS_NAME else (*files, source / INDEX_NAME):
+        (folder / path.name).symlink_to(path.resolve())
+    copy_companions(source, folder)
+
+
 def _upload(api: HfApi, folder: Path, repo_id: str, private: bool | None) -> str:
+    """Uploads the folder as one commit on top of the present one; returns its URL."""
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         head = api.model_info(repo_id).sha

@@ -47,9 +47,7 @@ class StoredFormReader(HfQuantizer):
             raise UserError(f"{CONFIG_NAME}: expected the weights in {WEIGHTS_NAME} in the same folder, got {got}")
         self._folder = Path(checkpoint_files[0]).parent
         if self.quantization_config.structure:
-            with torch.device(
-                "cpu"
-            ):  # transformers builds models on the meta device, where index tensors have no values
+            with torch.device("cpu"):  # not transformers' meta device, where index tensors have no values
                 rebuild(model.base_model, self.quantization_config.structure)
                 if isinstance(model, UnsharedLayers):
                     model.make_private()
@@ -72,10 +70,8 @@ class StoredFormReader(HfQuantizer):
             model.config.quantization_config = StoredForm(structure=form.structure)
         # Otherwise transformers would reverse the conversion, and so pack the model, whenever it is saved.
         model._weight_conversions = [c for c in model._weight_conversions if c.source_patterns != _SOURCES]
-        for (
-            name,
-            tensor,
-        ) in model.state_dict().items():  # transformers 5.10 does not check shapes if there is a quantizer
+        # transformers 5.10 does not check shapes if there is a quantizer.
+        for name, tensor in model.state_dict().items():
             if tensor.shape != self._shapes[name]:
                 raise UserError(
                     f"{name}: expected shape {tuple(self._shapes[name])} according to {CONFIG_NAME}, "

@@ -126,7 +126,7 @@ def _packed(
     stored = {}
     for name, tensor in tensors:
         if name.endswith(BITMASK):
-            raise UserError(f"{name}: the model is packed already; load it with `from_pretrained` to pack it again")
+            raise UserError(f"{name}: the model is packed already")
         floating = tensor.is_floating_point()
         tensor = tensor.detach().to("cpu", dtype if floating else None)
         sizes["dense_bytes"] += tensor.nbytes

@@ -34,8 +34,8 @@ def task_model(model: MultitaskModel, task: str) -> PreTrainedModel:
         drop_layers(model, Cuts(None), {})
     if isinstance(getattr(model.config, "quantization_config", None), StoredForm):
         raise UserError(
-            "task_model: plain transformers cannot read a compact encoder whose layers differ in shape.\n"
-            "Export the task from the model as it was before `compact`."
+            "model: plain transformers cannot read a compact encoder whose layers differ in shape.\n"
+            "Export the task from the model as it was before it was compacted."
         )
     config = model.tasks[task]
     full = auto_class(config).from_config(head_config(model.config.encoder_config, config), dtype=torch.float32)

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_disparse.config import UserError, one_line
-from hf_disparse.export.compact import drop_layers, heads_that_stay
+from hf_disparse.export.compact import drop_layers, remaining_heads
 from hf_disparse.export.folder import copy_companions
 from hf_disparse.export.measurements import tokens_to_time
 from hf_disparse.export.task import check_task, only_task
@@ -51,26 +51,16 @@ def save_onnx(model: PreTrainedModel | str | Path, folder: str | Path, task: str
         import onnxruntime
         import onnxscript  # noqa: F401, torch's exporter needs it
     except ImportError as error:
-        raise UserError(f"save_onnx: {error}; try: pip install 'hf_disparse[onnx]'") from None
+        raise UserError(f"onnx: {error}; try: pip install 'hf_disparse[onnx]'") from None
     model, source = open_model(model)
     if isinstance(model, MultitaskModel):
-        if task is None and len(model.heads) > 1:
-            raise UserError(f"task: must be set, because the model has several: {', '.join(model.heads)}")
-        task = task or next(iter(model.heads))
-        check_task(model, task)
-        model = only_task(model, task)
-        drop_layers(model, Cuts(None), heads_that_stay(model))
-        config = head_config(model.config.encoder_config, model.tasks[task])
+        plain, config = _of_multitask(model, task)
+    elif task is not None:
+        raise UserError(f"task: must not be set for a model that has one task, got '{task}'")
     else:
-        if task is not None:
-            raise UserError(f"task: must not be set for a model that has one task, got '{task}'")
-        config = copy.deepcopy(model.config)
+        plain, config = _Logits(model if source else copy.deepcopy(model), None), copy.deepcopy(model.config)
         config.__dict__.pop("quantization_config", None)  # describes safetensors files; there is none here
-        model = model if source else copy.deepcopy(model)
-    model = extract_model_from_parallel(
-        model, keep_fp32_wrapper=False
-    )  # removes the autocast of mixed-precision training
-    plain = _Logits(model.float().cpu(), task).eval()
+    plain = plain.float().cpu().eval()
     with new_folder(folder) as target:
         if source:
             copy_companions(source, target, tokenizer_only=True)
@@ -89,10 +79,23 @@ class _Logits(nn.Module):
 
     def __init__(self, model: PreTrainedModel, task: str | None):
         super().__init__()
-        self.model, self.task = model, {} if task is None else {"task": task}
+        # Unwraps the autocast that mixed-precision training puts around a model's forward.
+        self.model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
+        self.task = {} if task is None else {"task": task}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.model(input_ids=input_ids, attention_mask=attention_mask, **self.task).logits
+
+
+def _of_multitask(model: MultitaskModel, task: str | None) -> tuple[_Logits, PreTrainedConfig]:
+    """A copy of the encoder and one head without skipped layers, and the configuration of that task as a plain model."""
+    if task is None and len(model.heads) > 1:
+        raise UserError(f"task: must be set, because the model has several: {', '.join(model.heads)}")
+    task = task or next(iter(model.heads))
+    check_task(model, task)
+    model = only_task(model, task)
+    drop_layers(model, Cuts(None), remaining_heads(model))
+    return _Logits(model, task), head_config(model.config.encoder_config, model.tasks[task])
 
 
 def _batch(size: int, tokens: int) -> dict[str, Tensor]:
@@ -123,7 +126,7 @@ def _export(model: nn.Module, path: Path) -> None:
                 verbose=False,
             )
     except Exception as error:  # the exporter raises types of its own
-        raise UserError(f"save_onnx: torch cannot export this model: {one_line(error)}") from error
+        raise UserError(f"onnx: torch cannot export this model: {one_line(error)}") from error
     finally:
         logging.getLogger("torch.onnx").setLevel(level)
 
@@ -147,7 +150,5 @@ def _check(model: nn.Module, tokens: int, run: Callable[[dict[str, Tensor]], Ten
                 seconds[name] = time.perf_counter() - start
             ratios.append(seconds["torch"] / seconds["onnxruntime"])
     if not difference < _TOLERANCE:
-        raise UserError(
-            f"save_onnx: the logits of onnxruntime and torch differ by {difference:.2g}; nothing was written"
-        )
+        raise UserError(f"onnx: the logits of onnxruntime and torch differ by {difference:.2g}; nothing was written")
     return {"difference": difference, "speed": statistics.median(ratios[1:])}
