@@ -293,7 +293,7 @@ def _with_card(output_dir: str) -> Iterator[Path]:
 )
 def push(
     model: _Model,
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="Where to: USER/NAME; made if it is not there.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO", help="Where to: USER/NAME; made if it is not there.")],
     format_: Annotated[
         Literal["packed", "compact", "plain"], typer.Option("--format", help="As of export; plain: as it is.")
     ] = "packed",
@@ -321,7 +321,7 @@ def push(
         "license": license_,
         "token": token,
     }
-    print(f"pushed: {export.push(model, repo, format_, **options)}")
+    print(f"pushed: {export.push(model, repo_id, format_, **options)}")
 
 
 def _list(text: str, where: str, kind) -> list:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from hf_disparse.model.low_rank import low_rank_modules
-from hf_disparse.pruning.masks import _nonzeros, count_pruned
+from hf_disparse.pruning.masks import count_nonzeros, count_pruned
 
 
 def masked_share(model: nn.Module, masks: Mapping[str, Tensor]) -> float:
@@ -24,7 +24,7 @@ def sparsity_report(model: nn.Module, encoder: nn.Module, prunable: Mapping[str,
     def fraction(tensors) -> float:
         tensors = list(tensors)
         total = dense_size(model, tensors)
-        return (total - _nonzeros(dict(enumerate(tensors)))) / total if total else 0.0
+        return (total - count_nonzeros(dict(enumerate(tensors)))) / total if total else 0.0
 
     groups = {"prunable": prunable.values(), "encoder": encoder.parameters(), "model": model.parameters()}
     return {name: fraction(tensors) for name, tensors in groups.items()}

@@ -79,10 +79,10 @@ def find_masks(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def count_pruned(masks: Mapping[str, Tensor]) -> tuple[int, int]:
     """How many weights the masks prune, and of how many; of masks in parts asked by all processes."""
     size = sum(keep.numel() for keep in masks.values())
-    return size - _nonzeros(masks), size
+    return size - count_nonzeros(masks), size
 
 
-def _nonzeros(tensors: Mapping[str, Tensor]) -> int:
+def count_nonzeros(tensors: Mapping[str, Tensor]) -> int:
     mine = sum(int(torch.count_nonzero(local(tensor.detach()))) for tensor in tensors.values())
     return add_up(mine) if is_sharded(tensors) else mine
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -86,14 +87,9 @@ def _agreement_figure(stages: Sequence[Mapping]) -> Figure:
         lines = lines_of(stage["agreement"], "all")
         for who in shown_pairs(lines, pairs) if lines else []:
             label = "all tasks" if who == together(lines) and len(who) > 2 else " + ".join(who)
-            rows += [
-                [
-                    stage_name(stage),
-                    label,
-                    *(row[k] for k in ("layer", "iou", "chance", "beyond_chance", "low", "high")),
-                ]
-                for row in lines[who]
-            ]
+            for row in lines[who]:
+                numbers = [row[key] for key in ("layer", "iou", "chance", "beyond_chance", "low", "high")]
+                rows.append([stage_name(stage), label, *numbers])
     hidden = len(last) - len(shown_pairs(last, pairs))
     return Figure(
         name="agreement",
@@ -101,10 +97,7 @@ def _agreement_figure(stages: Sequence[Mapping]) -> Figure:
         units=units + " Bands: bootstrap intervals over scoring batches.",
         sentence=sentences.agreement_sentence(stages),
         panels=[
-            (
-                stage_name(s),
-                lambda ax, s=s: plots.plot_agreement(s["agreement"], ax, watershed=s["watershed"], pairs=pairs),
-            )
+            (stage_name(s), partial(plots.plot_agreement, s["agreement"], watershed=s["watershed"], pairs=pairs))
             for s in stages
         ],
         header=["stage", "tasks", "layer", "IoU", "chance", "beyond chance", "low", "high"],
@@ -118,11 +111,8 @@ def _by_kind_figure(stages: Sequence[Mapping]) -> Figure | None:
     for stage in stages:
         for kind in kind_names(stage["agreement"]):
             lines = lines_of(stage["agreement"], kind)
-            rows += (
-                [[stage_name(stage), kind, r["layer"], r["beyond_chance"]] for r in lines[together(lines)]]
-                if lines
-                else []
-            )
+            if lines:
+                rows += [[stage_name(stage), kind, r["layer"], r["beyond_chance"]] for r in lines[together(lines)]]
     if not rows:
         return None
     limit = max((abs(number(row[3])) for row in rows if row[3] is not None), default=1.0)
@@ -132,10 +122,7 @@ def _by_kind_figure(stages: Sequence[Mapping]) -> Figure | None:
         title="Which matrices tasks share",
         units="All tasks' agreement beyond chance by layer (down) and kind of matrix (across): 0 is chance, 1 is identical.",
         sentence=sentences.agreement_by_kind_sentence(stages),
-        panels=[
-            (stage_name(s), lambda ax, s=s: plots.plot_agreement_by_kind(s["agreement"], ax, limit=limit))
-            for s in stages
-        ],
+        panels=[(stage_name(s), partial(plots.plot_agreement_by_kind, s["agreement"], limit=limit)) for s in stages],
         height=150 + 17 * min(max(layers, 3), 36),
         header=["stage", "matrix", "layer", "beyond chance"],
         rows=rows,
@@ -155,11 +142,8 @@ def _affinity_figure(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure:
     panels, rows, hidden = [], [], 0
     for stage in stages:
         for key, label in labels.items():
-            matrix, diverging = stage["affinity"][key], key == "gradient_cosine"
-
-            def draw(ax: Axes, matrix=matrix, label=label, limit=limits[key], diverging=diverging) -> Axes:
-                return plots.plot_affinity(matrix, tasks, ax, label=label, limit=limit, diverging=diverging)
-
+            scale = {"label": label, "limit": limits[key], "diverging": key == "gradient_cosine"}
+            draw = partial(plots.plot_affinity, stage["affinity"][key], tasks, **scale)
             panels.append((f"{label}, {stage_name(stage)}", draw))
         cells = off_diagonal(stage["affinity"]["importance"])
         wanted = list(cells)
@@ -184,7 +168,13 @@ def _affinity_figure(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure:
     )
 
 
+def _columns(rows: Sequence[Mapping]) -> tuple[list[int], list[list[float]]]:
+    """The layers of the keepers' rows, and their shares by number of tasks."""
+    return [row["layer"] for row in rows], [row["kept_by"] for row in rows]
+
+
 def _shares(tasks: int) -> list[str]:
+    """The names of the shares by number of tasks, in the table's header."""
     if tasks == 1:
         return ["no task", "the task"]
     return ["no task", "1 task", *(f"{n} tasks" for n in range(2, tasks)), f"all {tasks} tasks"]
@@ -194,24 +184,17 @@ def _keepers_figure(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure |
     """Who keeps the weights of whole layers; `_keepers_by_kind_figure` shows single matrices."""
     if not all(whole_layers(stage["keepers"]) for stage in stages):
         return None
-    values = [
-        ([row["layer"] for row in rows], [row["kept_by"] for row in rows])
-        for rows in (whole_layers(stage["keepers"]) for stage in stages)
-    ]
+    values = [(stage, *_columns(whole_layers(stage["keepers"]))) for stage in stages]
+    last, layers, kept = values[-1]
     return Figure(
         name="keepers",
         title="Who keeps what",
         units="Share of each layer's prunable weights by the number of tasks whose own mask keeps them.",
-        sentence=sentences.keepers_sentence(stages[-1], *values[-1], "prunable weights"),
-        panels=[
-            (stage_name(s), lambda ax, value=value: plots.plot_keepers(*value, ax))
-            for s, value in zip(stages, values, strict=True)
-        ],
+        sentence=sentences.keepers_sentence(last, layers, kept, "prunable weights"),
+        panels=[(stage_name(s), partial(plots.plot_keepers, layers, kept)) for s, layers, kept in values],
         header=["stage", "layer", *_shares(len(tasks))],
         rows=[
-            [stage_name(s), n, *kept]
-            for s, value in zip(stages, values, strict=True)
-            for n, kept in zip(*value, strict=True)
+            [stage_name(s), n, *shares] for s, layers, kept in values for n, shares in zip(layers, kept, strict=True)
         ],
     )
 
@@ -231,15 +214,7 @@ def _keepers_by_kind_figure(stage: Mapping, tasks: Sequence[str]) -> Figure | No
         title="Who keeps what, by matrix",
         units=f"Share of each matrix's weights by the number of tasks whose own mask keeps them, {stage_name(stage)}.",
         sentence=sentences.keepers_by_kind_sentence(alone, tasks),
-        panels=[
-            (
-                kind,
-                lambda ax, k=kind: plots.plot_keepers(
-                    [r["layer"] for r in rows[k]], [r["kept_by"] for r in rows[k]], ax
-                ),
-            )
-            for kind in kinds
-        ],
+        panels=[(kind, partial(plots.plot_keepers, *_columns(rows[kind]))) for kind in kinds],
         height=230,
         header=["matrix", "layer", *_shares(len(tasks))],
         rows=[[kind, row["layer"], *row["kept_by"]] for kind in kinds for row in rows[kind]],
@@ -263,7 +238,7 @@ def _heads_figure(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure | N
         title="Which heads serve which tasks",
         units="Heads (down, layer by layer) by tasks (across), filled where the task's own mask keeps the head.",
         sentence=sentences.heads_sentence(stages[-1], tasks),
-        panels=[(stage_name(s), lambda ax, s=s: plots.plot_heads(s["parts"], tasks, ax)) for s in stages],
+        panels=[(stage_name(s), partial(plots.plot_heads, s["parts"], tasks)) for s in stages],
         height=min(900, 160 + max(180, 7 * count)),
         header=["stage", "layer", "head", "kept by"],
         rows=rows,
@@ -285,9 +260,7 @@ def _neurons_figure(stages: Sequence[Mapping]) -> Figure | None:
         title="How many tasks a neuron serves",
         units="Share of each layer's FFN neurons by the number of tasks whose own mask keeps them; the table has counts.",
         sentence=sentences.keepers_sentence(stage, layers, kept, "neurons"),
-        panels=[
-            (stage_name(s), lambda ax, n=n, k=k: plots.plot_keepers(n, k, ax, what="neurons")) for s, n, k, _ in values
-        ],
+        panels=[(stage_name(s), partial(plots.plot_keepers, n, k, what="neurons")) for s, n, k, _ in values],
         header=["stage", "layer", "neurons", *_shares(len(parts[0]["kept_by"]) - 1)],
         rows=[[stage_name(s), p["layer"], p["count"], *p["kept_by"]] for s, _, _, parts in values for p in parts],
     )
@@ -302,7 +275,7 @@ def _cost_figure(curve: Mapping) -> Figure:
         units=f"Metric (0 to 100) against the pruned share of the {curve['denominator']}. Dashed: pruned in one shot, without "
         "further training; solid: after recovery. Rings mark knees.",
         sentence=sentences.cost_sentence(curve),
-        panels=[("", lambda ax: plots.plot_cost_curve(curve, ax))],
+        panels=[("", partial(plots.plot_cost_curve, curve))],
         height=420,
         header=["sparsity", "recovered", *shown, "average"],
         rows=[
@@ -323,7 +296,7 @@ def _footprint_figure(modules: Sequence[Mapping]) -> Figure:
         title="What is left of the model",
         units="Parameters (after: non-zeros), bytes on disk (after: packed) and multiplications per token, by part of the model.",
         sentence=sentences.footprint_sentence(rows),
-        panels=[(q, lambda ax, q=q: plots.plot_footprint(rows, ax, quantity=q)) for q in plots.FOOTPRINT],
+        panels=[(q, partial(plots.plot_footprint, rows, quantity=q)) for q in plots.FOOTPRINT],
         height=130 + 24 * max(3, min(len(rows), plots.MODULES_UP_TO)),
         header=["module", *header],
         rows=[*([row["module"], *(row[key] for key in keys)] for row in rows), ["all", *total]],
@@ -340,7 +313,7 @@ def figure_of_comparison(report: Mapping) -> Figure:
         units="Average of the tasks' metrics (0 to 100) against the pruned share of the prunable weights. "
         "Bars and band: standard deviation over seeds.",
         sentence=sentences.comparison_sentence(report["rows"]),
-        panels=[("", lambda ax: plots.plot_comparison(report["rows"], ax))],
+        panels=[("", partial(plots.plot_comparison, report["rows"]))],
         height=440,
         header=["method", "criterion", "sparsity", "seeds", "average", "± average", *tasks],
         rows=[

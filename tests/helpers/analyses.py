@@ -1,4 +1,4 @@
-"""An analysis with planted truths, as `analysis.json` holds it, of any number of tasks and layers."""
+"""Analyses and comparisons with known answers, for any number of tasks and layers, and the inputs to make such."""
 
 import itertools
 import random
@@ -12,7 +12,7 @@ KINDS = ["query", "key", "value", "output", "up", "down"]
 
 
 def stage(name: str, tasks: list[str], layers: int, draw: random.Random) -> dict:
-    """Agreement falls in the middle, more so for pairs further apart; the last two tasks' gradients oppose each other."""
+    """One stage: agreement falls in the middle layer and with the distance of the tasks in a pair, and so do cosines."""
     count, rows, keepers, parts = len(tasks), [], [], []
     groups = [*itertools.combinations(range(count), 2)]
     groups += [tuple(range(count))] if count > 2 else []
@@ -52,7 +52,7 @@ def stage(name: str, tasks: list[str], layers: int, draw: random.Random) -> dict
 
 
 def curve(tasks: list[str]) -> dict:
-    """Flat up to 80 %, then falling, the later tasks more; recovered points lose a third."""
+    """A cost curve that is flat up to 75 % and then falls, more for later tasks; recovered points lose a third."""
     points = []
     for recovered, sparsity in itertools.product((False, True), (0.0, 0.5, 0.8, 0.9, 0.95)):
         lost = max(0.0, sparsity - 0.75) * 100 * (0.33 if recovered else 1.0)
@@ -65,6 +65,7 @@ def curve(tasks: list[str]) -> dict:
 
 
 def footprint(layers: int) -> list[dict]:
+    """A footprint of embeddings and layers, of which later ones keep more non-zeros."""
     rows = [("embeddings", 30_000_000, 30_000_000, 0)]
     rows += [(f"layer {i}", 7_000_000, 1_500_000 + 100_000 * i, 7_000_000) for i in range(layers)]
     return [
@@ -82,6 +83,7 @@ def footprint(layers: int) -> list[dict]:
 
 
 def analysis(tasks: list[str], layers: int = 6, stages: tuple = ("before training", "dense", "sparse")) -> dict:
+    """As `analysis.json`."""
     draw = random.Random(0)
     return {
         "version": 1,
@@ -98,7 +100,7 @@ def analysis(tasks: list[str], layers: int = 6, stages: tuple = ("before trainin
 
 
 def comparison(methods: list[str], sparsities=(0.5, 0.8, 0.9), tasks=("topic", "sentiment"), seeds=(0, 1, 2)) -> dict:
-    """As `compare.json`: a dense row at 90, the i-th method i points below it and below that by its sparsity."""
+    """As `compare.json`: a dense row at 90; method i is at 89 - i, less what its sparsity costs."""
 
     def row(method: str, criterion: str, sparsity: float, average: float) -> dict:
         mean = {"average": average, **{task: average for task in tasks}}
@@ -124,7 +126,7 @@ def random_masks(tasks: int, layers: int, seed: int = 0, shape=(24, 40), density
 
 
 def planted_gradients(tasks: int, layers: int, same: int, batches: int = 8, n: int = 4000, seed: int = 0):
-    """(task, its gradients batch by batch): tasks share importance below layer `same` and have their own from there on."""
+    """Yields (task, its gradients by batch): tasks share importance below layer `same` and differ from there on."""
     draw = np.random.default_rng(seed)
     shared = {name: draw.exponential(size=n) ** 2 for name in matrix_names(layers)}
     for t in range(tasks):
