@@ -1,10 +1,10 @@
-"""CPU time (of all threads) and memory of the measures of an analysis on given scores.
+"""CPU time (of all threads) and memory that the measures of an analysis take on given scores.
 
-    python tests/benchmarks/analysis.py                           # 8 tasks on 85M weights, 32 batches each
+    python tests/benchmarks/analysis.py                           # 8 tasks on 85M weights, 32 batches each; 2 minutes, 4 GiB
     python tests/benchmarks/analysis.py --tasks 4 --width 384     # smaller
 
-Scores and what each batch adds to them are random numbers that are made task by task; making them is not counted. Memory is the
-peak of the process above what it had before the first task, in bytes of one task's scores, and in GiB beyond two of them.
+Scores and what each batch adds to them are random numbers, made task by task; making them is not counted. Memory is the peak of
+the process above its memory before the first task, as a multiple of one task's scores, and in GiB beyond two of them.
 """
 
 import argparse
@@ -22,14 +22,14 @@ DRAWS, HEADS = 200, 12
 
 
 def weights(layers: int, width: int) -> dict[str, torch.Tensor]:
-    """The prunable weights of a BERT of that size."""
+    """The prunable weights of a BERT of this size."""
     shapes = dict.fromkeys(("query", "key", "value", "attention.output.dense"), (width, width))
     shapes |= {"intermediate.dense": (4 * width, width), "output.dense": (width, 4 * width)}
     return {f"layer.{i}.{name}.weight": torch.ones(shape) for i in range(layers) for name, shape in shapes.items()}
 
 
 def sites(layers: int, width: int) -> dict[str, dict[str, Site]]:
-    """Its heads and neurons."""
+    """Heads and neurons of a BERT of this size."""
     by_head, by_neuron = torch.arange(width) * HEADS // width, torch.arange(4 * width)
     heads, neurons = {}, {}
     for i in range(layers):
@@ -42,7 +42,7 @@ def sites(layers: int, width: int) -> dict[str, dict[str, Site]]:
 
 
 def made(own: dict[str, torch.Tensor], sample: dict[str, torch.Tensor], tasks: int, batches: int) -> Iterator[tuple]:
-    """(task, scores, what each of its batches adds on the sample)."""
+    """Yields (task, scores, what each of its batches adds on the sample)."""
     for task in range(tasks):
         generator = torch.Generator().manual_seed(task)
         scores = {name: torch.rand(w.shape, generator=generator) for name, w in own.items()}
@@ -51,7 +51,7 @@ def made(own: dict[str, torch.Tensor], sample: dict[str, torch.Tensor], tasks: i
 
 
 def peak() -> int:
-    """Bytes."""
+    """Peak memory of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -75,7 +75,7 @@ def main() -> None:
     clock("sample", start)
     for task, scores, by_batch in made(own, exam.sample, options.tasks, options.batches):
         start = time.process_time()
-        gradient = sketch(scores)  # stands for the gradient, which is as large
+        gradient = sketch(scores)  # in place of the gradient, which has the same size
         clock("sketches", start)
         start = time.process_time()
         exam.see(task, scores, Sampled(by_batch, on_sample, snip), gradient)

@@ -1,9 +1,10 @@
-"""Speed of a compact encoder beside the dense one and Torch-Pruning's of the same shape, measured side by side in one run.
+"""Speed of a compact encoder relative to the dense one, beside one of the same shape by Torch-Pruning, measured in one run.
 
-    pip install torch-pruning
+    pip install torch-pruning                   # optional
     python tests/benchmarks/compact.py          # about 3 minutes on 2 cores
 
-MiniLM-L6 (22M parameters) without half of its heads and neurons. "Allowed" is how many times fewer multiplications torch counts.
+MiniLM-L6 (22M parameters) without half of its heads and neurons. "Allowed" is the speed-up that the multiplications, counted by
+torch, allow.
 """
 
 import functools
@@ -29,7 +30,7 @@ def new_model() -> PreTrainedModel:
 
 
 def halve(model: PreTrainedModel) -> PreTrainedModel:
-    """The first half of each layer's heads and neurons stays: which ones makes no difference to the time."""
+    """Keeps the first half of each layer's heads and neurons; which half makes no difference to the time."""
     encoder = model.base_model
     masks = find_masks({name: torch.ones_like(p) for name, p in encoder.named_parameters() if p.ndim == 2})
     for kind in ("head", "neuron"):

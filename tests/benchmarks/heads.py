@@ -1,4 +1,4 @@
-"""Time of five heads on one pass of the encoder over that of one head, measured side by side in one run.
+"""Time of five heads on one pass of the encoder, relative to one head, measured in one run.
 
 python tests/benchmarks/heads.py            # about a minute on 2 cores
 """

@@ -1,10 +1,12 @@
-"""How many scoring batches a stable mask takes: the overlap of masks that were scored on different examples.
+"""How many scoring batches a stable mask needs: the overlap of masks scored on different examples.
 
     python tests/benchmarks/mask_overlap.py runs/glue_minilm_90-compare/dense-seed1 recipes/glue_minilm_90.yaml
 
-Scores every task of a dense model twice, on batches that share no example as far as the task has enough of them, and prints
-the intersection over union of the two keep masks, per criterion, decision and number of batches. Random masks that keep a
-part p of the weights overlap by p / (2 - p).
+Takes about as long as tasks x criteria x 4 x sum(--batches) training steps, a step being a forward and a backward pass.
+
+Scores every task of a dense model twice, on batches that share no example if the task has enough of them. Prints the
+intersection over union of the two keep masks by criterion, decision and number of batches. Random masks that keep a share p of
+the weights overlap by p / (2 - p).
 """
 
 import argparse
@@ -27,14 +29,14 @@ CRITERIA, DECISIONS = ("snip", "disparse", "fisher"), ("unanimous", "sum", "max"
 
 
 def overlap(one: Masks, other: Masks) -> float:
-    """Intersection over union of what two masks keep."""
+    """Intersection over union of the weights that two masks keep."""
     both = sum(int((keep & other[name]).sum()) for name, keep in one.items())
     either = sum(int((keep | other[name]).sum()) for name, keep in one.items())
     return both / either
 
 
 def batches(task: str, rows, collate, size: int, seed: int, skip: int, count: int) -> Iterator[dict]:
-    """`count` batches of one seeded order, after `skip` others."""
+    """Yields `count` batches of one seeded order, after the first `skip`."""
     rows = TaskDataset({task: rows})
     lengths = {task: [len(ids) for ids in rows.datasets[task]["input_ids"]]}
     sampler = TaskBatchSampler(rows.sizes, size, lengths=lengths, seed=seed)
@@ -45,7 +47,7 @@ def batches(task: str, rows, collate, size: int, seed: int, skip: int, count: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a dense MultitaskModel")
-    parser.add_argument("recipe", help="whose tasks, data and batch size")
+    parser.add_argument("recipe", help="a recipe with its tasks, data and batch size")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--batches", type=int, nargs="+", default=[2, 8, 32])
     parser.add_argument("--sparsity", type=float, default=0.9)

@@ -1,8 +1,9 @@
-"""onnxruntime beside torch, dense and compact, measured side by side in one run.
+"""Speed of onnxruntime relative to torch, for a dense and a compact model, measured in one run.
 
     python tests/benchmarks/onnx_speed.py       # about 3 minutes on 2 cores
 
-MiniLM-L6 (22M parameters) with one head, whole and without half of its heads and neurons, fp32.
+MiniLM-L6 (22M parameters) in float32 with one task, whole and without half of its attention heads and neurons. Needs the extra
+`onnx`.
 """
 
 import functools

@@ -1,10 +1,10 @@
-"""Bytes, time and memory of packed checkpoints beside dense ones of the same weights, measured side by side in one run.
+"""Bytes, time and memory of packed checkpoints relative to dense ones of the same weights, measured in one run.
 
     python tests/benchmarks/packed.py           # about 3 minutes on 2 cores
 
-Encoders of BERT-base's and MiniLM-L6's shape with random weights, 90 % of those of the layers zero. Loading a dense
-checkpoint only maps the file: the system reads and copies a page when it is first written. So "ready to train" also writes
-every weight once, as the first step of training does.
+Encoders with the shapes of BERT-base and MiniLM-L6 and random weights, 90 % of the prunable ones zero. Loading a dense
+checkpoint only maps the file; the system reads and copies a page when it is first written. So "ready to train" also writes
+every weight once, as the first training step does.
 """
 
 import subprocess
@@ -17,7 +17,7 @@ import torch
 from timing import side_by_side, timed
 from transformers import AutoModel, BertConfig, logging
 
-import hf_disparse  # noqa: F401, reads packed checkpoints
+import hf_disparse  # noqa: F401, registers the reader of packed checkpoints
 from hf_disparse import prunable_parameters
 from hf_disparse.export import save_packed
 
@@ -44,12 +44,12 @@ def load_to_train(folder: Path):
 
 
 def ratio(first: Callable[[], object], second: Callable[[], object]) -> float:
-    """Time of the second over that of the first."""
+    """Time of the second relative to the first."""
     return side_by_side({"first": timed(first), "second": timed(second)}, ROUNDS)["second"]
 
 
 def peak(action: str, folder: Path) -> int:
-    """Peak resident bytes of a fresh process that loads `folder`, and saves it packed if asked to."""
+    """Peak resident bytes of a new process that loads `folder` and, if `action` is "save", saves it packed."""
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from pathlib import Path; import packed\n"

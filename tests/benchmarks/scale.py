@@ -1,10 +1,11 @@
-"""What scoring and deciding cost on 1, 2 and 4 processes, beside the formulas of docs/scale.md.
+"""Cost of scoring and deciding on 1, 2 and 4 processes, beside the formulas of docs/scale.md.
 
-    python tests/benchmarks/scale.py [--processes 1,2,4] [--layers 6] [--width 384] [--tasks 3] [--batches 8]
+    python tests/benchmarks/scale.py            # about 10 minutes on 2 cores
+    python tests/benchmarks/scale.py [--processes 1,2,4] [--layers 6] [--width 384] [--tasks 3] [--batches 8] [--threads 1]
 
-Prints a table in Markdown. The parts (a pass, an all-reduce, a task's share of a decision) are measured by themselves, the whole
-update afterwards; every figure is the median of five. Traffic is what the loopback device counts and memory what Linux says, so
-nothing else should run. Processes share this machine's cores: give each as many threads as it would have alone.
+Prints a Markdown table. The parts (a pass, an all-reduce, one task's share of a decision) are measured separately, then the whole
+update; times are medians of five. Traffic is counted on the loopback device and memory by Linux, so nothing else should run.
+The processes share this machine's cores: give each as many threads as it would have alone.
 """
 
 import argparse
@@ -49,7 +50,7 @@ def batches_of(task: str, count: int) -> list[dict]:
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """The median of five, the processes starting together."""
+    """The median of five runs, which all processes start together."""
     taken = []
     for _ in range(TIMES):
         if processes() > 1:
@@ -61,8 +62,8 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def peak(function: Callable[[], object]) -> int:
-    """By how many bytes the process grew at most meanwhile."""
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed is given back, or else it would be taken again unseen
+    """By how many bytes the process grows at most while `function` runs."""
+    ctypes.CDLL(None).malloc_trim(0)  # returns freed memory, whose reuse would not be counted
     Path("/proc/self/clear_refs").write_text("5")  # forgets the earlier peak
     before = _status("VmRSS")
     function()
@@ -75,7 +76,7 @@ def _status(key: str) -> int:
 
 
 def activations(model: MultitaskModel, batch: dict) -> int:
-    """Bytes that a forward pass keeps for its backward pass, beside the weights."""
+    """Bytes that a forward pass keeps for the backward pass, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -92,13 +93,13 @@ def activations(model: MultitaskModel, batch: dict) -> int:
 
 
 def loopback() -> int:
-    """Bytes that were sent on this machine so far."""
+    """Bytes sent over the loopback device so far."""
     (line,) = [line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:")]
     return int(line.split(":")[1].split()[8])
 
 
 def measure(layers: int, width: int, tasks: int, batches: int) -> dict[str, float]:
-    """One row of the table, of this process."""
+    """One row of the table, as measured by this process."""
     model = model_of(layers, width, tasks)
     parameters, several = prunable_parameters(model), processes() > 1
     size = sum(p.numel() for p in parameters.values())

