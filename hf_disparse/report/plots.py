@@ -64,10 +64,9 @@ def plot_agreement(
             ax.plot(x, y, color=BAND, linewidth=0.8, zorder=1.5, label="_" if i else "other pairs")
     for i, pair in enumerate(named):
         x, y = _line(lines[pair], "beyond_chance")
-        colour = COLOURS[i % len(COLOURS)]
-        ax.plot(x, y, color=colour, marker=MARKERS[i % len(MARKERS)], label=" + ".join(short(t) for t in pair))
+        ax.plot(x, y, **_style(i), label=" + ".join(short(t) for t in pair))
         if len(named) <= BANDS_UP_TO:
-            _band(ax, lines[pair], colour)
+            _band(ax, lines[pair], _style(i)["color"])
     label = " + ".join(short(t) for t in everyone) if len(everyone) == 2 else f"all {len(everyone)} tasks at once"
     ax.plot(*_line(lines[everyone], "beyond_chance"), color=INK, linewidth=2.6, marker="o", label=label)
     _band(ax, lines[everyone], MUTED)
@@ -188,7 +187,7 @@ def plot_cost_curve(curve: Mapping, ax: Axes, metric: str = "metric (points)") -
     series: list[tuple[str | None, dict]] = []
     if len(tasks) <= TASKS_UP_TO:
         series += [(task, {"color": BAND, "linewidth": 0.8}) for task in tasks if task not in named]
-    series += [(t, {"color": COLOURS[i % 6], "marker": MARKERS[i % 6]}) for i, t in enumerate(named)]
+    series += [(task, _style(i)) for i, task in enumerate(named)]
     if several(tasks) or not tasks:
         series.append((None, {"color": INK, "linewidth": 2.6, "marker": "o"}))
     for task, style in series:
@@ -261,10 +260,9 @@ def plot_comparison(rows: Sequence[Mapping], ax: Axes) -> Axes:
             [row["sparsity"] + aside for row in some],
             [row["mean"]["average"] for row in some],
             [row["spread"]["average"] or 0 for row in some],
-            color=COLOURS[i % 6],
-            marker=MARKERS[i % 6],
-            linestyle=["-", "--", ":"][i // 6 % 3],
-            markerfacecolor=COLOURS[i % 6] if i < 6 else PAPER,
+            **_style(i),
+            linestyle=["-", "--", ":"][i // len(COLOURS) % 3],
+            markerfacecolor=_style(i)["color"] if i < len(COLOURS) else PAPER,
             capsize=3,
             label=short(name, 30),
         )
@@ -286,11 +284,18 @@ def _nothing(ax: Axes, sentence: str) -> Axes:
     return ax
 
 
+def _style(i: int) -> dict[str, str]:
+    """Colour and marker of the i-th line."""
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+
+
 def _line(rows: Sequence[Mapping], key: str) -> tuple[list[int], list[float]]:
+    """The layers and the values of one line."""
     return [row["layer"] for row in rows], [number(row[key]) for row in rows]
 
 
 def _band(ax: Axes, rows: Sequence[Mapping], colour: Any) -> None:
+    """The intervals of a line, shaded."""
     x = [row["layer"] for row in rows]
     low, high = ([number(row[key]) for row in rows] for key in ("low", "high"))
     ax.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
@@ -343,6 +348,7 @@ def _heat(ax: Axes, values: np.ndarray, rows, columns, label: str, limit: float 
 
 
 def _columns(ax: Axes, names: Sequence[Any]) -> None:
+    """Names along the x axis, turned by 45 degrees if they are long."""
     names = [str(name) for name in names]
     turned = max(map(len, names), default=0) * len(names) > 24
     ax.set_xticks(range(len(names)), names, rotation=45 if turned else 0, ha="right" if turned else "center")

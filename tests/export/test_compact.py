@@ -21,7 +21,7 @@ WITHOUT_SDPA = ("mpnet", "deberta-v2")
     ("model_type", "attention"),
     [(name, how) for name in CONFIGS for how in ("eager", "sdpa") if how == "eager" or name not in WITHOUT_SDPA],
 )
-def test_outputs_stay_and_come_back_from_disk(model_type, attention, tmp_path):
+def test_outputs_stay_the_same_also_after_reloading(model_type, attention, tmp_path):
     model = model_of(model_type, attn_implementation=attention)
     stay = prune_parts(model)
     expected, size = logits(model), sum(p.numel() for p in model.encoder.parameters())
@@ -39,7 +39,7 @@ def test_outputs_stay_and_come_back_from_disk(model_type, attention, tmp_path):
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
-def test_twice_is_as_good_as_once(model_type, tmp_path):
+def test_a_compact_model_can_be_compacted_again(model_type, tmp_path):
     model = model_of(model_type)
     prune_parts(model)
     compact(model)
@@ -71,7 +71,7 @@ def test_skipped_layers_are_dropped(model_type, skipped, tmp_path):
     close(logits(again), expected)
 
 
-def test_an_optimizer_goes_along():
+def test_training_continues_with_the_cut_optimizer_state():
     """A compacted model trains as the masked one does: weights, AdamW's moments and steps."""
     models, optimizers, labels = [tiny_model().eval(), tiny_model().eval()], [], torch.tensor([0, 1])
     prune_parts(models[0], even=True)
@@ -160,7 +160,7 @@ def test_a_plain_model_of_uneven_shapes(tmp_path):
     assert done.returncode != 0 and "size" in done.stderr, "without the package loading fails"
 
 
-def test_a_site_that_lost_every_part_keeps_one():
+def test_a_site_whose_parts_are_all_pruned_keeps_one():
     model = model_of("bert")
     model.encoder.encoder.layer[0].attention.output.dense.weight.data.zero_()
     model.encoder.encoder.layer[0].output.dense.weight.data.zero_()
@@ -170,7 +170,7 @@ def test_a_site_that_lost_every_part_keeps_one():
     close(logits(model), expected)
 
 
-def test_nothing_pruned_is_nothing_changed(tmp_path):
+def test_a_model_without_pruned_parts_is_unchanged(tmp_path):
     model = model_of("bert")
     save_compact(model, tmp_path / "compact")
     stored = load_file(tmp_path / "compact" / "model.safetensors")
@@ -225,7 +225,7 @@ def test_a_structure_of_another_model_is_refused(tmp_path):
         MultitaskModel.from_pretrained(tmp_path)
 
 
-def test_a_first_layer_that_is_unlike_the_others_is_not_dropped():
+def test_a_first_layer_that_differs_from_the_others_cannot_be_removed():
     model = model_of("modernbert")
     model.skip_layers([0])
     with pytest.raises(
@@ -234,7 +234,7 @@ def test_a_first_layer_that_is_unlike_the_others_is_not_dropped():
         compact(model)
 
 
-def test_an_optimizer_that_could_not_go_along_is_refused():
+def test_an_optimizer_whose_state_cannot_be_cut_is_refused():
     model = model_of("bert")
     optimizer = torch.optim.Adafactor(model.parameters())
     model(**BATCH, task="two", labels=torch.tensor([0, 1])).loss.backward()
@@ -244,7 +244,7 @@ def test_an_optimizer_that_could_not_go_along_is_refused():
         compact(model, optimizer)
 
 
-def test_attention_with_more_than_is_known_is_refused():
+def test_an_unknown_kind_of_attention_is_refused():
     config = LongformerConfig(
         vocab_size=64,
         hidden_size=16,
@@ -258,7 +258,7 @@ def test_attention_with_more_than_is_known_is_refused():
 
 
 @pytest.mark.parametrize("change", ["lost", "added", "class"])
-def test_a_checkpoint_with_other_weights_than_its_class_is_not_exported(change, tmp_path):
+def test_a_checkpoint_whose_weights_do_not_fit_its_class_is_not_exported(change, tmp_path):
     """transformers would initialise missing weights at random."""
     model = tiny_model()
     model.save_pretrained(tmp_path / "model")

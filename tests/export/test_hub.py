@@ -96,7 +96,7 @@ def test_the_command_and_the_model_s_own_method(hub, folder, tmp_path):
         ("reader", r"the token has no permission to write there \(status 403\)"),
     ],
 )
-def test_a_token_that_may_not(token, message, hub, folder):
+def test_a_token_without_permission_is_refused(token, message, hub, folder):
     store, address = hub
     store.create("me/sparse", private=False)
     with pytest.raises(UserError, match=message):
@@ -104,7 +104,7 @@ def test_a_token_that_may_not(token, message, hub, folder):
     assert not store.files("me/sparse")
 
 
-def test_an_upload_that_was_cut_off_goes_on(hub, folder, monkeypatch):
+def test_an_interrupted_upload_resumes(hub, folder, monkeypatch):
     store, address = hub
     monkeypatch.setattr("time.sleep", lambda _: None)  # huggingface_hub sleeps between its own retries
     store.cut_off = 100
@@ -118,7 +118,7 @@ def test_an_upload_that_was_cut_off_goes_on(hub, folder, monkeypatch):
     assert len(store.puts) == first, "what is there is not sent again"
 
 
-def test_somebody_else_pushes_meanwhile(hub, folder):
+def test_a_commit_made_in_the_meantime_is_kept(hub, folder):
     store, address = hub
     push(folder, "me/sparse", api=client(address))
 
@@ -133,7 +133,7 @@ def test_somebody_else_pushes_meanwhile(hub, folder):
     assert "theirs.txt" in store.files("me/sparse"), "their commit is built upon"
 
 
-def test_nobody_listens(folder):
+def test_an_unreachable_hub_is_reported(folder):
     with pytest.raises(UserError, match="the upload was interrupted"):
         push(folder, "me/sparse", api=client("http://127.0.0.1:9"))
 
@@ -162,7 +162,7 @@ def test_what_cannot_be_pushed_is_refused_before_the_export(folder, tmp_path):
         push(tmp_path, "me/sparse", with_tasks=True, api=client("http://127.0.0.1:9"))
 
 
-def test_a_form_that_is_none(folder):
+def test_an_unknown_form_is_refused(folder):
     with pytest.raises(UserError, match="form: expected packed, compact or plain, got 'zip'"):
         push(folder, "me/sparse", "zip", api=client("http://127.0.0.1:9"))
 

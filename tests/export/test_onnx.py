@@ -79,7 +79,7 @@ def test_a_plain_model(tmp_path):
         save_onnx(model, tmp_path / "again", "two")
 
 
-def test_a_task_that_is_not_there(tmp_path):
+def test_an_unknown_task_is_refused(tmp_path):
     with pytest.raises(UserError, match="has no task 'four'"):
         save_onnx(tiny_model(), tmp_path / "onnx", "four")
 

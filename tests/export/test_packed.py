@@ -197,7 +197,7 @@ def test_an_index_cannot_leave_its_folder(sparse_model, tmp_path):
         save_packed(tmp_path / "dense", tmp_path / "packed")
 
 
-def test_neither_twice_nor_over_something_else(packed, tmp_path):
+def test_it_packs_neither_twice_nor_into_a_full_folder(packed, tmp_path):
     with pytest.raises(UserError, match="the model is packed already"):
         save_packed(packed, tmp_path / "twice")
     with pytest.raises(UserError, match="expected a new or empty folder"):
@@ -251,7 +251,7 @@ NAME = "encoder.encoder.layer.0.intermediate.dense.weight"
         (lambda v, b: {NAME: v, NAME + "_bitmask": b ^ 1}, "values: expected"),
     ],
 )
-def test_a_mask_that_disagrees_with_its_values_is_refused_though_the_digests_fit(change, message, packed):
+def test_a_bitmask_that_contradicts_its_values_is_refused_even_if_the_digests_fit(change, message, packed):
     def apply(tensors):
         tensors.update(change(tensors.pop(NAME), tensors.pop(NAME + "_bitmask")))
 
@@ -261,7 +261,7 @@ def test_a_mask_that_disagrees_with_its_values_is_refused_though_the_digests_fit
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "intermediate_size", "vocab_size"])
-def test_a_configuration_that_does_not_fit_is_refused_though_the_digests_fit(key, packed):
+def test_a_configuration_that_does_not_fit_is_refused_even_if_the_digests_fit(key, packed):
     rewrite(packed, config=lambda values: values["encoder_config"].update({key: 48}), forge=True)
     with pytest.raises((UserError, RuntimeError), match=r"expected|mismatched"):
         AutoModel.from_pretrained(packed)
@@ -330,7 +330,7 @@ def test_500_faults_load_what_was_saved_or_are_refused(packed, sparse_model, tmp
     assert refused > 400  # some faults change nothing, such as swapping two equal bytes
 
 
-def test_forged_files_never_take_more_than_they_hold(packed, sparse_model):
+def test_forged_files_never_allocate_more_than_they_hold(packed, sparse_model):
     """Columns that a hostile configuration invents are refused before a matrix of that size is allocated."""
     bitmask = load_file(packed / "model.safetensors")[NAME + "_bitmask"]
     with pytest.raises(UserError, match="bitmask: expected uint8"):
@@ -354,7 +354,7 @@ def test_a_shard_that_lost_a_weight_is_not_packed(sparse_model, tmp_path):
         save_packed(tmp_path / "dense", tmp_path / "packed")
 
 
-def test_a_torn_shard_is_named(sparse_model, tmp_path):
+def test_a_truncated_shard_is_named(sparse_model, tmp_path):
     sparse_model.save_pretrained(tmp_path / "dense", max_shard_size=4000)
     shard = sorted((tmp_path / "dense").glob("*.safetensors"))[0]
     shard.write_bytes(shard.read_bytes()[:-9])
@@ -362,7 +362,7 @@ def test_a_torn_shard_is_named(sparse_model, tmp_path):
         save_packed(tmp_path / "dense", tmp_path / "packed")
 
 
-def test_another_file_beside_it_is_not_loaded_unchecked(packed):
+def test_a_second_weight_file_is_not_loaded_unchecked(packed):
     shutil.copyfile(packed / "model.safetensors", packed / "model.fp16.safetensors")
     with pytest.raises(
         UserError, match=r"expected the weights in model.safetensors in the same folder, got model.fp16.safetensors"

@@ -96,7 +96,7 @@ def test_affinity_shows_pairs_and_no_diagonal_on_the_scale_that_it_is_given():
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b", "c"]
 
 
-def test_bars_of_keepers_stand_on_one_another_and_end_at_one():
+def test_bars_of_keepers_are_stacked_and_end_at_one():
     shares = [[0.4, 0.3, 0.2, 0.1], [0.7, 0.2, 0.1, 0.0]]
     ax = plots.plot_keepers([0, 1], shares, axes())
     assert [c.get_label() for c in ax.containers] == ["no task", "1 task", "2 tasks", "all 3 tasks"]
@@ -184,7 +184,7 @@ def test_one_sparsity_one_seed_and_no_dense_row_are_drawn_too():
 HOSTILE = ["$x_1$", "_hidden", "a\nb\x00", r"$\frac{", "<script>", "x" * 300]
 
 
-def test_names_are_shown_as_they_are():
+def test_names_are_drawn_literally():
     ax = plots.plot_affinity(np.eye(6).tolist(), HOSTILE, axes())
     stage = analysis(HOSTILE, layers=2, stages=("dense",))
     plots.plot_cost_curve(stage["curve"], curve := axes())
@@ -221,7 +221,7 @@ def contrast(one: str, other: str) -> float:
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_lines_and_letters_stand_out_from_the_paper(dark):
+def test_lines_and_text_contrast_with_the_page(dark):
     def shade(colour: str) -> str:
         return theme.DARK[colour] if dark else colour
 

@@ -187,7 +187,7 @@ def test_the_same_numbers_give_the_same_bytes(tmp_path):
 HOSTILE = ["</title></svg><script>alert(1)</script>", '" onload="alert(1)', "$\\frac{$ & {{ 7 * 7 }} --> ]]>"]
 
 
-def test_names_of_tasks_models_and_methods_are_no_markup(tmp_path):
+def test_names_of_tasks_models_and_methods_are_not_markup(tmp_path):
     values = analysis(HOSTILE, layers=2, stages=("dense",))
     values["model"] = values["criterion"] = HOSTILE[0]
     values["footprint"][0]["module"] = HOSTILE[1]
@@ -203,7 +203,7 @@ def test_names_of_tasks_models_and_methods_are_no_markup(tmp_path):
         assert "script" not in tags
 
 
-def test_one_task_gets_sentences_where_nothing_can_be_compared(tmp_path):
+def test_with_one_task_the_page_says_that_there_is_no_other(tmp_path):
     values = analysis(["only"], layers=1, stages=("dense",))
     values["curve"], values["footprint"] = None, []
     parsed = parse(write_report(values, tmp_path))
@@ -265,7 +265,7 @@ def test_the_sentence_names_the_layers_that_agree_most_and_least_and_the_watersh
     assert "is layer 3 (2 to 3) after sparse training, in 97 % of the bootstrap samples." in text
 
 
-def test_it_is_said_if_there_is_nothing_to_see():
+def test_the_sentence_says_so_if_there_is_nothing_to_see():
     text = sentences.agreement_sentence([changed(STAGE, beyond_chance=0.01, low=-0.02, high=0.03)])
     assert "differs from chance" in text and "agree most" not in text
     text = sentences.agreement_sentence(
