@@ -1,4 +1,4 @@
-"""What a machine does to a run, said in two lines: disks that fill up, files torn, processes that are gone. Layer 1."""
+"""Files written whole or not at all, opened with errors that name them, and found in installed packages."""
 
 import importlib.util
 import json
@@ -14,12 +14,13 @@ from safetensors import SafetensorError, safe_open
 
 from hf_disparse.config import UserError, one_line
 
-_TORCH_SAVE = ("PytorchStreamWriter", "inline_container", "iostream")  # in what it says of a disk, as a RuntimeError
+PART = ".part"  # the suffix of a file that is being written
+_TORCH_SAVE = ("PytorchStreamWriter", "inline_container", "iostream")  # in its RuntimeErrors about the disk
 
 
 @contextmanager
-def writing(folder: str | Path, remedy: str = "Once that is mended, the same command goes on.") -> Iterator[None]:
-    """Turns what the system refuses while a folder is written into a UserError that ends with `remedy`."""
+def writing(folder: str | Path, remedy: str = "Once this is fixed, the same command goes on.") -> Iterator[None]:
+    """Turns errors of the disk while `folder` is written into a UserError that ends with `remedy`."""
     try:
         yield
     except UserError:
@@ -29,14 +30,14 @@ def writing(folder: str | Path, remedy: str = "Once that is mended, the same com
         if isinstance(error, RuntimeError):
             if not any(word in reason for word in _TORCH_SAVE):
                 raise
-            reason = f"torch.save broke off ({reason})"
+            reason = f"torch.save failed ({reason})"
         if isinstance(error, OSError) and error.strerror:  # without the number
             reason = error.strerror + (f": {error.filename}" if error.filename else "")
         raise UserError(f"output_dir: cannot write to {folder}: {reason}{_free(Path(folder))}.\n{remedy}") from error
 
 
 def _free(folder: Path) -> str:
-    """The room there is, for torch does not say that it lacked any."""
+    """Returns the free space as text, as torch does not say when the disk is full."""
     try:
         free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free
     except OSError:
@@ -46,7 +47,7 @@ def _free(folder: Path) -> str:
 
 @contextmanager
 def open_safetensors(path: str | Path) -> Iterator[Any]:
-    """A safetensors file, open, its header checked against its size; one that is not whole is the user's to mend."""
+    """Opens a safetensors file, which checks its header against its size; raises UserError if it is truncated."""
     try:
         with safe_open(str(path), framework="pt") as file:
             yield file
@@ -55,12 +56,9 @@ def open_safetensors(path: str | Path) -> Iterator[Any]:
         raise UserError(f"{path}: expected whole safetensors, got {got}; write or download it again") from None
 
 
-_PART = ".part"
-
-
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, also where the machine loses power; of several processes in one."""
-    part = path.with_name(path.name + _PART)
+    """Writes a text file whole or not at all, even if the machine loses power; call it in one process only."""
+    part = path.with_name(path.name + PART)
     try:
         with part.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -74,13 +72,13 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A folder beside `folder` to write to, which takes its name if all goes well and is gone if not.
+    """Yields a folder to write to, which becomes `folder` once it is on the disk, or is removed after an error.
 
     Raises:
-        UserError: `folder` holds something.
+        UserError: `folder` is not empty, or the disk fails.
     """
     folder = Path(folder).resolve()
-    with writing(folder, "Mend that or name another folder."):
+    with writing(folder, "Fix this or choose another folder."):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"output_dir: expected a new or empty folder, got {folder}")
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -88,22 +86,24 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
             target = Path(inside, "new")
             target.mkdir()
             yield target
-            os.replace(target, folder)  # the current folder, for one, cannot be replaced
+            sync(target)
+            os.replace(target, folder)  # fails, for example, if `folder` is the current folder
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A file of a model's folder."""
+def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
+    """Returns the JSON object in a file; if there is none, `remedy` is the second line of the UserError."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds {values!r:.40}")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: expected JSON, got a file that does not parse: {one_line(error)}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(values).__name__}")
+        reason = f"{path}: expected a JSON object, got a file that does not parse: {one_line(error)}"
+        raise UserError("\n".join([reason, remedy]).rstrip()) from None
     return values
 
 
 def sync(folder: Path) -> None:
-    """Has the disk hold what was written to a folder, for a machine may lose power, too."""
+    """Flushes all files of a folder to the disk, in case the machine loses power."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb+") as file:
@@ -111,12 +111,12 @@ def sync(folder: Path) -> None:
 
 
 def resolve(reference: str) -> str:
-    """`package:NAME/path` as the path of that file of an installed package; anything else as it is.
+    """Returns the path of a file of an installed package for `package:NAME/path`, and any other reference unchanged.
 
-    The package is located, not imported: none of its code runs.
+    The package is located, not imported, so none of its code runs.
 
     Raises:
-        UserError: the package is not installed, the file is not there, or the path leaves the package.
+        UserError: the package is not installed, it has no such file, or the path leaves the package.
     """
     if not reference.startswith("package:"):
         return reference
@@ -124,7 +124,7 @@ def resolve(reference: str) -> str:
     module = name.replace("-", "_")
     if not module.isidentifier():
         raise UserError(f"{reference}: expected package:NAME/path, got the package name '{name}'")
-    spec = None if module == "__main__" else importlib.util.find_spec(module)  # which has none, and find_spec raises
+    spec = None if module == "__main__" else importlib.util.find_spec(module)  # find_spec("__main__") raises
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             f"{reference}: the package '{name}' is not installed; try: pip install {name.replace('_', '-')}"
@@ -132,5 +132,5 @@ def resolve(reference: str) -> str:
     root = Path(spec.submodule_search_locations[0]).resolve()
     path = (root / inner).resolve()
     if not path.is_relative_to(root) or not path.exists():
-        raise UserError(f"{reference}: the package '{name}' carries no file '{inner}'")
+        raise UserError(f"{reference}: the package '{name}' has no file '{inner}'")
     return str(path)

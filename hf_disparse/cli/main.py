@@ -32,9 +32,25 @@ def main() -> None:
     except typer.Abort:
         sys.exit(130)
     except UserError as error:
-        fail(str(error))
+        fail(with_flags(str(error)))
     except OSError as error:  # a full disk or a file that vanished, where nobody could say what it was for
         fail(f"{error.filename or 'reading or writing'}: {error.strerror or one_line(error)}")
+
+
+def with_flags(message: str) -> str:
+    """Writes the command's flags for the names of Python arguments: `name` in backticks, and the key before the colon.
+
+    The keys of a recipe stay as they are, even where the command has an option of the same name.
+    """
+    from hf_disparse.recipes.recipe import SECTIONS
+
+    command = typer.main.get_command(app).commands.get(sys.argv[1])
+    for option in command.params if command else ():
+        name, flag = option.name.rstrip("_"), option.opts[0] if option.opts[0].startswith("-") else option.metavar
+        message = message.replace(f"`{name}`", flag)
+        if name not in ("recipe", *SECTIONS) and message.startswith(f"{name}:"):
+            message = flag + message.removeprefix(name)
+    return message
 
 
 def fail(message: str) -> NoReturn:

@@ -11,13 +11,13 @@ from typing import Any
 from hf_disparse.compare.runner import run_cells
 from hf_disparse.compare.tables import _span, held_out, markdown, over_seeds, shown, write_tables
 from hf_disparse.config import CRITERIA, PruningConfig, UserError, closest, require
-from hf_disparse.distributed.processes import from_main
-from hf_disparse.files import writing
+from hf_disparse.distributed.processes import on_main
+from hf_disparse.files import read_json, writing
 from hf_disparse.methods import METHODS as IMPLEMENTED
 from hf_disparse.recipes.recipe import Recipe, parse_recipe
 from hf_disparse.report.values import method_name
 from hf_disparse.report.write import missing_libraries, write_comparison
-from hf_disparse.runs.folder import read_json, refuse_others
+from hf_disparse.runs.folder import DELETE, refuse_others
 from hf_disparse.runs.setup import environment
 from hf_disparse.tasks import average_name
 
@@ -236,10 +236,11 @@ def compare(recipe: Recipe, cells: Sequence[Cell]) -> dict[str, Any]:
         "environment": environment(),
     }
     if results:
-        from_main(lambda: _write(report, folder))
+        _write(report, folder)
     return report
 
 
+@on_main
 def _write(report: dict[str, Any], folder: Path) -> None:
     write_tables(report, folder, JSON_NAME, MARKDOWN_NAME, markdown(report, table, caption))
     if not missing_libraries():  # of the extra `plot`
@@ -251,13 +252,11 @@ def _finished(folder: Path) -> dict[Cell, dict[str, Any]]:
     """The results of all cells in the folder, whichever command ran them, in the order of a table."""
     results = {}
     for path in folder.glob("cells/*.json"):
-        result = read_json(path)
+        result = read_json(path, DELETE)
         try:
             results[Cell(**result.pop("cell"))] = result
         except (KeyError, TypeError):
-            raise UserError(
-                f"output_dir: expected a cell of this comparison in {path}, got something else.\nDelete it."
-            ) from None
+            raise UserError(f"{path}: expected a cell of this comparison, got something else.\n{DELETE}") from None
     place = {method: i for i, method in enumerate(METHODS)}  # another quorum than 2 comes last
 
     def order(cell: Cell) -> tuple:

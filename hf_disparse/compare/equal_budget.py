@@ -18,9 +18,10 @@ from typing import Any
 from hf_disparse.compare.runner import cell_file, run_cells
 from hf_disparse.compare.tables import held_out, markdown, over_seeds, shown, write_tables
 from hf_disparse.config import UserError, require
-from hf_disparse.distributed.processes import from_main
+from hf_disparse.distributed.processes import on_main
+from hf_disparse.files import read_json
 from hf_disparse.recipes.recipe import Recipe, parse_recipe
-from hf_disparse.runs.folder import read_json, refuse_others
+from hf_disparse.runs.folder import DELETE, refuse_others
 from hf_disparse.runs.setup import environment
 from hf_disparse.tasks import average, average_name, counted_tasks
 
@@ -199,7 +200,9 @@ def run(race: Race) -> dict[str, Any]:
     of_one_seed = sorted(race.cells[: len(race.cells) // len(race.seeds)], key=lambda cell: cell.sparsity)
     most = {cell.task: cell for cell in of_one_seed}  # the sparsest of each model
     failed = run_cells(whole, recipes, folder, list(most.values()))
-    results = {cell: read_json(cell_file(folder, cell)) for cell in recipes if cell_file(folder, cell).is_file()}
+    results = {
+        cell: read_json(cell_file(folder, cell), DELETE) for cell in recipes if cell_file(folder, cell).is_file()
+    }
     rows, curve = tabulate(race, results)
     report = {
         "rows": rows,
@@ -209,10 +212,11 @@ def run(race: Race) -> dict[str, Any]:
         "environment": environment(),
     }
     if results:
-        from_main(lambda: _write(report, Path(recipe.output_dir)))
+        _write(report, Path(recipe.output_dir))
     return report
 
 
+@on_main
 def _write(report: dict[str, Any], folder: Path) -> None:
     write_tables(report, folder, JSON_NAME, MARKDOWN_NAME, markdown(report, table, caption))
 

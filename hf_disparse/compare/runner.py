@@ -14,7 +14,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from hf_disparse.config import UserError, one_line
-from hf_disparse.distributed.processes import from_main, is_main, processes, say
+from hf_disparse.distributed.processes import is_main, on_main, processes, say
 from hf_disparse.files import write_whole
 from hf_disparse.recipes.recipe import Recipe
 from hf_disparse.runs.dense import expect_dense
@@ -35,8 +35,9 @@ def run_cells(recipe: Recipe, recipes: Mapping[Any, Recipe], folder: Path, rehea
         Name -> reason, of the cells that failed.
     """
 
+    @on_main
     def unfinished() -> list[Any]:
-        return from_main(lambda: [cell for cell in recipes if not cell_file(folder, cell).is_file()])
+        return [cell for cell in recipes if not cell_file(folder, cell).is_file()]
 
     todo = unfinished()
     failed = {}
@@ -89,14 +90,20 @@ def _run(recipe: Recipe, cell: Any, root: Path, data_of: "_DataBySeed") -> None:
     data_of.note()
     dense = root / cell.start
     before = train_phase(recipe, "dense", dense, tokenizer, data)
-    from_main(lambda: [shutil.rmtree(path) for path in dense.glob("checkpoint-*")])
+    _remove_checkpoints(dense)
     work = root / "cells" / cell.name
     result = train_phase(recipe, "sparse", work, tokenizer, data, start=dense)
     result["pruned"] = result.pop("sparsity")  # as measured; the cell has the sparsity that was asked for
     result |= {"dense_backward_passes": before["backward_passes"], "examples": sizes(data)}
     text = json.dumps({"cell": asdict(cell), **result}, indent=2) + "\n"
-    from_main(lambda: write_whole(cell_file(root, cell), text))
-    from_main(lambda: shutil.rmtree(work))  # a grid of models fills a disk; `train` makes any one of them again
+    on_main(write_whole)(cell_file(root, cell), text)
+    on_main(shutil.rmtree)(work)  # a grid of models fills a disk; `train` makes any of them again
+
+
+@on_main
+def _remove_checkpoints(folder: Path) -> None:
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
 
 
 class _DataBySeed:

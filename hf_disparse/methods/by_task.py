@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from hf_disparse.distributed.processes import average, processes
+from hf_disparse.distributed.processes import mean_over_processes, processes
 from hf_disparse.methods.base import Method
 from hf_disparse.pruning.decision import Masks
 from hf_disparse.pruning.rules import decide_by
@@ -46,7 +46,9 @@ class ByTask(Method):
         if self.over:
             return
         if processes() > 1:  # before torch makes it the mean, once the whole pass is done
-            gradient = average([gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)])[0]
+            gradient = mean_over_processes(
+                [gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)]
+            )[0]
         task = "joint" if self.config.decision == "joint" else task
         if task not in self.buffers:
             self.buffers[task] = {kind: self._new() for kind in self.kinds}

@@ -20,20 +20,20 @@ def dump_yaml(values: Any) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
-def differing(theirs: dict, mine: dict) -> list[str]:
+def differing_settings(theirs: dict, mine: dict) -> list[str]:
     """The settings in which two recipes differ, each by its dotted name, as `--set` takes it."""
-    names = _differing(theirs, mine)
+    names = _differing_names(theirs, mine)
     if not names and list(theirs["tasks"]) != list(mine["tasks"]):  # by which heads are initialised and batches drawn
         return ["order of tasks"]
     return names
 
 
-def _differing(theirs: dict, mine: dict) -> list[str]:
+def _differing_names(theirs: dict, mine: dict) -> list[str]:
     names = []
     for key in sorted({*theirs, *mine}, key=str):
         one, other = theirs.get(key), mine.get(key)
         if one != other:
-            within = _differing(one, other) if isinstance(one, dict) and isinstance(other, dict) else []
+            within = _differing_names(one, other) if isinstance(one, dict) and isinstance(other, dict) else []
             # Nothing within: a setting of one is null and of the other absent, so takes its default.
             names += [f"{key}.{name}" for name in within] or [str(key)]
     return names

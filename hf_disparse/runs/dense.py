@@ -1,48 +1,54 @@
-"""The dense model of another run, `dense_from`: trained once, pruned in many ways. Layer 10."""
+"""Copies the dense model of another run (`dense_from`), so that one dense training serves many prunings."""
 
 import shutil
 from pathlib import Path
 
-from hf_disparse.config import UserError, require
-from hf_disparse.distributed.processes import from_main
-from hf_disparse.files import sync, writing
+from hf_disparse.config import UserError
+from hf_disparse.distributed.processes import on_main
+from hf_disparse.files import new_folder
 from hf_disparse.recipes.recipe import Recipe, read_recipe
-from hf_disparse.recipes.yaml_text import differing
+from hf_disparse.recipes.yaml_text import differing_settings
 from hf_disparse.runs.folder import PHASE_NAME, RECIPE_NAME
 
 _MAY_DIFFER = {"pruning", "recovery", "teachers", "seed", "output_dir", "dense_from"}
 
 
+@on_main
 def expect_dense(recipe: Recipe, folder: Path) -> None:
-    """Refuses a `dense_from` without the model that `folder` is to hold, unless it does already; writes nothing."""
-    if recipe.dense_from:
-        from_main(lambda: (folder / PHASE_NAME).is_file() or _find(recipe))
+    """Raises UserError if `folder` has no dense model yet and `dense_from` does not provide it; writes nothing."""
+    if recipe.dense_from and not (folder / PHASE_NAME).is_file():
+        _find(recipe)
 
 
+@on_main
 def take_dense(recipe: Recipe, folder: Path) -> None:
-    """Copies the dense model that `dense_from` names to `folder`, whole or not at all, unless it is there already."""
-    if recipe.dense_from:
-        from_main(lambda: (folder / PHASE_NAME).is_file() or _copy(_find(recipe), folder))
+    """Copies the dense model of `dense_from`, without its checkpoints, to `folder`, unless one is there already."""
+    if not recipe.dense_from or (folder / PHASE_NAME).is_file():
+        return
+    source = _find(recipe)
+    for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a copy that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    with new_folder(folder) as target:
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("checkpoint-*"), dirs_exist_ok=True)
 
 
 def _find(recipe: Recipe) -> Path:
-    """The folder of the dense model that `dense_from` names: of a run, or of a comparison's model with the recipe's seed.
+    """Returns the folder of the dense model in `dense_from`: a run's, or a comparison's for the recipe's seed.
 
     Raises:
-        UserError: no run is there, its dense phase was another one, or it is not finished.
+        UserError: `dense_from` holds no run, a run whose dense phase differs, or an unfinished one.
     """
     source = Path(recipe.dense_from).expanduser()
     if not (source / RECIPE_NAME).is_file():
-        raise UserError(
-            f"dense_from: expected the folder of a run or of a comparison, which holds {RECIPE_NAME}, got {source}"
-        )
+        raise UserError(f"dense_from: expected the folder of a run or a comparison, but {source} has no {RECIPE_NAME}")
     theirs = read_recipe(source / RECIPE_NAME)
     taught = {"teachers"} if recipe.arguments("dense", recipe.output_dir).distils else set()
     may_differ = dict.fromkeys(_MAY_DIFFER - taught)
-    others = differing({**theirs.values, **may_differ}, {**recipe.values, **may_differ})
-    if theirs.chooses_best != recipe.chooses_best:  # its metrics are of other examples
+    others = differing_settings({**theirs.values, **may_differ}, {**recipe.values, **may_differ})
+    if theirs.chooses_best != recipe.chooses_best:  # it was evaluated on other examples
         others.append("load_best_model_at_end")
-    require(not others, "dense_from", f"a run that has the same {', '.join(others)}", str(source))
+    if others:
+        raise UserError(f"dense_from: expected a run that has the same {', '.join(others)}, got {str(source)!r}")
     names = [f"dense-seed{recipe.seed}", *(["dense"] if theirs.seed == recipe.seed else [])]
     for name in names:
         if (source / name / PHASE_NAME).is_file():
@@ -52,13 +58,3 @@ def _find(recipe: Recipe) -> Path:
         seeds.append(str(theirs.seed))
     got = f"seed {', '.join(sorted(seeds, key=lambda seed: (len(seed), seed)))}" if seeds else "none"
     raise UserError(f"dense_from: expected a finished dense model of seed {recipe.seed} in {source}, got {got}")
-
-
-def _copy(source: Path, folder: Path) -> None:
-    """Without its checkpoints."""
-    part = folder.with_name(folder.name + ".part")
-    with writing(folder):
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(source, part, ignore=shutil.ignore_patterns("checkpoint-*"))
-        sync(part)
-        part.rename(folder)

@@ -1,8 +1,8 @@
-"""A recipe's run: dense training, pruning, sparse training, evaluation of both, one file of results. Layer 10.
+"""Runs a recipe: dense training, pruning, sparse training, evaluation of both, one file of results.
 
-A run folder holds `recipe.yaml`, one folder per phase with its checkpoints and its finished model, and, once it is done,
-the sparse model with its tokenizer and `results.json` on top. Starting the same run again goes on where it stopped. Of several
-processes all train and evaluate, and the main one writes and prints.
+A run folder holds `recipe.yaml` and one folder per phase with its checkpoints and its finished model. A finished run also has
+the sparse model, its tokenizer and `results.json` at the top. Starting the same run again goes on where it stopped. All
+processes train and evaluate; the main one writes and prints.
 """
 
 import json
@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hf_disparse.config import UserError
-from hf_disparse.distributed.processes import from_main, say
+from hf_disparse.distributed.processes import on_main, say
 from hf_disparse.export.card import write_card
 from hf_disparse.export.results import RESULTS_NAME, losses_of_log
 from hf_disparse.files import sync, write_whole, writing
@@ -39,10 +39,10 @@ from hf_disparse.trainer import DisparseTrainer, last_whole_checkpoint
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
-    """Runs a recipe, or what is left of it, and returns what it writes to `results.json`.
+    """Runs a recipe, or the rest of an interrupted run, and returns the content of `results.json`.
 
     Raises:
-        UserError: the output folder holds another run, or something the recipe names is not there or not right.
+        UserError: the output folder holds another run, or something that the recipe names is missing or wrong.
     """
     folder = Path(recipe.output_dir)
     refuse_others(folder, recipe)
@@ -55,9 +55,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
     digests = check_data(folder, recipe, data)
     seconds = {"data": time.perf_counter() - start}
     rehearse(recipe, tokenizer, data)
-    claim(folder, recipe)  # only now: a recipe that cannot run must not lay its hand on the folder
+    claim(folder, recipe)  # only now, so that a recipe that cannot run leaves the folder untouched
     with alone_in(folder):
-        refuse_others(folder, recipe)  # another command may have claimed it since that was asked
+        refuse_others(folder, recipe)  # another command may have claimed it since the first check
         note_data(folder, recipe.seed, digests)
         dense = train_phase(recipe, "dense", folder / "dense", tokenizer, data)
         sparse = train_phase(recipe, "sparse", folder / "sparse", tokenizer, data, start=folder / "dense")
@@ -80,18 +80,19 @@ def train(recipe: Recipe) -> dict[str, Any]:
         }
         if "guard" in sparse:
             results["guard"] = sparse["guard"]
-        from_main(lambda: _finish(recipe, folder, tokenizer, results))
+        _finish(recipe, folder, tokenizer, results)
     return results
 
 
+@on_main
 def _finish(recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerBase, results: dict[str, Any]) -> None:
-    """Puts the sparse model with all that belongs to it on top of the run's folder, and last what says that it is finished."""
+    """Writes the sparse model, its tokenizer and its card to the run's folder, and last `results.json`, which marks it finished."""
     with writing(folder):
         model = load_model(folder / "sparse")
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         recipe.pruning.save_pretrained(folder)
-        if (folder / "sparse" / SCORES_FOLDER).is_dir():  # not after a run that stopped right here
+        if (folder / "sparse" / SCORES_FOLDER).is_dir():  # already moved if an earlier try stopped right here
             shutil.rmtree(folder / SCORES_FOLDER, ignore_errors=True)
             (folder / "sparse" / SCORES_FOLDER).rename(folder / SCORES_FOLDER)
         write_card(folder, results=results)
@@ -100,7 +101,7 @@ def _finish(recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerBase, re
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
-    """Everything `train` does before the first step: loads data and encoder, checks them, trains and writes nothing."""
+    """Does what `train` does before the first step: loads and checks data and encoder; trains and writes nothing."""
     refuse_others(Path(recipe.output_dir), recipe)
     expect_dense(recipe, Path(recipe.output_dir, "dense"))
     tokenizer, data, unlabelled = prepare(recipe)
@@ -122,10 +123,10 @@ def train_phase(
     data: Splits,
     start: Path | None = None,
 ) -> dict[str, Any]:
-    """Trains and evaluates one phase in `folder`, or what is left of it; a finished one is only read.
+    """Trains and evaluates one phase in `folder`, or the rest of it; the result of a finished phase is read.
 
     Args:
-        start: the folder of the finished dense phase, for the sparse one.
+        start: the folder of the finished dense model, for the sparse phase.
     """
     if phase == "dense":
         take_dense(recipe, folder)
@@ -134,7 +135,7 @@ def train_phase(
     model = load_model(start) if start else new_model(recipe)
     teachers = teachers_of(recipe, phase, tokenizer, partial(load_model, start) if start else None)
     trainer = new_trainer(recipe, phase, folder, model, tokenizer, data, teachers)
-    checkpoint = from_main(lambda: last_whole_checkpoint(folder))
+    checkpoint = on_main(last_whole_checkpoint)(folder)
     say(f"{phase} training, {_steps(trainer)} steps" + (f", resumed from {checkpoint}" if checkpoint else ""))
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds, trained = {f"{phase}_training": trainer.seconds}, time.perf_counter()
@@ -145,13 +146,13 @@ def train_phase(
         model.remove_task(name)
     with writing(folder):
         trainer.save_model(str(folder))
-        from_main(lambda: sync(folder))  # before the file that says that the phase is done
+        on_main(sync)(folder)  # before the file that marks the phase as finished
     result = {
         "metrics": metrics,
         "seconds": seconds,
         "backward_passes": trainer.backward_passes,
         "precision": next((p for p in ("bf16", "fp16") if getattr(trainer.args, p)), "float32"),
-        "bytes": from_main(lambda: sum(file.stat().st_size for file in folder.glob("*.safetensors"))),
+        "bytes": _weight_bytes(folder),
         "sparsity": sparsity_report(model, model.encoder, prunable_parameters(model, recipe.pruning)),
         "prunable": dense_size(model, prunable_parameters(model, recipe.pruning).values()),
         "log": losses_of_log(trainer.state.log_history),
@@ -159,18 +160,23 @@ def train_phase(
     if trainer.pruner.guard:
         result["guard"] = trainer.pruner.guard.report()
     with writing(folder):
-        from_main(lambda: write_whole(folder / PHASE_NAME, json.dumps(result)))
+        on_main(write_whole)(folder / PHASE_NAME, json.dumps(result))
     return result
 
 
+@on_main
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
 def progress(recipe: Recipe) -> str:
-    """Where the next `train` of this recipe would go on."""
+    """Returns where the next `train` of this recipe would go on; called by one process."""
     phase = "sparse" if Path(recipe.output_dir, "dense", PHASE_NAME).is_file() else "dense"
     return last_whole_checkpoint(Path(recipe.output_dir, phase)) or f"the start of the {phase} phase"
 
 
 def rehearse(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Splits) -> MultitaskModel:
-    """Refuses before the first step what would end training hours later; returns the model that would be trained."""
+    """Raises UserError for what would end training hours later, and returns the model that would be trained."""
     model = new_model(recipe)
     _check_length(recipe, model, data)
     for phase in ("dense", "sparse"):
@@ -186,14 +192,14 @@ def rehearse(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Splits) -
 
 
 def _steps(trainer: DisparseTrainer) -> int:
-    """The optimizer steps that training will take."""
+    """Returns the number of optimizer steps of a training."""
     args, batches = trainer.args, len(trainer.get_train_dataloader())
     in_epochs = math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
     return in_epochs if args.max_steps < 0 else args.max_steps
 
 
 def _check_length(recipe: Recipe, model: MultitaskModel, data: Splits) -> None:
-    """Runs the longest text of each task if it may have more tokens than the encoder has positions."""
+    """Encodes the longest text of each task if it may have more tokens than the encoder has positions."""
     limit = token_limit(model.config.encoder_config)
     for name in recipe.tasks:
         longest = max((ids for split in data.values() if name in split for ids in split[name]["input_ids"]), key=len)
@@ -205,13 +211,13 @@ def _check_length(recipe: Recipe, model: MultitaskModel, data: Splits) -> None:
         except (IndexError, RuntimeError) as error:
             positions = model.config.encoder_config.max_position_embeddings
             raise UserError(
-                f"model.max_length: expected no more tokens than the encoder has positions, {positions}, got a text of "
-                f"{len(longest)} in task '{name}'; lower it"
+                f"model.max_length: the encoder has {positions} positions, but a text of task '{name}' has {len(longest)} "
+                "tokens; lower it"
             ) from error
 
 
 def _majority(task, rows: Dataset) -> float | None:
-    """Accuracy, in 0 to 100, of always answering the most frequent class; None where that has no meaning."""
+    """Returns the accuracy, in 0 to 100, of always answering the most frequent class; None unless each text has one class."""
     if task.problem_type != "single_label_classification":
         return None
     counts = torch.bincount(torch.tensor(rows["labels"]))

@@ -10,7 +10,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
 from hf_disparse.config import PART_CRITERIA, TaskConfig, UserError, closest, is_number, require
-from hf_disparse.distributed.processes import differing
+from hf_disparse.distributed.processes import differing_ranks
 from hf_disparse.tasks import TaskBatchSampler
 
 _TRUE = ("1", "true", "yes", "on")
@@ -164,7 +164,7 @@ def check_datasets(tasks: Mapping[str, TaskConfig], **datasets) -> None:
 def check_same_rows(datasets: Mapping[str, Any]) -> None:
     """Refuses other tasks or numbers of rows on another process, which would be at another task in the same step."""
     sizes = {task: None if isinstance(rows, IterableDataset) else len(rows) for task, rows in datasets.items()}
-    if others := differing(repr(sizes).encode()):
+    if others := differing_ranks(repr(sizes).encode()):
         raise UserError(
             f"train_dataset: expected the same rows on all processes, which share them out by themselves, but rank "
             f"{', '.join(map(str, others))} has other numbers of them than rank 0"

@@ -18,7 +18,7 @@ from transformers import AutoConfig, Trainer
 
 from hf_disparse.config import UserError, one_line
 from hf_disparse.distributed.fsdp import gather, is_sharded
-from hf_disparse.distributed.processes import from_main
+from hf_disparse.distributed.processes import on_main
 from hf_disparse.files import sync, writing
 from hf_disparse.pruning.masks import MASKS_NAME, load_masks, save_masks
 from hf_disparse.trainer.guard import GUARD_NAME
@@ -45,11 +45,11 @@ def to_resume(asked: str | bool | None, output_dir: str) -> str | bool | None:
         UserError: it is not whole, or there is none.
     """
     if asked is True:
-        found = from_main(lambda: last_whole_checkpoint(output_dir))
+        found = on_main(last_whole_checkpoint)(output_dir)
         if found is None:
             raise UserError(f"resume_from_checkpoint: there is no whole checkpoint in {output_dir}")
         return found
-    if asked and (reason := from_main(lambda: torn(asked))):
+    if asked and (reason := on_main(torn)(asked)):
         got = f"{asked}: {reason}"
         raise UserError(
             f"resume_from_checkpoint: expected a whole checkpoint, got {got}; True takes the last whole one"

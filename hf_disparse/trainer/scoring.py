@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hf_disparse.analysis import Watch
 from hf_disparse.config import TASK_CRITERIA, PruningConfig, UserError
 from hf_disparse.distributed.fsdp import decide_on_main, is_sharded
-from hf_disparse.distributed.processes import average, processes
+from hf_disparse.distributed.processes import mean_over_processes, processes
 from hf_disparse.methods import Update
 from hf_disparse.methods.base import Method, Stream
 from hf_disparse.pruning.decision import Masks
@@ -102,7 +102,7 @@ class Scorer:
     @property
     def average(self) -> Average | None:
         """Averages gradients over processes; None with one process, which then needs no copy of them."""
-        return average if processes() > 1 else None
+        return mean_over_processes if processes() > 1 else None
 
     def _options(self, parameters, progress: bool, joint: bool) -> dict[str, Any]:
         """The arguments that `score` and `gradients` share."""

@@ -14,8 +14,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 
 from hf_disparse.config import PruningConfig, UserError, closest
-from hf_disparse.distributed.processes import among_processes, processes
-from hf_disparse.distributed.processes import average as average_over_processes
+from hf_disparse.distributed.processes import among_processes, mean_over_processes, processes
 from hf_disparse.export.card import write_card
 from hf_disparse.export.results import results_of_log
 from hf_disparse.model.multitask import MultitaskModel
@@ -221,7 +220,7 @@ class DisparseTrainer(Trainer):
         if processes() == 1 or not isinstance(labels, Tensor) or labels.ndim < 2 or labels.is_floating_point():
             return loss  # a mean over as many examples as others have
         mine = (labels != -100).sum().float()  # tokens with a label
-        return loss * (mine / average_over_processes([mine.clone()])[0])
+        return loss * (mine / mean_over_processes([mine.clone()])[0])
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """As in Trainer, with the sparsity of the prunable weights beside the loss, and after an update how tasks agreed."""

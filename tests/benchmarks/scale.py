@@ -24,7 +24,7 @@ from torch import distributed
 from transformers import BertConfig
 
 from hf_disparse import MultitaskConfig, MultitaskModel, TaskConfig, decide, prunable_parameters, score
-from hf_disparse.distributed.processes import average, processes
+from hf_disparse.distributed.processes import mean_over_processes, processes
 
 ROWS, TOKENS, TIMES = 16, 64, 5
 HEADER = (
@@ -105,7 +105,7 @@ def measure(layers: int, width: int, tasks: int, batches: int) -> dict[str, floa
     size = sum(p.numel() for p in parameters.values())
     loaders = {f"task{i}": batches_of(f"task{i}", batches) for i in range(tasks)}
     first = {"task0": loaders["task0"]}
-    options = {"parameters": parameters, "average": average if several else None}
+    options = {"parameters": parameters, "average": mean_over_processes if several else None}
 
     def stream(of: dict):
         return score(model, of, "disparse", **options)
@@ -113,9 +113,9 @@ def measure(layers: int, width: int, tasks: int, batches: int) -> dict[str, floa
     one = {"task0": loaders["task0"][:1]}
     alone = seconds(lambda: list(score(model, one, "disparse", parameters=parameters)))
     gradients = [torch.randn_like(p) for p in parameters.values()]
-    reduce = seconds(lambda: average(gradients)) if several else 0.0
+    reduce = seconds(lambda: mean_over_processes(gradients)) if several else 0.0
     before = loopback()
-    average(gradients)
+    mean_over_processes(gradients)
     if several:
         distributed.barrier()
     traffic = loopback() - before

@@ -282,7 +282,7 @@ def test_evaluate_a_truncated_model(copied):
 def test_train_on_from_a_truncated_dense_model_or_result(copied):
     folder, path = copied
     (folder / "results.json").write_text("{")
-    refused("train", path, "--output_dir", folder, names=("output_dir", "results.json", "Delete that file"))
+    refused("train", path, "--output_dir", folder, names=(str(folder / "results.json"), "Delete that file"))
     (folder / "results.json").unlink()
     shutil.rmtree(folder / "sparse")
     (folder / "dense" / "model.safetensors").write_bytes(b"cut")

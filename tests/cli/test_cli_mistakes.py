@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from hf_disparse.cli.main import with_flags
 from tests.helpers.commands import changed, hf_disparse, refused, snapshot, without, write_recipe
 
 torch.set_num_threads(1)
@@ -72,6 +73,24 @@ def test_a_mistake_is_named_and_nothing_is_written(recipe, tmp_path, key, value,
 )
 def test_a_missing_key_is_named(recipe, tmp_path, key):
     refused("train", write_recipe(tmp_path, without(recipe, key)), names=(key, "required"))
+
+
+@pytest.mark.parametrize(
+    ("command", "message", "shown"),
+    [
+        (
+            "compare",
+            "budgets: at least 0.3; add higher `sparsities`",
+            "--budgets: at least 0.3; add higher --sparsities",
+        ),
+        ("push", "repo: expected USER/NAME", "REPO: expected USER/NAME"),
+        ("train", "output_dir: give it its own `output_dir`", "output_dir: give it its own --output_dir"),  # a recipe's
+        ("train", "pruning.quorum: run `hf-disparse train`", "pruning.quorum: run `hf-disparse train`"),
+    ],
+)
+def test_the_command_names_its_flags_for_arguments(monkeypatch, command, message, shown):
+    monkeypatch.setattr(sys, "argv", ["hf-disparse", command])
+    assert with_flags(message) == shown
 
 
 def test_a_file_that_is_no_recipe(recipe, tmp_path):

@@ -7,11 +7,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from hf_disparse.distributed.processes import (
-    average,
-    differing,
+    differing_ranks,
     fingerprint,
-    from_main,
     is_main,
+    mean_over_processes,
+    on_main,
     processes,
     require_same,
 )
@@ -113,8 +113,8 @@ def test_a_fingerprint_knows_every_bit_name_and_shape_and_no_order():
 
 def test_one_process_is_alone():
     tensor = torch.tensor([1.0, 2.0])
-    assert processes() == 1 and is_main() and differing(b"") == [] and from_main(lambda: 7) == 7
-    assert average([tensor])[0] is tensor and tensor.tolist() == [1, 2]
+    assert processes() == 1 and is_main() and differing_ranks(b"") == [] and on_main(lambda x: x + 1)(6) == 7
+    assert mean_over_processes([tensor])[0] is tensor and tensor.tolist() == [1, 2]
     require_same({"w": torch.ones(2, dtype=torch.bool)}, 3)
 
 

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 import torch
@@ -104,12 +106,13 @@ def test_a_copy_that_was_killed_is_made_again(other, anew, first, tmp_path):
 
     recipe = {**other, "dense_from": str(first)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_disparse.runs.dense.sync", dies)
+        patch.setattr("hf_disparse.files.sync", dies)
+        patch.setattr("hf_disparse.files.TemporaryDirectory", lambda **where: nullcontext(mkdtemp(**where)))
         assert hf_disparse("train", write_recipe(tmp_path, recipe), "--output_dir", tmp_path / "run")[0] == 130
-    assert (tmp_path / "run" / "dense.part").is_dir() and not (tmp_path / "run" / "dense").exists()
+    assert len(list((tmp_path / "run").glob(".dense-*"))) == 1 and not (tmp_path / "run" / "dense").exists()
     weights, _, _ = run_of(recipe, tmp_path)
     assert all(torch.equal(weights[name], anew[0][name]) for name in weights)
-    assert not (tmp_path / "run" / "dense.part").exists()
+    assert not list((tmp_path / "run").glob(".dense-*"))
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def _recipe(folder: Path) -> dict:
 def test_other_data_are_refused_whatever_they_are_begun_for(begun):
     path, data = begun / "recipe.yaml", begun / "two.csv"
     old, before = data.read_bytes(), snapshot(begun / "run-compare")
-    said = ("tasks.two: expected the train examples that", "run-compare began with, got others")
+    said = ("tasks.two: the train examples differ from those that", "run-compare started with")
     more = ("compare", path, "--methods", "dense,magnitude", "--seeds", "1")
     taken = ("train", path, "--set", "seed=1", "--set", f"dense_from={begun / 'run-compare'}")
     try:
@@ -65,7 +65,14 @@ def test_a_folder_that_another_command_claimed_meanwhile_is_refused(begun, tmp_p
     path, other = begun / "recipe.yaml", parse_recipe(_recipe(begun) | {"seed": 2})
     for module in ("runs.train", "compare.runner"):
         monkeypatch.setattr(f"hf_disparse.{module}.claim", lambda folder, recipe: claim(folder, other))
-    refused(command, path, *options, "--output_dir", tmp_path / "run", names=("holds another run", "differs in seed"))
+    refused(
+        command,
+        path,
+        *options,
+        "--output_dir",
+        tmp_path / "run",
+        names=("holds another run", "differs in seed", "its own --output_dir"),
+    )
     assert not list((tmp_path / "run").rglob("*.json"))
 
 
@@ -89,7 +96,9 @@ def test_a_second_command_waits_outside(begun, monkeypatch):
     monkeypatch.setattr("hf_disparse.runs.folder.PATIENCE", 0)
     folder, words = begun / "run-compare", ("--methods", "random", "--seeds", "1")
     with alone_in(folder):
-        refused("compare", begun / "recipe.yaml", *words, names=("output_dir", "where another command is at work"))
+        refused(
+            "compare", begun / "recipe.yaml", *words, names=("output_dir", "is in use by another hf-disparse command")
+        )
     assert hf_disparse("compare", begun / "recipe.yaml", *words)[0] == 0
 
 
@@ -98,7 +107,9 @@ def test_a_file_that_is_no_cell_is_refused_before_anything_runs(begun, text):
     path = begun / "run-compare" / "cells" / "other.json"
     path.write_text(text)
     try:
-        refused("compare", begun / "recipe.yaml", "--methods", "sum", "--seeds", "1", names=("output_dir", str(path)))
+        refused(
+            "compare", begun / "recipe.yaml", "--methods", "sum", "--seeds", "1", names=(str(path), "Delete that file")
+        )
     finally:
         path.unlink()
     assert not list(path.parent.glob("sum*"))

@@ -80,19 +80,19 @@ def test_reference_that_is_no_package_stays_as_it_is():
 )
 def test_package_reference_cannot_leave_the_package(package, tmp_path, inner):
     reference = "package:carrier_of_data/" + inner.format(tmp=tmp_path)
-    assert "the package 'carrier_of_data' carries no file '" in refused(resolve, reference)
+    assert "the package 'carrier_of_data' has no file '" in refused(resolve, reference)
 
 
 def test_package_reference_does_not_follow_a_link_out_of_the_package(package, tmp_path):
     os.symlink(tmp_path / "secret.csv", package / "link.csv")
-    assert "carries no file 'link.csv'" in refused(resolve, "package:carrier_of_data/link.csv")
+    assert "has no file 'link.csv'" in refused(resolve, "package:carrier_of_data/link.csv")
 
 
 @pytest.mark.parametrize(
     ("reference", "text"),
     [
         ("package:not_there_at_all/x.csv", "'not_there_at_all' is not installed; try: pip install not-there-at-all"),
-        ("package:carrier_of_data/rows.csv", "the package 'carrier_of_data' carries no file 'rows.csv'"),
+        ("package:carrier_of_data/rows.csv", "the package 'carrier_of_data' has no file 'rows.csv'"),
         ("package:os/path", "'os' is not installed"),  # a module without a folder
         ("package:__main__/x", "is not installed"),
         ("package:", "expected package:NAME/path, got the package name ''"),
