@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from hf_disparse.config import PRUNING_CONFIG_NAME, PruningConfig, TaskConfig
 from hf_disparse.config.version import __version__
-from hf_disparse.export.card_metadata import metadata_of, pipeline_tag
+from hf_disparse.export.card_metadata import metadata_of
+from hf_disparse.export.card_usage import usage, usage_alone
 from hf_disparse.export.measurements import size_and_speed
 from hf_disparse.export.results import read_results, using_results
 from hf_disparse.model.loading import load
@@ -42,12 +43,11 @@ def write_card(
     pruning = PruningConfig.from_pretrained(folder) if (folder / PRUNING_CONFIG_NAME).is_file() else None
     model = load(folder).eval()
     name = name or folder.resolve().name
-    usage = _usage(name, model)
     costs = f"## Size and speed\n\n{_table([('', ''), *size_and_speed(folder, model, pruning)])}"
     with using_results(folder):
         sections = [
             _summary(name, model, results, pruning),
-            usage,
+            usage(name, model),
             _metrics(results),
             costs,
             _training(results, pruning),
@@ -73,14 +73,14 @@ def write_task_card(
     with using_results(source or folder):
         for phase in ("dense", "sparse"):
             if phase in results:
-                mine = {name: metrics for name, metrics in results[phase]["tasks"].items() if name == task.name}
+                mine = {key: metrics for key, metrics in results[phase]["tasks"].items() if key == task.name}
                 results[phase] = {"tasks": mine, "average": average(mine)} if mine else {}
         results = {key: value for key, value in results.items() if value}
         sections = [
             f"# {task.name}\n\nThe task `{task.name}` of a multitask model with one shared encoder, as a plain "
             f"`{type(model).__name__}`: {100 * zeros:.1f} % of the entries of its encoder's matrices, embeddings included, are "
             "zero.",
-            _usage_alone(task, type(model).__name__, name, subfolder),
+            usage_alone(task, type(model).__name__, name, subfolder),
             _metrics(results),
             _limits(results),
             _versions(results),
@@ -90,6 +90,7 @@ def write_task_card(
 
 
 def _save(folder: Path, metadata: ModelCardData, sections: Iterable[str]) -> ModelCard:
+    """Writes the card; empty sections are left out."""
     text = "\n\n".join(section for section in sections if section)
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}\n")
     card.save(folder / CARD_NAME)
@@ -97,6 +98,7 @@ def _save(folder: Path, metadata: ModelCardData, sections: Iterable[str]) -> Mod
 
 
 def _summary(name: str, model: MultitaskModel, results: Mapping[str, Any], pruning: PruningConfig | None) -> str:
+    """The title and what the model is: encoder, tasks, how it was pruned, adapters."""
     tasks, base = ", ".join(model.tasks), results.get("recipe", {}).get("encoder") or model.encoder.config.model_type
     how = ""
     if pruning and pruning.sparsity:
@@ -159,33 +161,8 @@ def _pruned_things(pruning: PruningConfig) -> str:
     return " and ".join({"channel": "input channels"}.get(kind, f"{kind}s") for kind in pruning.granularity)
 
 
-def _usage(name: str, model: MultitaskModel) -> str:
-    pair = all(len(task.columns) == 2 for task in model.tasks.values())
-    example = '("A first text.", "A second text.")' if pair else '"A text."'
-    return (
-        "## Use\n\n```bash\npip install hf_disparse\n```\n\n```python\nfrom hf_disparse import MultitaskPipeline\n\n"
-        f'pipeline = MultitaskPipeline.from_pretrained("{name}")\n'
-        f"print(pipeline({example}))  # the answers of all tasks that take {'two texts' if pair else 'one text'}\n```\n\n"
-        "After `import hf_disparse`, `AutoModel.from_pretrained` loads it too, for further training or calls with `task=`."
-    )
-
-
-def _usage_alone(task: TaskConfig, class_name: str, name: str, subfolder: str | None) -> str:
-    """The snippet for a plain model; in a subfolder it is loaded first, because `pipeline` takes no subfolder."""
-    text = "{'text': 'A first text.', 'text_pair': 'A second text.'}" if len(task.columns) == 2 else "'A text.'"
-    if subfolder is None:
-        code = f'from transformers import pipeline\n\nprint(pipeline("{pipeline_tag(task)}", "{name}")({text}))'
-    else:
-        code = (
-            f"from transformers import AutoTokenizer, {class_name}, pipeline\n\n"
-            f'where = {{"pretrained_model_name_or_path": "{name}", "subfolder": "{subfolder}"}}\n'
-            f"model, tokenizer = {class_name}.from_pretrained(**where), AutoTokenizer.from_pretrained(**where)\n"
-            f'print(pipeline("{pipeline_tag(task)}", model, tokenizer=tokenizer)({text}))'
-        )
-    return f"## Use\n\n```python\n{code}\n```"
-
-
 def _metrics(results: Mapping[str, Any]) -> str:
+    """A table of the sparse model's metrics, beside the dense model's if there are any."""
     if "sparse" not in results:
         return ""
     data, examples = results.get("recipe", {}).get("data", {}), results.get("examples", {}).get("validation", {})
@@ -204,11 +181,12 @@ def _metrics(results: Mapping[str, Any]) -> str:
     if len(results["sparse"]["tasks"]) > 1:
         averages = numbers(before["average"] if before else None, results["sparse"]["average"])
         rows.append((average_name(results["sparse"]["tasks"]), "", "", "", *averages))
-    said = ' "Dense" is the same model before pruning; the sparse model was trained further.' if before else ""
-    return f"## Metrics\n\nMeasured on validation data, from 0 to 100.{said}\n\n{_table(rows)}"
+    note = ' "Dense" is the same model before pruning; the sparse model was trained further.' if before else ""
+    return f"## Metrics\n\nMeasured on validation data, from 0 to 100.{note}\n\n{_table(rows)}"
 
 
 def _training(results: Mapping[str, Any], pruning: PruningConfig | None) -> str:
+    """The settings of each phase and some rows of the training log."""
     recipe, parts = results.get("recipe", {}), []
     for title, values in (("pruning", pruning.to_dict() if pruning else {}), *recipe.get("arguments", {}).items()):
         if values:
@@ -224,6 +202,7 @@ def _training(results: Mapping[str, Any], pruning: PruningConfig | None) -> str:
 
 
 def _limits(results: Mapping[str, Any]) -> str:
+    """What a user should not expect of the model."""
     seeds = "- The metrics come from one seed, on data like the training data; on small tasks other seeds differ by a point or more.\n"
     return (
         f"## Limits\n\n{seeds if 'sparse' in results else ''}"
@@ -234,6 +213,7 @@ def _limits(results: Mapping[str, Any]) -> str:
 
 
 def _versions(results: Mapping[str, Any]) -> str:
+    """The versions of the libraries that the model was trained with, else those that wrote the card."""
     versions = results.get("environment") or {
         "hf_disparse": __version__,
         "torch": torch.__version__,
@@ -243,5 +223,6 @@ def _versions(results: Mapping[str, Any]) -> str:
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:
+    """Rows as a Markdown table, the first one as its header."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
