@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from hf_disparse import MultitaskModel, PruningConfig, UserError
 from hf_disparse.export import push
+from tests.helpers.commands import refused
 from tests.helpers.compacting import prune_parts
 from tests.helpers.hub_server import run_with_hub, serve
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
@@ -160,6 +161,12 @@ def test_what_cannot_be_pushed_is_refused_before_the_export(folder, tmp_path):
     plain_model().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="with_tasks: only applies to a MultitaskModel"):
         push(tmp_path, "me/sparse", with_tasks=True, api=client("http://127.0.0.1:9"))
+
+
+def test_the_command_speaks_of_its_own_arguments(folder, tmp_path):
+    refused("push", folder, "a/b/c", names=("error: REPO: Repo id must be in the form",))
+    plain_model().save_pretrained(tmp_path)
+    refused("push", tmp_path, "me/sparse", "--with-tasks", names=("error: --with-tasks: only applies to",))
 
 
 def test_an_unknown_form_is_refused(folder):

@@ -175,3 +175,9 @@ def test_what_plain_transformers_cannot_read_is_refused(tmp_path):
     save_tasks(tiny_model(), tmp_path / "task", "two")
     with pytest.raises(UserError, match="which is one task already"):
         save_tasks(tmp_path / "task", tmp_path / "again", "two")
+
+
+def test_the_command_speaks_of_its_own_options(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    words = ("export", tmp_path / "model", "--output_dir", tmp_path / "out")
+    refused(*words, "--format", "task", "--task", "four", names=("error: --task: the model has no task 'four'",))
