@@ -16,7 +16,7 @@ from hf_disparse.export.card_metadata import metadata_of
 from hf_disparse.export.card_usage import usage, usage_alone
 from hf_disparse.export.measurements import size_and_speed
 from hf_disparse.export.results import read_results, using_results
-from hf_disparse.model.loading import load
+from hf_disparse.model.loading import load_as_saved
 from hf_disparse.model.multitask import MultitaskModel
 from hf_disparse.tasks import average, average_name
 
@@ -41,7 +41,7 @@ def write_card(
     if results is None:
         results = read_results(folder)
     pruning = PruningConfig.from_pretrained(folder) if (folder / PRUNING_CONFIG_NAME).is_file() else None
-    model = load(folder).eval()
+    model = load_as_saved(folder).eval()
     name = name or folder.resolve().name
     costs = f"## Size and speed\n\n{_table([('', ''), *size_and_speed(folder, model, pruning)])}"
     with using_results(folder):

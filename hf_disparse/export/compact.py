@@ -21,7 +21,7 @@ from hf_disparse.model.architectures import Layout, encoder_layers, find_sites, 
 from hf_disparse.model.loading import open_model
 from hf_disparse.model.low_rank import low_rank_modules
 from hf_disparse.model.multitask import MultitaskModel
-from hf_disparse.model.structure import Cuts, set_structure, shrink, structure_of
+from hf_disparse.model.structure import Cuts, keep_parts, set_structure, structure_of
 from hf_disparse.model.unshared import PRIVATE
 from hf_disparse.pruning.parts import Site, sum_by_part
 
@@ -57,7 +57,7 @@ def compact(model: PreTrainedModel, optimizer: Optimizer | None = None) -> dict[
             keep = _parts_in_use(encoder, site)
             if keep.all():
                 continue
-            shrink(encoder, layout, kind, name, site, keep, cuts)
+            keep_parts(encoder, layout, kind, name, site, keep, cuts)
             if kind == "head":
                 indices = heads.get(name, range(site.parts))
                 heads[name] = [index for index, stays in zip(indices, keep.tolist(), strict=True) if stays]

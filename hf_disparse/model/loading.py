@@ -1,4 +1,8 @@
-"""Models and tokenizers by name, whatever is wrong with them said in a line. Layer 10."""
+"""Models and tokenizers from a folder or the Hub; whatever is wrong with them becomes a UserError of one line.
+
+`load_pretrained` is any class's `from_pretrained`. `load_model` reads a MultitaskModel that a run wrote. `open_model` takes what
+a user exports or pushes: it finds out the class itself and refuses weights that are missing or unexpected.
+"""
 
 from pathlib import Path
 
@@ -8,38 +12,41 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_disparse.config import UserError, one_line
-from hf_disparse.files import open_safetensors, read_json
+from hf_disparse.files import open_safetensors, read_json, resolve
 from hf_disparse.model.adapters import ADAPTER_FOLDER
 from hf_disparse.model.multitask import MultitaskModel
-from hf_disparse.tasks import resolve
+
+WEIGHTS_NAME, CONFIG_NAME, INDEX_NAME = "model.safetensors", "config.json", "model.safetensors.index.json"
+COMPANIONS = (".json", ".txt", ".model", ".md")  # of a model's folder: tokenizer, configurations, card
 
 
 def load_model(folder: str | Path, where: str = "output_dir") -> MultitaskModel:
-    """The model of a folder, such as a phase has finished; `where` is what to call it in an error."""
+    """Loads a MultitaskModel that a run wrote; errors begin with `where`."""
     return load_pretrained(where, MultitaskModel, str(folder))
 
 
 def load_pretrained(where: str, cls, name: str, method: str = "from_pretrained", *arguments, **options):
-    """`cls.from_pretrained(name)`, or another method of it; a model that is not there or does not load is the user's to mend."""
+    """Calls `cls.from_pretrained(name)`, or another `method`; raises UserError, beginning with `where`, if that fails."""
     if Path(name).is_absolute() and not Path(name).is_dir():
-        raise UserError(f"{where}: expected a Hub id or a folder, but there is no folder {name}")
+        raise UserError(f"{where}: there is no folder {name}; expected a Hub id or a folder")
     try:
         return getattr(cls, method)(name, *arguments, **options)
     except UserError:
         raise
     except Exception as error:  # transformers, tokenizers, safetensors and the Hub raise a dozen kinds here
-        got = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"{where}: expected a model that loads from {name}, got {got}") from error
+        raise UserError(f"{where}: cannot load {name}: {type(error).__name__}: {one_line(error)}") from error
 
 
-WEIGHTS_NAME, CONFIG_NAME, INDEX_NAME = "model.safetensors", "config.json", "model.safetensors.index.json"
-
-
-COMPANIONS = (".json", ".txt", ".model", ".md")  # of a model's folder: tokenizer, configurations, card
+def open_model(model: PreTrainedModel | str | Path) -> tuple[PreTrainedModel, Path | None]:
+    """Returns a model and the folder it was loaded from; a model in memory is returned as it is, with None."""
+    if isinstance(model, PreTrainedModel):
+        return model, None
+    folder = model_folder(model)
+    return load_as_saved(folder), folder
 
 
 def model_folder(name: str | Path) -> Path:
-    """The local folder of a model: of a path, `package:NAME/path`, or a Hub id, which is downloaded."""
+    """Returns the local folder of a model given by its path, `package:NAME/path` or Hub id, which is downloaded."""
     if isinstance(name, nn.Module):
         raise UserError(
             f"model: expected one of transformers', a folder or a Hub id, got a {type(name).__name__}; adapters are added by "
@@ -53,28 +60,28 @@ def model_folder(name: str | Path) -> Path:
             if read_json(path / CONFIG_NAME).get("adapters"):
                 snapshot_download(str(name), allow_patterns=[f"{ADAPTER_FOLDER}*/adapter_*"])
         except Exception as error:  # huggingface_hub raises a dozen kinds
-            raise UserError(f"{name}: expected the folder or the Hub id of a model, got {one_line(error)}") from error
+            raise UserError(f"{name}: neither a folder nor a model on the Hub: {one_line(error)}") from error
     if not (path / CONFIG_NAME).is_file():
-        raise UserError(f"{name}: expected a model's folder, with {CONFIG_NAME}, got one without")
+        raise UserError(f"{name}: not the folder of a model, because it has no {CONFIG_NAME}")
     return path
 
 
-def load(folder: Path) -> PreTrainedModel:
-    """The model of a folder, as the class that saved it."""
+def load_as_saved(folder: Path) -> PreTrainedModel:
+    """Loads a model as the class that saved it, with exactly the weights of that class."""
     names = read_json(folder / CONFIG_NAME).get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
     cls = MultitaskModel if name == "MultitaskModel" else getattr(transformers, str(name), None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         got = str(names)[:100]
-        raise UserError(f"{folder}: expected a model of transformers' or a MultitaskModel, got architectures {got}")
+        raise UserError(f"{folder}: expected a MultitaskModel or one of transformers' models, got architectures {got}")
     try:
         model, report = cls.from_pretrained(folder, output_loading_info=True)
     except UserError:
         raise
     except Exception as error:  # transformers and safetensors raise a dozen kinds
-        raise UserError(f"{folder}: expected a model that loads, got {one_line(error)}") from error
+        raise UserError(f"{folder}: cannot load the model: {one_line(error)}") from error
     for kind in ("missing_keys", "unexpected_keys"):
-        if report[kind]:  # transformers would fill in random weights and say so in a report
+        if report[kind]:  # transformers would only report them and initialise missing weights at random
             wrong = ", ".join(sorted(report[kind])[:3])
             raise UserError(
                 f"{folder}: expected exactly the weights of a {name}, got {kind.replace('_', ' ')}: {wrong}"
@@ -83,11 +90,11 @@ def load(folder: Path) -> PreTrainedModel:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in one piece or in shards."""
+    """The safetensors files of a checkpoint: one, or several shards."""
     if (folder / WEIGHTS_NAME).is_file():
         return [folder / WEIGHTS_NAME]
     if not (folder / INDEX_NAME).is_file():
-        raise UserError(f"{folder}: expected {WEIGHTS_NAME}, got a folder without it (pickled weights are not read)")
+        raise UserError(f"{folder}: there is no {WEIGHTS_NAME}; pickled weights are not supported")
     places = read_json(folder / INDEX_NAME).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise UserError(f"{folder}: expected {INDEX_NAME} to map weights to files, got {str(places)[:100]}")
@@ -98,13 +105,5 @@ def weight_files(folder: Path) -> list[Path]:
         with open_safetensors(folder / name) as stored:
             lost = {tensor for tensor, place in places.items() if place == name} - set(stored.keys())
         if lost:
-            raise UserError(f"{folder / name}: expected the weight {min(lost)}, as {INDEX_NAME} has it, got none")
+            raise UserError(f"{folder / name}: the weight {min(lost)} is missing, which {INDEX_NAME} says it holds")
     return [folder / name for name in names]
-
-
-def open_model(model: PreTrainedModel | str | Path) -> tuple[PreTrainedModel, Path | None]:
-    """A model and the folder it came from; one that is in memory already is taken as it is, and came from none."""
-    if isinstance(model, PreTrainedModel):
-        return model, None
-    folder = model_folder(model)
-    return load(folder), folder

@@ -1,8 +1,8 @@
-"""A Linear module as the product of two, so that what is pruned is its rank. Layer 2; knows torch only.
+"""A Linear module as the product of two, so that its rank can be pruned.
 
 W = P diag(s) Q, the singular value decomposition of a weight (out, in), becomes up @ down with up = P sqrt(s), (out, r), and
-down = sqrt(s) Q, (r, in). A *component* is a row of `down` with its column of `up`; without k of them the matrix takes
-(r - k) (out + in) parameters. Source: FLOP, Wang et al. 2020 (arXiv 1910.04732), section 3; their z is in the factors here.
+down = sqrt(s) Q, (r, in). A *component* is a row of `down` with its column of `up`; with k components pruned, the matrix takes
+(r - k) (out + in) parameters. Source: FLOP, Wang et al. 2020 (arXiv 1910.04732), section 3; the factors here include their z.
 """
 
 import torch
@@ -14,8 +14,8 @@ from hf_disparse.pruning.parts import Site
 class LowRankLinear(nn.Module):
     """`up(down(x))` in place of a Linear module: `down` (rank, in), `up` (out, rank) with the bias.
 
-    `weight` is one zero and a buffer, which every file of the model holds: where a plain Linear expects a matrix of that
-    name, loading stops at its size. Without it transformers would leave both factors aside and make up a weight.
+    `weight` is a buffer with a single zero, saved in every file of the model: a plain Linear expects a matrix of that name
+    and refuses its size. Without it, transformers would ignore both factors and initialise the weight at random.
     """
 
     def __init__(self, in_features: int, rank: int, out_features: int, bias: bool = True, device=None, dtype=None):
@@ -42,7 +42,7 @@ class LowRankLinear(nn.Module):
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """That of `up`."""
+        """The bias of `up`, (out,), or None."""
         return self.up.bias
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -51,9 +51,9 @@ class LowRankLinear(nn.Module):
 
 
 def factors(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """down (r, in) and up (out, r) with up @ down = weight (out, in) within rounding, r = min(in, out), largest first.
+    """Returns down (r, in) and up (out, r) with up @ down = weight (out, in) up to rounding, r = min(in, out), largest first.
 
-    Computed in float64, for in float32 the product is off by several times the rounding of its factors.
+    Computed in float64, because in float32 the product is off by several times the rounding of its factors.
     """
     left, values, right = torch.linalg.svd(weight.detach().double(), full_matrices=False)
     root = values.sqrt()
@@ -61,9 +61,9 @@ def factors(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def split(linear: nn.Linear) -> LowRankLinear:
-    """A module with the outputs of `linear`, at full rank."""
-    module = empty(linear, min(linear.weight.shape))
+def to_low_rank(linear: nn.Linear) -> LowRankLinear:
+    """Returns a full-rank LowRankLinear with the same outputs as `linear`, up to rounding."""
+    module = low_rank_like(linear, min(linear.weight.shape))
     down, up = factors(linear.weight)
     module.down.weight.copy_(down)
     module.up.weight.copy_(up)
@@ -75,16 +75,16 @@ def split(linear: nn.Linear) -> LowRankLinear:
     return module.train(linear.training)
 
 
-def empty(linear: nn.Linear, rank: int) -> LowRankLinear:
-    """A module of that rank to stand in place of `linear`, its weights not those of `linear` yet."""
+def low_rank_like(linear: nn.Linear, rank: int) -> LowRankLinear:
+    """Returns a LowRankLinear of that rank with the sizes, device and dtype of `linear`, but fresh weights."""
     (out_features, in_features), weight = linear.weight.shape, linear.weight
     has_bias = linear.bias is not None
     return LowRankLinear(in_features, rank, out_features, has_bias, weight.device, weight.dtype)
 
 
 @torch.no_grad()
-def product(module: LowRankLinear) -> nn.Linear:
-    """A Linear module with the outputs of `module`."""
+def to_linear(module: LowRankLinear) -> nn.Linear:
+    """Returns a Linear module with the same outputs as `module`, up to rounding."""
     up, down = module.up.weight, module.down.weight
     has_bias = module.bias is not None
     linear = nn.Linear(module.in_features, module.out_features, has_bias, device=up.device, dtype=up.dtype)
@@ -94,19 +94,13 @@ def product(module: LowRankLinear) -> nn.Linear:
     return linear.train(module.training)
 
 
-def replace(encoder: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` where `name` says."""
-    parent, _, last = name.rpartition(".")
-    setattr(encoder.get_submodule(parent), last, module)
-
-
 def low_rank_modules(model: nn.Module) -> dict[str, LowRankLinear]:
-    """name -> module, of all that are there."""
+    """Name -> module for every LowRankLinear in the model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
 
 
 def rank_sites(encoder: nn.Module, prefix: str = "") -> dict[str, Site]:
-    """module -> its components as parts: the rows of `down` and the columns of `up`."""
+    """Module -> its components as parts: the rows of `down` and the columns of `up`."""
     sites = {}
     for name, module in low_rank_modules(encoder).items():
         places = torch.arange(module.rank)

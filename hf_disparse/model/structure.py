@@ -1,9 +1,10 @@
-"""Encoders whose layers differ in shape: fewer heads, fewer neurons, matrices in two factors. Layer 2.
+"""Encoders whose layers differ in shape: fewer heads, fewer neurons, matrices in two factors.
 
-What the configuration of an architecture cannot say is a *structure*: {"heads": {attention: [places of those that stay]},
-"neurons": {module: number}, "ranks": {module in two factors: rank}}, names within the encoder. `hf_disparse.export` writes
-and reads it. It stands under `quantization_config` in config.json: that is transformers' word for weights that are stored in
-another form than they are used in, and there is no other place where it looks before it loads.
+An architecture's configuration cannot describe such an encoder, so config.json also holds its *structure*: {"heads":
+{attention: [indices of the remaining heads]}, "neurons": {module: number}, "ranks": {module in two factors: rank}}, with
+names relative to the encoder. It stands under `quantization_config`, transformers' key for weights that are stored in another
+form than they are used in, because transformers looks nowhere else before it loads weights. `hf_disparse.export` writes and
+reads it.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_disparse.config import UserError
 from hf_disparse.model.architectures import Layout, find_sites, layout_of
-from hf_disparse.model.low_rank import empty, replace
+from hf_disparse.model.low_rank import low_rank_like
 from hf_disparse.pruning.parts import Site
 
 Structure = dict[str, Any]
@@ -25,45 +26,52 @@ METHOD, FORM_VERSION = "hf_disparse", 1
 
 
 def rebuild(encoder: nn.Module, structure: Structure) -> None:
-    """Gives an encoder that was just made from its configuration the shape that `structure` has.
+    """Gives an encoder freshly made from its configuration the shape that `structure` describes.
 
     Raises:
-        UserError: a structure that does not fit, before any memory is taken.
+        UserError: the structure does not fit; checked before memory is allocated.
     """
     known = {"heads", "neurons", "ranks"}
-    _require(isinstance(structure, dict) and set(structure) <= known, structure, "heads, neurons and ranks")
+    _require(isinstance(structure, dict) and set(structure) <= known, "heads, neurons and ranks", structure)
     _factorise(encoder, structure.get("ranks", {}))
     layout, sites = layout_of(encoder), find_sites(encoder)
     for kind, key in (("head", "heads"), ("neuron", "neurons")):
         entries = structure.get(key, {})
-        _require(isinstance(entries, dict), entries, f"a mapping of modules to {key}")
+        _require(isinstance(entries, dict), f"a mapping of modules to {key}", entries)
         for name, value in entries.items():
             site = sites[kind].get(name)
-            _require(site is not None, name, f"the module of a layer of {type(encoder).__name__}")
-            places = range(value) if type(value) is int and 0 < value <= site.parts else value
-            good = isinstance(places, (list, range)) and 0 < len(places) <= site.parts
-            good = good and all(type(i) is int and 0 <= i < site.parts for i in places)
-            _require(good and sorted(set(places)) == list(places), value, f"{key} among {site.parts} for {name}")
+            _require(site is not None, f"the module of a layer of {type(encoder).__name__}", name)
+            remaining = range(value) if type(value) is int and 0 < value <= site.parts else value
+            _require(_are_parts(remaining, site.parts), f"{key} among {site.parts} for {name}", value)
             keep = torch.zeros(site.parts, dtype=torch.bool)
-            keep[list(places)] = True
-            shrink(encoder, layout, kind, name, site, keep, Cuts(None))
+            keep[list(remaining)] = True
+            keep_parts(encoder, layout, kind, name, site, keep, Cuts(None))
+
+
+def _are_parts(indices: Any, parts: int) -> bool:
+    """Whether these are ascending indices of at least one of so many parts."""
+    if not isinstance(indices, (list, range)) or not 0 < len(indices) <= parts:
+        return False
+    return all(type(i) is int and 0 <= i < parts for i in indices) and sorted(set(indices)) == list(indices)
 
 
 def _factorise(encoder: nn.Module, ranks: Any) -> None:
-    """Puts two factors of these ranks in place of Linear modules, once all of them fit: at most twice the numbers."""
-    _require(isinstance(ranks, dict), ranks, "a mapping of modules to ranks")
+    """Replaces Linear modules by factors of these ranks, once all are checked: takes at most twice the memory."""
+    _require(isinstance(ranks, dict), "a mapping of modules to ranks", ranks)
     modules = dict(encoder.named_modules())
     for name, rank in ranks.items():
         linear = modules.get(name)
-        _require(name and isinstance(linear, nn.Linear), name, f"a Linear module of {type(encoder).__name__}")
+        _require(name and isinstance(linear, nn.Linear), f"a Linear module of {type(encoder).__name__}", name)
         most = min(linear.weight.shape)
-        _require(type(rank) is int and 0 < rank <= most, rank, f"a rank in 1..{most} for {name}")
+        _require(type(rank) is int and 0 < rank <= most, f"a rank in 1..{most} for {name}", rank)
     for name, rank in ranks.items():
-        replace(encoder, name, empty(modules[name], rank))
+        encoder.set_submodule(name, low_rank_like(modules[name], rank))
 
 
-def shrink(encoder: nn.Module, layout: Layout, kind: str, name: str, site: Site, keep: Tensor, cuts: "Cuts") -> None:
-    """Leaves the parts of one site that `keep`, (parts,) bool, says; the attention `name` is told of its heads."""
+def keep_parts(
+    encoder: nn.Module, layout: Layout, kind: str, name: str, site: Site, keep: Tensor, cuts: "Cuts"
+) -> None:
+    """Cuts one site down to the parts in `keep`, (parts,) bool; an attention `name` gets its new number of heads."""
     for member, (dim, owner) in site.members.items():
         module = encoder.get_submodule(member)
         lines = keep.cpu()[owner].nonzero().squeeze(1)
@@ -83,7 +91,7 @@ def shrink(encoder: nn.Module, layout: Layout, kind: str, name: str, site: Site,
 
 
 class _BiasOf:
-    """Forward pre-hook of an attention that takes a bias for all heads that there once were."""
+    """Forward pre-hook that selects the bias of the remaining heads from a bias made for all original heads."""
 
     def __init__(self, keep: Tensor):
         self.places = keep.cpu().nonzero().squeeze(1)
@@ -98,13 +106,13 @@ class _BiasOf:
 
 
 class Cuts:
-    """Cuts parameters in place, so that they stay the optimizer's, and the optimizer's state with them."""
+    """Cuts parameters in place, so that the optimizer keeps them, together with the optimizer's state."""
 
     def __init__(self, optimizer: Optimizer | None):
         self.optimizer = optimizer
 
     def cut(self, parameter: nn.Parameter, dim: int, lines: Tensor) -> None:
-        """Keeps these rows (dim 0) or columns (dim 1) of a parameter and of all that is held for it."""
+        """Keeps these rows (dim 0) or columns (dim 1) of a parameter and of its optimizer state."""
         lines, shape = lines.to(parameter.device), parameter.shape
         state = self.optimizer.state.get(parameter, {}) if self.optimizer else {}
         for key, value in state.items():
@@ -116,11 +124,11 @@ class Cuts:
                     f"compact: expected an optimizer that holds a number per weight, as AdamW does, got {got}"
                 )
         if parameter.grad is not None:
-            parameter.grad = None  # of the old shape; compact between two steps
+            parameter.grad = None  # has the old shape; call compact between two steps
         parameter.data = parameter.data.index_select(dim, lines)
 
     def forget(self, gone: Iterator[nn.Parameter]) -> None:
-        """Takes parameters out of the optimizer."""
+        """Removes parameters from the optimizer."""
         gone = {id(p) for p in gone}
         for group in self.optimizer.param_groups if self.optimizer else ():
             for p in group["params"]:
@@ -129,20 +137,19 @@ class Cuts:
             group["params"] = [p for p in group["params"] if id(p) not in gone]
 
 
-def _require(condition: bool, got: Any, expected: str) -> None:
+def _require(condition: bool, expected: str, got: Any) -> None:
     if not condition:
         raise UserError(f"config.json: quantization_config.structure: expected {expected}, got {str(got)[:100]!r}")
 
 
 @register_quantization_config(METHOD)
 class StoredForm(QuantizationConfigMixin):
-    """The form of a checkpoint.
+    """How the weights of a checkpoint are stored: the `quantization_config` of its config.json.
 
     Args:
-        packed: matrices are stored as their non-zeros and a bitmask.
-        structure: heads and neurons by layer, of a compact encoder, and ranks of matrices in two factors; see the
-            head of this file.
-        sha256: file -> digest, of the checkpoint's weights and configuration, as exported.
+        packed: whether matrices are stored as their non-zeros and a bitmask.
+        structure: the shape of a compact or factorised encoder, see the top of this file.
+        sha256: file -> digest of the exported weights and configuration.
     """
 
     def __init__(
@@ -164,18 +171,18 @@ class StoredForm(QuantizationConfigMixin):
         self.dequantize = True  # what is loaded is an ordinary model
 
     def to_dict(self) -> dict[str, Any]:
-        """What is not at its default."""
+        """The fields that are not at their defaults."""
         return {key: value for key, value in super().to_dict().items() if value and key != "dequantize"}
 
 
 def structure_of(model: Any) -> dict[str, Any]:
-    """What of a model's shape the configuration of its architecture does not say."""
+    """The structure in a model's configuration; empty if its architecture describes it fully."""
     form = getattr(model.config, "quantization_config", None)
     return dict(form.structure) if isinstance(form, StoredForm) and form.structure else {}
 
 
 def set_structure(model: Any, structure: dict[str, Any]) -> None:
-    """Makes the configuration of a model say that; empty entries are left out."""
+    """Writes a structure into a model's configuration, without its empty entries."""
     structure = {key: entries for key, entries in structure.items() if entries}
     if structure:
         model.config.quantization_config = StoredForm(structure=structure)

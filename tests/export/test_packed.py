@@ -173,8 +173,8 @@ def test_without_the_package_loading_fails(auto, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: (f / "config.json").unlink(), "expected a model's folder, with config.json"),
-        (lambda f: (f / "model.safetensors").unlink(), "expected model.safetensors, got a folder without it"),
+        (lambda f: (f / "config.json").unlink(), "it has no config.json"),
+        (lambda f: (f / "model.safetensors").unlink(), "there is no model.safetensors"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 80), "a file that does not parse"),
     ],
 )
@@ -350,7 +350,7 @@ def test_a_shard_that_lost_a_weight_is_not_packed(sparse_model, tmp_path):
     tensors = load_file(shard)
     tensors.popitem()
     save_file(tensors, shard, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"expected the weight .* as model.safetensors.index.json has it, got none"):
+    with pytest.raises(UserError, match=r"the weight .* is missing, which model.safetensors.index.json says"):
         save_packed(tmp_path / "dense", tmp_path / "packed")
 
 
