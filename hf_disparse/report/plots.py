@@ -163,7 +163,7 @@ def plot_heads(parts: Sequence[Mapping], tasks: Sequence[str], ax: Axes) -> Axes
     step = math.ceil(len(layers) / 24)
     ax.set_yticks([(a + b - 1) / 2 for a, b in itertools.pairwise(starts)][::step])
     ax.set_yticklabels([str(part["layer"]) for part in layers][::step])
-    ax.set(ylim=(len(rows) - 0.5, -0.5), ylabel="layer (a row per head)")
+    ax.set(ylim=(len(rows) - 0.5, -0.5), ylabel="layer (one row per head)")
     ax.tick_params(length=0)
     ax.grid(False)
     if len(tasks) <= NAMES_UP_TO:
