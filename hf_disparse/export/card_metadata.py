@@ -37,6 +37,7 @@ def pipeline_tag(task: TaskConfig) -> str:
 
 
 def _eval_results(tasks: Mapping[str, TaskConfig], results: Mapping[str, Any]) -> list[EvalResult]:
+    """One result per task and metric of the sparse model."""
     data, found = results.get("recipe", {}).get("data", {}), []
     for task, metrics in results.get("sparse", {}).get("tasks", {}).items():
         entry = data.get(task, {})

@@ -42,6 +42,7 @@ class StoredFormReader(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files=None, **_) -> None:
+        """Rebuilds the shape that `structure` describes, and starts to check the files."""
         if not checkpoint_files or [Path(file).name for file in checkpoint_files] != [WEIGHTS_NAME]:
             got = ", ".join(Path(file).name for file in checkpoint_files or ()) or "none"
             raise UserError(f"{CONFIG_NAME}: expected the weights in {WEIGHTS_NAME} in the same folder, got {got}")
@@ -60,6 +61,7 @@ class StoredFormReader(HfQuantizer):
             self._digests = self._threads.submit(lambda: digests(self._folder, read_json(self._folder / CONFIG_NAME)))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_) -> None:
+        """Waits for the threads, raises what they found, and leaves an ordinary model."""
         form = self.quantization_config
         if self._digests:
             check_digests(self._folder, self._digests.result(), form.sha256)
@@ -118,6 +120,8 @@ class Unpack(ConversionOps):
         return {full_layer_name: matrix.to(weight.device)}
 
     def _submit(self, name: str, work: Callable, *arguments: Any) -> None:
+        """Has a thread run `work`; its error will name the weight."""
+
         def job() -> None:
             try:
                 work(*arguments)

@@ -74,6 +74,7 @@ def figures_of(analysis: Mapping) -> list[Figure]:
 
 
 def _agreement_figure(stages: Sequence[Mapping]) -> Figure:
+    """Agreement beyond chance by layer, one panel per stage; with one task, a sentence alone."""
     title, units = (
         "Where tasks agree",
         "Agreement of the tasks' own keep masks beyond chance, by layer: (IoU - c) / (1 - c), ",
@@ -107,6 +108,7 @@ def _agreement_figure(stages: Sequence[Mapping]) -> Figure:
 
 
 def _by_kind_figure(stages: Sequence[Mapping]) -> Figure | None:
+    """All tasks' agreement by layer and kind of matrix; None if there is one task."""
     rows = []
     for stage in stages:
         for kind in kind_names(stage["agreement"]):
@@ -130,6 +132,7 @@ def _by_kind_figure(stages: Sequence[Mapping]) -> Figure | None:
 
 
 def _affinity_figure(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure:
+    """Shared importance and gradient cosine of the tasks, two panels per stage."""
     title = "Which tasks are alike"
     units = "Shared importance and gradient cosine of each pair of tasks: 1 is identical, and cosines go down to -1."
     if not several(tasks):
@@ -222,6 +225,7 @@ def _keepers_by_kind_figure(stage: Mapping, tasks: Sequence[str]) -> Figure | No
 
 
 def _heads_figure(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure | None:
+    """Which task keeps which head; None if no stage scored heads."""
     stages = [s for s in stages if any(part["granularity"] == "head" for part in s["parts"])]
     if not stages:
         return None
@@ -246,6 +250,7 @@ def _heads_figure(stages: Sequence[Mapping], tasks: Sequence[str]) -> Figure | N
 
 
 def _neurons_figure(stages: Sequence[Mapping]) -> Figure | None:
+    """The neurons of each layer by the number of tasks that keep them; None if no stage scored neurons."""
     values = []
     for stage in stages:
         parts = sorted((p for p in stage["parts"] if p["granularity"] == "neuron"), key=lambda part: part["layer"])
@@ -267,6 +272,7 @@ def _neurons_figure(stages: Sequence[Mapping]) -> Figure | None:
 
 
 def _cost_figure(curve: Mapping) -> Figure:
+    """The tasks' metrics against sparsity."""
     tasks, named = curve_tasks(curve), named_tasks(curve)
     shown = tasks if len(tasks) <= NAMES_UP_TO else named
     return Figure(
@@ -287,6 +293,7 @@ def _cost_figure(curve: Mapping) -> Figure:
 
 
 def _footprint_figure(modules: Sequence[Mapping]) -> Figure:
+    """Parameters, bytes and multiplications by part of the model, before and after."""
     rows = blocks(modules)
     keys = ["parameters", "nonzeros", "bytes_dense", "bytes_packed", "multiplications", "multiplications_left"]
     header = ["parameters", "non-zeros", "bytes, dense", "bytes, packed", "multiplications", "multiplications left"]

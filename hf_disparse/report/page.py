@@ -96,6 +96,7 @@ def _table(figure: Figure) -> list[list[tuple[str, bool]]]:
 
 
 def _cell(value: Any) -> tuple[str, bool]:
+    """A value as (text, whether it is a number)."""
     if value is None or value != value:
         return "\N{EN DASH}", True
     if isinstance(value, float):
