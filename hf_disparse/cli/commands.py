@@ -78,7 +78,7 @@ def options(
 @app.command(epilog="Example: hf-disparse train recipes/quickstart.yaml --set pruning.sparsity=0.9 --output_dir out-90")
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, such as recipes/quickstart.yaml.")],
-    set_: _Set = [],  # noqa: B006
+    overrides: _Set = [],  # noqa: B006
     output_dir: Annotated[
         str | None, typer.Option("--output_dir", "--output-dir", help="Instead of the recipe's.")
     ] = None,
@@ -91,7 +91,7 @@ def train(
     from hf_disparse.runs import analyze
     from hf_disparse.runs import train as run
 
-    parsed = read_recipe(recipe, set_, output_dir)
+    parsed = read_recipe(recipe, overrides, output_dir)
     if dry_run:
         print_plan(run.plan(parsed))
         return
@@ -107,14 +107,14 @@ def train(
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder that `train` wrote.")],
     recipe: Annotated[str | None, typer.Option(help="With the tasks and data; default: the model's own.")] = None,
-    set_: _Set = [],  # noqa: B006
+    overrides: _Set = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Evaluate a model on the validation data of its tasks."""
     _quiet()
     from hf_disparse.runs.evaluate import evaluate as evaluated
 
-    result = evaluated(model, recipe, set_)
+    result = evaluated(model, recipe, overrides)
     if as_json:
         print(json.dumps(result, indent=2))
         return
@@ -156,7 +156,7 @@ def compare(
         str | None,
         typer.Option(help="With equal-budget: kept weights, as fractions of one encoder. Default: 1 - the sparsities."),
     ] = None,
-    set_: _Set = [],  # noqa: B006
+    overrides: _Set = [],  # noqa: B006
     output_dir: Annotated[
         str | None, typer.Option("--output_dir", "--output-dir", help="Default: the recipe's, with -compare added.")
     ] = None,
@@ -166,40 +166,41 @@ def compare(
     The same command again goes on where it stopped; other methods, sparsities and seeds add rows to the folder.
     """
     _quiet()
-    from hf_disparse.compare import by_method
-    from hf_disparse.compare import equal_budget as racing
+    from hf_disparse.compare.by_method import ByMethod, default_criterion, grid
+    from hf_disparse.compare.equal_budget import EqualBudget
     from hf_disparse.compare.runner import progress
-    from hf_disparse.config import require
+    from hf_disparse.config import UserError
     from hf_disparse.recipes.recipe import read_recipe
 
-    parsed = read_recipe(recipe, set_, output_dir)
+    parsed = read_recipe(recipe, overrides, output_dir)
     if output_dir is None:
-        parsed = read_recipe(recipe, set_, parsed.output_dir.rstrip("/") + "-compare")
-    curve = _list(str(parsed.pruning.sparsity) if sparsities is None else sparsities, "--sparsities", float)
+        parsed = read_recipe(recipe, overrides, parsed.output_dir.rstrip("/") + "-compare")
+    points = _list(str(parsed.pruning.sparsity) if sparsities is None else sparsities, "--sparsities", float)
+    every_seed = _list(seeds, "--seeds", int)
     if protocol == "equal-budget":
         for option, value in (("--methods", methods), ("--criteria", criteria)):
-            require(
-                value is None, option, "nothing with --protocol equal-budget, which prunes as the recipe does", value
-            )
-        wanted = _list(budgets, "--budgets", float) if budgets is not None else ()
-        race = racing.Race(parsed, tuple(curve), tuple(_list(seeds, "--seeds", int)), tuple(wanted))
-        module, folder, cells, start = racing, race.folder, race.cells, lambda: racing.run(race)
+            if value is not None:
+                raise UserError(
+                    f"{option}: only applies to --protocol methods, as equal-budget prunes as the recipe does"
+                )
+        wanted = () if budgets is None else _list(budgets, "--budgets", float)
+        experiment = EqualBudget(parsed, tuple(points), tuple(every_seed), tuple(wanted))
     else:
-        require(budgets is None, "--budgets", "nothing without --protocol equal-budget", budgets)
+        if budgets is not None:
+            raise UserError("--budgets: only applies to --protocol equal-budget")
         names = _list("dense,random,magnitude,joint,unanimous" if methods is None else methods, "--methods", str)
-        kinds = _list(by_method.default_criterion(parsed.pruning) if criteria is None else criteria, "--criteria", str)
-        cells = by_method.grid(names, kinds, curve, _list(seeds, "--seeds", int))
-        module, folder, start = by_method, parsed.output_dir, lambda: by_method.compare(parsed, cells)
-    with _stopping(lambda: f"{progress(folder, cells)}, the same command goes on"):
-        report = start()
-    print_comparison(report, parsed.output_dir, module)
+        kinds = _list(default_criterion(parsed.pruning) if criteria is None else criteria, "--criteria", str)
+        experiment = ByMethod(parsed, grid(names, kinds, points, every_seed))
+    with _stopping(lambda: f"{progress(experiment.folder, experiment.cells)}, the same command goes on"):
+        report = experiment.run()
+    print_comparison(report, parsed.output_dir, experiment)
 
 
 @app.command(name="analyze", epilog="Example: hf-disparse analyze runs/quickstart --within 2")
 def analyze_(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A folder that `train` wrote, or a model's.")],
     recipe: Annotated[str | None, typer.Option(help="With the tasks and data; default: the folder's own.")] = None,
-    set_: _Set = [],  # noqa: B006
+    overrides: _Set = [],  # noqa: B006
     sparsities: Annotated[
         str, typer.Option(help="Of the cost curve, which needs a dense model; 0 alone leaves it out.")
     ] = "0.3,0.5,0.6,0.7,0.8,0.9,0.95",
@@ -219,7 +220,7 @@ def analyze_(
     from hf_disparse.runs import analyze
 
     curve = analyze.Curve(tuple(_list(sparsities, "--sparsities", float)), within, recover)
-    print_analysis(*analyze.analyze(model, recipe, set_, curve=curve, output_dir=output_dir))
+    print_analysis(*analyze.analyze(model, recipe, overrides, curve=curve, output_dir=output_dir))
 
 
 @app.command(

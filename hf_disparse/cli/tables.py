@@ -19,18 +19,18 @@ def close_bars() -> None:
         bar.close()
 
 
-def print_comparison(report: dict, folder: str, comparing) -> None:
-    """The table of a comparison, as the module `comparing` makes it; ends with status 1 if a cell failed."""
+def print_comparison(report: dict, folder: str, experiment) -> None:
+    """Prints the table of a comparison; ends with status 1 if a cell failed."""
     close_bars()
     if report["rows"]:
-        header, rows = comparing.table(report)
+        header, rows = experiment.table(report)
         shown = new_table(*header)
         for row in rows:
             shown.add_row(*row)
         console = Console()
         (console if console.is_terminal else Console(width=160)).print(shown)  # a file need not be folded to 80
-        print(comparing.caption(report))
-        print(f"written: {folder}/{comparing.MARKDOWN_NAME} and {comparing.JSON_NAME}")
+        print(experiment.caption(report))
+        print(f"written: {folder}/{experiment.markdown_name} and {experiment.json_name}")
     for name, reason in report["failed"].items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     if report["failed"]:

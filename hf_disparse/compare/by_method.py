@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, ClassVar
 
 from hf_disparse.compare.runner import run_cells
-from hf_disparse.compare.tables import _span, held_out, markdown, over_seeds, shown, write_tables
+from hf_disparse.compare.tables import _span, held_out, over_seeds, shown, write_tables
 from hf_disparse.config import CRITERIA, PruningConfig, UserError, closest, require
 from hf_disparse.distributed.processes import on_main
 from hf_disparse.files import read_json, writing
@@ -21,7 +21,7 @@ from hf_disparse.runs.folder import DELETE, refuse_others
 from hf_disparse.runs.setup import environment
 from hf_disparse.tasks import average_name
 
-# name -> fields of PruningConfig beside the recipe's; the criterion is one of --criteria
+# name -> fields of PruningConfig beside the recipe's; the criterion is one of `criteria`
 _OPEN_CRITERION = {
     "joint": {"decision": "joint"},
     "sum": {"decision": "sum"},
@@ -33,7 +33,7 @@ _OPEN_CRITERION = {
     "rank": {"method": "rank", "decision": "unanimous"},
     "parts": {"decision": "unanimous", "granularity": ["head", "neuron"]},
 }
-# name -> fields with a criterion of their own, to which --criteria does not apply
+# name -> fields with a criterion of their own, to which `criteria` does not apply
 _OWN_CRITERION = {
     "random": {"criterion": "random"},
     "magnitude": {"criterion": "magnitude"},
@@ -135,12 +135,12 @@ def grid(
     """
     for method in methods:
         if method not in METHODS and _fields(method) is None:
-            raise UserError(f"--methods: unknown method {method!r}{closest(method, METHODS)}")
+            raise UserError(f"methods: unknown method {method!r}{closest(method, METHODS)}")
     for criterion in criteria:
         if criterion not in CRITERIA:
-            raise UserError(f"--criteria: unknown criterion {criterion!r}{closest(criterion, CRITERIA)}")
+            raise UserError(f"criteria: unknown criterion {criterion!r}{closest(criterion, CRITERIA)}")
     for sparsity in sparsities:
-        require(0 < sparsity < 1, "--sparsities", "numbers in (0, 1); the method dense is the one without", sparsity)
+        require(0 < sparsity < 1, "sparsities", "numbers in (0, 1); the method dense is the one without", sparsity)
     cells = [
         Cell(
             method,
@@ -170,12 +170,12 @@ def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
     criterion needs no gradients. The dense row goes on at the dense phase's learning rate: one that pruned weights need throws
     a finished model back.
     """
-    values, arguments = recipe.values, recipe.arguments("sparse", recipe.output_dir)
+    values, arguments = recipe.values, recipe.sparse
     recovery = dict(values.get("recovery") or {})
     if cell.method == "dense":
         recovery.pop("learning_rate", None)
-    drops = recipe.pruning.max_drop
-    require(drops is None, "pruning.max_drop", "nothing in a comparison, whose rows have the sparsity they name", drops)
+    if recipe.pruning.max_drop is not None:
+        raise UserError("pruning.max_drop: must not be set in a comparison, whose rows have the sparsity they name")
     most = arguments.max_steps
     require(most > 0, "recovery.max_steps", "a number of steps, so that every method gets the same", most)
     pruning = dict(values.get("pruning") or {})
@@ -207,42 +207,82 @@ def scoring_batches(config: PruningConfig, max_steps: int) -> int:
     return config.score_batches * IMPLEMENTED[config.method].scorings(config, max_steps)
 
 
-JSON_NAME, MARKDOWN_NAME = "compare.json", "compare.md"
+@dataclass(frozen=True)
+class ByMethod:
+    """The experiment that compares methods at equal numbers of backward passes; it has the methods of `EqualBudget`.
 
-
-def compare(recipe: Recipe, cells: Sequence[Cell]) -> dict[str, Any]:
-    """Runs the cells that are not there yet and tabulates all of them; writes `compare.json` and `compare.md`, and with
-    matplotlib `compare.html` and its figure.
-
-    A cell that fails is reported and leaves the others alone; the next call tries it again. With several processes it ends all.
-
-    Returns:
-        What `compare.json` holds: `rows` (one per method, criterion and sparsity, over the seeds) and `cells`, of all that
-        the folder has, `failed` (cell -> reason, of this call) and `environment`.
+    Args:
+        recipe: the recipe that every cell is a variant of.
+        cells: the runs, as `grid` lists them.
     """
-    folder = Path(recipe.output_dir)
-    refuse_others(folder, recipe)
-    recipes = {cell: recipe_of(recipe, cell) for cell in cells}  # refuses nonsense before anything runs
-    _finished(folder)  # and so does a file that is none of a cell
-    sparsest = {}  # of each method and granularity
-    for cell in sorted(cells, key=lambda cell: (cell.sparsity, cell.criterion)):
-        sparsest[recipes[cell].pruning.method, recipes[cell].pruning.granularity] = cell
-    failed = run_cells(recipe, recipes, folder, list(sparsest.values()))
-    results = _finished(folder)
-    report = {
-        "rows": tabulate(results),
-        "cells": [{**asdict(cell), **result} for cell, result in results.items()],
-        "failed": failed,
-        "environment": environment(),
-    }
-    if results:
-        _write(report, folder)
-    return report
+
+    recipe: Recipe
+    cells: Sequence[Cell]
+
+    json_name: ClassVar[str] = "compare.json"
+    markdown_name: ClassVar[str] = "compare.md"
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the dense models and the cells."""
+        return Path(self.recipe.output_dir)
+
+    def run(self) -> dict[str, Any]:
+        """Runs the cells without a result yet; writes all results to `compare.json` and `compare.md`, and with matplotlib a page.
+
+        A cell that fails is reported, and the others still run; the next call tries it again. With several processes, a failure
+        ends all.
+
+        Returns:
+            The content of `compare.json`: `rows` (one per method, criterion and sparsity, over the seeds) and `cells`, of all that
+            the folder has, `failed` (cell -> reason, of this call) and `environment`.
+        """
+        recipe, cells, folder = self.recipe, self.cells, self.folder
+        refuse_others(folder, recipe)
+        recipes = {cell: recipe_of(recipe, cell) for cell in cells}  # refuses mistakes before anything runs
+        _finished(folder)  # refuses files that are not of a cell
+        sparsest = {}  # cell of each method and granularity
+        for cell in sorted(cells, key=lambda cell: (cell.sparsity, cell.criterion)):
+            sparsest[recipes[cell].pruning.method, recipes[cell].pruning.granularity] = cell
+        failed = run_cells(recipe, recipes, folder, list(sparsest.values()))
+        results = _finished(folder)
+        report = {
+            "rows": tabulate(results),
+            "cells": [{**asdict(cell), **result} for cell, result in results.items()],
+            "failed": failed,
+            "environment": environment(),
+        }
+        if results:
+            write_tables(report, folder, self)
+            _write_page(report, folder)
+        return report
+
+    @staticmethod
+    def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+        """Returns header and rows as text, for the terminal and Markdown; `a ± b` is mean and standard deviation over seeds."""
+        tasks = [name for name in report["rows"][0]["mean"] if name != "average"]
+        lines = []
+        for row in report["rows"]:
+            values = [shown(row, name) for name in (*tasks, "average")]
+            sparsity = f"{100 * row['sparsity']:g} %" if row["sparsity"] else "0"
+            difference = f"{row['against_dense']:+.1f}" if row["sparsity"] and row["against_dense"] is not None else ""
+            lines.append([method_name(row), sparsity, *values, difference, str(len(row["seeds"]))])
+        return ["method", "sparsity", *tasks, average_name(tasks), "against dense", "seeds"], lines
+
+    @staticmethod
+    def caption(report: dict[str, Any]) -> str:
+        """Returns the sentences below the table."""
+        budget = _span([row["backward_passes"] for row in report["rows"]])
+        precisions = sorted({cell.get("precision") for cell in report["cells"]} - {None})  # None: of an earlier version
+        computed = f" Computed in {' and '.join(precisions)}." if precisions else ""
+        return (
+            f"Mean ± sample standard deviation over seeds of each task's metrics (0 to 100), on {held_out(report)} held-out examples. "
+            f"Every row had {budget} backward passes after dense training, scoring included.{computed}"
+        )
 
 
 @on_main
-def _write(report: dict[str, Any], folder: Path) -> None:
-    write_tables(report, folder, JSON_NAME, MARKDOWN_NAME, markdown(report, table, caption))
+def _write_page(report: dict[str, Any], folder: Path) -> None:
     if not missing_libraries():  # of the extra `plot`
         with writing(folder):
             write_comparison(report, folder)
@@ -293,26 +333,3 @@ def tabulate(results: dict[Cell, dict[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows as text, for the terminal and for Markdown; `a ± b` is mean and standard deviation over seeds."""
-    tasks = [name for name in report["rows"][0]["mean"] if name != "average"]
-    lines = []
-    for row in report["rows"]:
-        values = [shown(row, name) for name in (*tasks, "average")]
-        sparsity = f"{100 * row['sparsity']:g} %" if row["sparsity"] else "0"
-        difference = f"{row['against_dense']:+.1f}" if row["sparsity"] and row["against_dense"] is not None else ""
-        lines.append([method_name(row), sparsity, *values, difference, str(len(row["seeds"]))])
-    return ["method", "sparsity", *tasks, average_name(tasks), "against dense", "seeds"], lines
-
-
-def caption(report: dict[str, Any]) -> str:
-    """What the figures of the table are."""
-    budget = _span([row["backward_passes"] for row in report["rows"]])
-    precisions = sorted({cell.get("precision") for cell in report["cells"]} - {None})  # None: of an earlier version
-    computed = f" Computed in {' and '.join(precisions)}." if precisions else ""
-    return (
-        f"Mean ± sample standard deviation over seeds of each task's metrics (0 to 100), on {held_out(report)} held-out examples. "
-        f"Every row had {budget} backward passes after dense training, scoring included.{computed}"
-    )

@@ -1,7 +1,7 @@
-"""`hf-disparse compare`: pruning methods on one recipe in one table, each at the same number of backward passes. Layer 10.
+"""Runs the cells of a comparison: each cell is one pruning of a dense model that several cells share.
 
-The folder holds one dense model per seed, which every method starts from, and one file per finished cell of the grid, a
-cell being a method, a criterion, a sparsity and a seed. Starting the same comparison again runs what is not there yet.
+The folder holds the dense models and one file per finished cell. Starting the same comparison again runs only the cells
+without a file.
 """
 
 import json
@@ -24,15 +24,15 @@ from hf_disparse.runs.train import rehearse, train_phase
 
 
 def run_cells(recipe: Recipe, recipes: Mapping[Any, Recipe], folder: Path, rehearsed: Sequence[Any]) -> dict[str, str]:
-    """Runs the cells that `folder` does not have yet, each from the dense model that is trained once for its `start`.
+    """Runs the cells without a result in `folder`, each from the dense model that is trained once per `start`.
 
     Args:
-        recipe: that of all; its folder is claimed.
+        recipe: the recipe of the comparison, whose output folder is claimed.
         recipes: cell -> its recipe; a cell has `name`, `start` and `seed`.
-        rehearsed: the cells that are tried before any of them runs: together they ask for whatever any cell does.
+        rehearsed: the cells to rehearse before any cell runs; together they need whatever any cell needs.
 
     Returns:
-        Name -> reason, of the cells that failed.
+        Name -> reason of each failed cell.
     """
 
     @on_main
@@ -49,10 +49,10 @@ def run_cells(recipe: Recipe, recipes: Mapping[Any, Recipe], folder: Path, rehea
             rehearse(recipes[cell], *data_of(recipes[cell]))
         claim(Path(recipe.output_dir), recipe)
         with alone_in(Path(recipe.output_dir)):
-            refuse_others(Path(recipe.output_dir), recipe)  # another command may have been at work here meanwhile
+            refuse_others(Path(recipe.output_dir), recipe)  # another command may have claimed it since the first check
             todo = unfinished()
             failed = _run_all(recipes, folder, todo, data_of)
-    for cell in set(recipes) - set(todo):  # killed between its result and the end of its clean-up
+    for cell in set(recipes) - set(todo):  # killed after writing its result, before cleaning up
         shutil.rmtree(folder / "cells" / cell.name, ignore_errors=True)
     return failed
 
@@ -60,15 +60,15 @@ def run_cells(recipe: Recipe, recipes: Mapping[Any, Recipe], folder: Path, rehea
 def _run_all(
     recipes: Mapping[Any, Recipe], folder: Path, todo: Sequence[Any], data_of: "_DataBySeed"
 ) -> dict[str, str]:
-    """Runs cell by cell; name -> reason, of those that failed."""
+    """Runs cell by cell; returns name -> reason of each failed cell."""
     failed, hopeless = {}, {}
     for cell in tqdm(todo, desc="cells", disable=None if is_main() else True):
         say(f"cell {cell.name}, {len(todo)} to run, {len(recipes) - len(todo)} were there")
         try:
             if cell.start not in hopeless:
                 _run(recipes[cell], cell, folder, data_of)
-        except Exception as error:  # whatever it is, the other cells are not to blame
-            if processes() > 1:  # the others may be anywhere in the cell: the next command goes on together
+        except Exception as error:  # whatever it is, the other cells can still run
+            if processes() > 1:  # the others may be anywhere in the cell, so all stop
                 raise UserError(f"cell {cell.name} failed: {one_line(error)}") from error
             failed[cell.name] = one_line(error)
             say(f"cell {cell.name} failed: {failed[cell.name]}")
@@ -80,12 +80,12 @@ def _run_all(
 
 
 def cell_file(folder: Path, cell: Any) -> Path:
-    """Where a finished cell's result is."""
+    """Returns the path of a finished cell's result."""
     return folder / "cells" / f"{cell.name}.json"
 
 
 def _run(recipe: Recipe, cell: Any, root: Path, data_of: "_DataBySeed") -> None:
-    """Trains one cell from its dense model, which is trained first if it is not there."""
+    """Trains one cell from its dense model, and that one first if it is missing."""
     tokenizer, data = data_of(recipe)
     data_of.note()
     dense = root / cell.start
@@ -107,13 +107,13 @@ def _remove_checkpoints(folder: Path) -> None:
 
 
 class _DataBySeed:
-    """Loads and tokenizes all tasks when the seed changes, for it may choose which rows are taken; gives those of a cell."""
+    """Gives the tokenized tasks of a cell; loads them anew when the seed changes, as it may choose the rows."""
 
     def __init__(self, recipe: Recipe):
         self._recipe, self._seed, self._loaded, self._digests = recipe, None, None, {}
 
     def note(self) -> None:
-        """Notes in the claimed folder which examples were loaded last."""
+        """Records in the claimed folder the digests of the examples that were loaded last."""
         note_data(Path(self._recipe.output_dir), self._seed, self._digests)
 
     def __call__(self, recipe: Recipe):
@@ -130,6 +130,6 @@ class _DataBySeed:
 
 
 def progress(folder: str | Path, cells: Sequence[Any]) -> str:
-    """How far a comparison is, for somebody who stopped it."""
+    """Returns how many cells of a stopped comparison are done."""
     done = sum(cell_file(Path(folder), cell).is_file() for cell in cells)
     return f"{done} of {len(cells)} cells are done"

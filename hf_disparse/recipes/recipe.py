@@ -1,10 +1,10 @@
-"""A recipe: one YAML file that is one complete run. Layer 10."""
+"""A recipe: one YAML file that describes one complete run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -19,23 +19,11 @@ from hf_disparse.config import (
     one_line,
     require,
 )
-from hf_disparse.recipes.arguments import KINDS, check_training, in_float32_if_faster, training_arguments
-from hf_disparse.recipes.yaml_text import parse_yaml
-from hf_disparse.tasks.glue import glue_fields
-from hf_disparse.trainer import DisparseTrainingArguments
+from hf_disparse.recipes.keys import SECTIONS, check_sections, check_training_keys
+from hf_disparse.recipes.yaml_text import KINDS, parse_yaml
 
-SECTIONS = (
-    "model",
-    "tasks",
-    "helpers",
-    "teachers",
-    "pruning",
-    "training",
-    "recovery",
-    "seed",
-    "output_dir",
-    "dense_from",
-)
+if TYPE_CHECKING:
+    from hf_disparse.trainer import DisparseTrainingArguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +49,13 @@ class Recipe:
 
     Args:
         helpers: tasks that train the dense model only: they are not evaluated, have no vote, and lose their heads.
-        teachers: task -> the model to distil from, where it is not the run's dense model.
-        training: fields of (Disparse)TrainingArguments for the dense and the sparse phase.
-        recovery: what the sparse phase has in place of them. Both are without a bfloat16 that this CPU lacks.
-        dense_from: the folder of a run or a comparison whose dense model is taken, rather than trained anew.
-        values: the recipe as plain data, overrides applied: what a run folder remembers.
+        teachers: task -> the model to distil from, if it is not the run's dense model.
+        dense: the training arguments of the dense phase; the trainer of a phase gets a copy with its own `output_dir`.
+        sparse: the training arguments of the sparse phase.
+        training: the section that `dense` and `sparse` were built from, without bf16 if this CPU is slow at it.
+        recovery: the section that replaces some of them in the sparse phase, likewise.
+        dense_from: the folder of a run or a comparison whose dense model is used instead of training one.
+        values: the recipe as plain data, overrides applied, which a run folder remembers.
     """
 
     model: ModelConfig
@@ -73,6 +63,8 @@ class Recipe:
     helpers: tuple[str, ...]
     teachers: dict[str, str]
     pruning: PruningConfig
+    dense: "DisparseTrainingArguments"
+    sparse: "DisparseTrainingArguments"
     training: dict[str, Any]
     recovery: dict[str, Any]
     seed: int
@@ -80,24 +72,19 @@ class Recipe:
     dense_from: str | None
     values: dict[str, Any]
 
-    def arguments(self, phase: str, folder: str | Path) -> DisparseTrainingArguments:
-        """The training arguments of the `dense` or the `sparse` phase, with checkpoints in `folder`."""
-        values = self.training if phase == "dense" else {**self.training, **self.recovery}
-        return training_arguments(values, str(folder), self.seed)
-
     @property
     def voters(self) -> dict[str, tuple[TaskConfig, DataConfig]]:
-        """The tasks that judge weights and are evaluated: all but the helpers."""
+        """The tasks that judge weights and are evaluated: all except the helpers."""
         return {name: entry for name, entry in self.tasks.items() if name not in self.helpers}
 
     @property
     def chooses_best(self) -> bool:
-        """Whether half of the validation data chooses the best model, and only the other half is for metrics."""
-        return any(self.arguments(phase, self.output_dir).load_best_model_at_end for phase in ("dense", "sparse"))
+        """Whether half of the validation data chooses the best model, which leaves the other half for metrics."""
+        return self.dense.load_best_model_at_end or self.sparse.load_best_model_at_end
 
 
 def public(recipe: Recipe) -> dict[str, Any]:
-    """What of a recipe is published with its model: no path of this machine."""
+    """Returns what is published of a recipe with its model, without the paths of this machine."""
 
     def name(reference: str) -> str:
         path = Path(reference)
@@ -127,11 +114,11 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = (), output_dir: str
     """Reads and checks a recipe.
 
     Args:
-        overrides: `section.key=value` each, the value in YAML; `tasks.*.key` sets the key of every task.
-        output_dir: instead of the recipe's.
+        overrides: each `section.key=value` with the value in YAML; `tasks.*.key` sets the key of every task.
+        output_dir: replaces the recipe's.
 
     Raises:
-        UserError: no such file, no YAML, an unknown or missing key, a value that is refused.
+        UserError: the file is missing or not YAML, a key is unknown or missing, or a value is refused.
     """
     try:
         values = parse_yaml(Path(path).read_text(encoding="utf-8"))
@@ -150,79 +137,80 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = (), output_dir: str
 
 
 def parse_recipe(values: dict[str, Any]) -> Recipe:
-    """Checks a recipe that was read; see `read_recipe`."""
-    _check_keys(values, "recipe", depth=3)
-    for key in values:
-        if key not in SECTIONS:
-            raise UserError(f"recipe: there is no section '{key}'{closest(key, SECTIONS)}")
-    for key in ("model", "tasks", "output_dir"):
-        if values.get(key) is None:
-            raise UserError(f"recipe: the section '{key}' is required and was not given")
+    """Checks the values of a recipe and builds both phases' training arguments; raises UserError as `read_recipe`."""
+    check_sections(values)
     sections = {key: {} if values.get(key) is None else values[key] for key in ("training", "recovery", "pruning")}
     for key, section in sections.items():
         require(isinstance(section, dict), key, "a mapping of fields to values", section)
-    seed, output_dir = values.get("seed", 0), values["output_dir"]
+    seed, output_dir, dense_from = values.get("seed", 0), values["output_dir"], values.get("dense_from")
     require(is_count(seed, 0) and seed < 2**32, "seed", "a whole number of at least 0 and below 2^32", seed)
     require(isinstance(output_dir, str) and bool(output_dir), "output_dir", "a folder", output_dir)
-    dense_from = values.get("dense_from")
-    good = dense_from is None or (isinstance(dense_from, str) and bool(dense_from))
-    require(good, "dense_from", "the folder of a run or of a comparison", dense_from)
-    training, recovery = sections["training"], sections["recovery"]
-    check_training(training, "training")
-    check_training(recovery, "recovery")
-    training, recovery = in_float32_if_faster(training, recovery)
+    if dense_from is not None and not (isinstance(dense_from, str) and dense_from):
+        raise UserError(f"dense_from: expected the folder of a run or of a comparison, got {dense_from!r}")
+    for section in ("training", "recovery"):
+        check_training_keys(sections[section], section)
+    model = ModelConfig.from_dict(values["model"], "model")
+    pruning = PruningConfig.from_dict({"seed": seed, **sections["pruning"]}, "pruning")
     tasks = _tasks(values["tasks"])
+    helpers, teachers = _helpers(values.get("helpers"), tasks), _teachers(values.get("teachers"), tasks)
+    votes = len(tasks) - len(helpers)
+    if pruning.quorum > votes:
+        raise UserError(f"pruning.quorum: expected at most the number of tasks, {votes}, got {pruning.quorum}")
+    dense, sparse, training, recovery = _phases(sections["training"], sections["recovery"], output_dir, seed)
     recipe = Recipe(
-        model=ModelConfig.from_dict(values["model"], "model"),
+        model=model,
         tasks=tasks,
-        helpers=_helpers(values.get("helpers"), tasks),
-        teachers=_teachers(values.get("teachers"), tasks),
-        pruning=PruningConfig.from_dict({"seed": seed, **sections["pruning"]}, "pruning"),
+        helpers=helpers,
+        teachers=teachers,
+        pruning=pruning,
+        dense=dense,
+        sparse=sparse,
         training=training,
         recovery=recovery,
         seed=seed,
-        output_dir=str(Path(output_dir).expanduser()),  # as TrainingArguments does it with the phases' folders
+        output_dir=str(Path(output_dir).expanduser()),  # as TrainingArguments does
         dense_from=dense_from,
         values=values,
     )
-    votes = len(recipe.voters)
-    if recipe.pruning.quorum > votes:
-        raise UserError(f"pruning.quorum: expected at most the number of tasks, {votes}, got {recipe.pruning.quorum}")
-    dense, sparse = (recipe.arguments(phase, output_dir) for phase in ("dense", "sparse"))
-    for arguments in (dense, sparse):
-        _check_best_metric(recipe, arguments.metric_for_best_model)
-    _check_teachers(recipe, dense.distils, sparse.distils)
-    if "temperature" not in (dense.task_sampling, sparse.task_sampling):
-        for section, key in product(("training", "recovery"), ("sampling_temperature", "sampling_cap")):
-            value = sections[section].get(key)
-            require(value is None, f"{section}.{key}", "nothing without task_sampling: temperature", value)
+    _check_phases(recipe)
     return recipe
 
 
-def _check_keys(values: dict, where: str, depth: int) -> None:
-    """Every key is one line of text, down to the fields of a task."""
-    for key, inner in values.items():
-        require(isinstance(key, str) and key.isprintable(), where, "plain text as every key", key)
-        if depth > 1 and isinstance(inner, dict):
-            _check_keys(inner, key if where == "recipe" else f"{where}.{key}", depth - 1)
+def _phases(training: dict[str, Any], recovery: dict[str, Any], output_dir: str, seed: int) -> tuple:
+    """Returns the arguments of the dense and of the sparse phase, and the two sections that they were built from."""
+    # Late, as it loads torch and transformers: mistakes in all other sections were answered before.
+    from hf_disparse.recipes.arguments import check_training, in_float32_if_faster, training_arguments
+
+    check_training(training, "training")
+    check_training(recovery, "recovery")
+    training, recovery = in_float32_if_faster(training, recovery)
+    dense, sparse = (training_arguments(phase, output_dir, seed) for phase in (training, {**training, **recovery}))
+    return dense, sparse, training, recovery
 
 
-def _check_teachers(recipe: Recipe, dense: bool, sparse: bool) -> None:
-    """Refuses teachers that teach nothing, and a dense phase that would learn from nobody; each flag is whether a phase distils."""
-    if recipe.teachers and not (dense or sparse):
+def _check_phases(recipe: Recipe) -> None:
+    """Refuses training arguments that the tasks and teachers do not fit, or that would be ignored."""
+    dense, sparse = recipe.dense, recipe.sparse
+    for arguments in (dense, sparse):
+        _check_best_metric(recipe, arguments.metric_for_best_model)
+    if recipe.teachers and not (dense.distils or sparse.distils):
         raise UserError(
-            "teachers: expected recovery.distillation or recovery.distillation_hidden above 0, got none that asks them"
+            "teachers: they are set, but recovery.distillation and recovery.distillation_hidden are both 0; set one of them"
         )
     untaught = [task for task in recipe.tasks if task not in recipe.teachers]
-    if dense and untaught:
+    if dense.distils and untaught:
         raise UserError(
-            f"training.distillation: expected a teacher of '{untaught[0]}' in the section 'teachers', for the dense phase has no "
-            "other, got none; put distillation into recovery, where the dense model is the teacher"
+            f"training.distillation: task '{untaught[0]}' has no teacher in the section 'teachers', and the dense phase has "
+            "no other; put distillation into recovery, where the dense model is the teacher"
         )
+    if "temperature" not in (dense.task_sampling, sparse.task_sampling):
+        for section, key in product(("training", "recovery"), ("sampling_temperature", "sampling_cap")):
+            if getattr(recipe, section).get(key) is not None:
+                raise UserError(f"{section}.{key}: must not be set without task_sampling: temperature")
 
 
 def _check_best_metric(recipe: Recipe, metric: str | None) -> None:
-    """Refuses to choose the best checkpoint by a metric that evaluation will not have."""
+    """Refuses a metric for the best checkpoint that evaluation does not have."""
     known = ["average", "loss"]
     for name, (task, _) in recipe.voters.items():
         known += [f"{name}_{metric}" for metric in (*task.metric, "loss")]
@@ -233,7 +221,7 @@ def _check_best_metric(recipe: Recipe, metric: str | None) -> None:
 
 
 def _tasks(values: Any) -> dict[str, tuple[TaskConfig, DataConfig]]:
-    """Each entry holds fields of TaskConfig and of DataConfig side by side; `glue: NAME` fills in those of a GLUE task."""
+    """Reads entries with the fields of TaskConfig and DataConfig side by side; `glue: NAME` fills in those of a GLUE task."""
     require(isinstance(values, dict) and len(values) > 0, "tasks", "a mapping of task names to fields", values)
     in_task = {f.name for f in fields(TaskConfig)} - {"name"}
     in_data = {f.name for f in fields(DataConfig)}
@@ -246,6 +234,8 @@ def _tasks(values: Any) -> dict[str, tuple[TaskConfig, DataConfig]]:
                 f"{where}: expected validation_split or validation_fraction, got both; set one of them to null"
             )
         if "glue" in entry:
+            from hf_disparse.tasks.glue import glue_fields  # late, as it may load libraries for data
+
             own = {key: value for key, value in entry.items() if key != "glue"}
             entry = {**glue_fields(entry["glue"], f"{where}.glue"), **own}
         for key in entry:
@@ -257,11 +247,11 @@ def _tasks(values: Any) -> dict[str, tuple[TaskConfig, DataConfig]]:
 
 
 def _helpers(names: Any, tasks: dict[str, Any]) -> tuple[str, ...]:
-    """Those of the tasks that `helpers` names; at least one task is none."""
+    """Checks the names of helper tasks; at least one task is not a helper."""
     names = [] if names is None else names
     require(isinstance(names, list), "helpers", "a list of tasks", names)
     for name in names:
-        if name not in list(tasks):  # a list, for what YAML gives may not be hashable
+        if name not in list(tasks):  # a list, as a YAML value may not be hashable
             raise UserError(f"helpers: there is no task {name!r}{closest(name, tasks)}")
     require(len(set(names)) == len(names), "helpers", "names that differ from one another", names)
     require(len(names) < len(tasks), "helpers", "fewer names than there are tasks", names)
@@ -269,7 +259,7 @@ def _helpers(names: Any, tasks: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _teachers(names: Any, tasks: dict[str, Any]) -> dict[str, str]:
-    """Task -> a model's name or folder."""
+    """Checks the mapping of tasks to the names or folders of models."""
     names = {} if names is None else names
     require(isinstance(names, dict), "teachers", "a mapping of tasks to models", names)
     for task, name in names.items():
@@ -282,25 +272,27 @@ def _teachers(names: Any, tasks: dict[str, Any]) -> dict[str, str]:
 
 
 def _override(values: dict[str, Any], override: str) -> None:
-    """Applies one `section.key=value`, on copies of what it changes: a YAML alias is one mapping in several places."""
+    """Applies one `section.key=value`, on copies of what it changes, as a YAML alias is one mapping in several places."""
     path, equals, text = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
-        raise UserError(f"--set {override}: expected section.key=value, such as pruning.sparsity=0.9")
+        raise UserError(f"overrides: expected section.key=value, such as pruning.sparsity=0.9, got {override!r}")
     try:
         value = parse_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError):
-        raise UserError(f"--set {override}: expected a value in YAML, got {text!r}") from None
+        raise UserError(f"overrides: expected a value in YAML after '{path}=', got {text!r}") from None
     places = [values]
     for depth, key in enumerate(keys[:-1]):
-        where, inner = f"--set {'.'.join(keys[: depth + 1])}", []
+        where, inner = ".".join(keys[: depth + 1]), []
         for place in places:
             for name in list(place) if key == "*" else [key]:
-                section = {} if place.get(name) is None else place[name]  # absent, or a heading with nothing below it
-                require(isinstance(section, dict), where, "a mapping", section)
+                section = {} if place.get(name) is None else place[name]  # absent, or a heading without fields
+                if not isinstance(section, dict):
+                    raise UserError(f"overrides: expected a mapping at '{where}', got {section!r}")
                 place[name] = dict(section)
                 inner.append(place[name])
-        require(len(inner) > 0, where, "something that '*' stands for", {})
+        if not inner:
+            raise UserError(f"overrides: '*' in '{where}' matches no key")
         places = inner
     for place in places:
         place[keys[-1]] = value

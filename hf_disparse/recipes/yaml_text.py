@@ -1,29 +1,42 @@
-"""YAML as people write it. Layer 10."""
+"""YAML as people write it."""
 
 import re
+import types
 from typing import Any
 
 import yaml
 
+KINDS = {  # how messages name the types of YAML values
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "a mapping",
+    types.NoneType: "nothing",
+}
+
 
 def parse_yaml(text: str) -> Any:
-    """What a recipe or a value of `--set` says.
+    """Returns the values in the text of a recipe or of an override.
 
     Raises:
-        yaml.YAMLError, ValueError, RecursionError: it does not parse.
+        yaml.YAMLError, ValueError, RecursionError: the text does not parse.
     """
     return yaml.load(text, Loader=_Loader)
 
 
 def dump_yaml(values: Any) -> str:
-    """As text that `parse_yaml` reads as the same values."""
+    """Returns text that `parse_yaml` reads as the same values."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
 def differing_settings(theirs: dict, mine: dict) -> list[str]:
-    """The settings in which two recipes differ, each by its dotted name, as `--set` takes it."""
+    """Returns the dotted names (`pruning.sparsity`) of the settings in which two recipes differ."""
     names = _differing_names(theirs, mine)
-    if not names and list(theirs["tasks"]) != list(mine["tasks"]):  # by which heads are initialised and batches drawn
+    if not names and list(theirs["tasks"]) != list(
+        mine["tasks"]
+    ):  # it decides how heads are initialised and batches drawn
         return ["order of tasks"]
     return names
 
@@ -34,16 +47,16 @@ def _differing_names(theirs: dict, mine: dict) -> list[str]:
         one, other = theirs.get(key), mine.get(key)
         if one != other:
             within = _differing_names(one, other) if isinstance(one, dict) and isinstance(other, dict) else []
-            # Nothing within: a setting of one is null and of the other absent, so takes its default.
+            # Empty if one has null and the other no such key, which takes its default.
             names += [f"{key}.{name}" for name in within] or [str(key)]
     return names
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 2e-5 is a number (in YAML 1.1, which PyYAML reads, it is a string); a key stands once."""
+    """Reads 2e-5 as a number (PyYAML follows YAML 1.1, where it is a string) and refuses a key that stands twice."""
 
 
-# Before PyYAML's own, for which 2:4 is a number to base 60.
+# Before PyYAML's own resolvers, which read 2:4 as a number to base 60.
 _Loader.yaml_implicit_resolvers = {
     first: [("tag:yaml.org,2002:str", re.compile(r"^\d+:\d+$")), *known] if first in set("123456789") else known
     for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -54,13 +67,13 @@ _Loader.add_implicit_resolver(
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a text that our loader would take for a number."""
+    """Quotes text that our loader would read as a number."""
 
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
-    merge = "tag:yaml.org,2002:merge"  # `<<: *anchor`, whose keys the mapping's own ones replace
+    merge = "tag:yaml.org,2002:merge"  # `<<: *anchor`, whose keys give way to the mapping's own
     keys = [loader.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
     twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
     if twice is not None:

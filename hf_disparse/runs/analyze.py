@@ -162,7 +162,7 @@ def _plain(recipe: Recipe) -> Recipe:
         seed=own.seed,
     )
     quiet = {"report_to": "none", "distillation": 0.0, "distillation_hidden": 0.0}
-    return replace(recipe, pruning=pruning, recovery={**recipe.recovery, **quiet})
+    return replace(recipe, pruning=pruning, sparse=replace(recipe.sparse, **quiet))
 
 
 def _stages(source: Path, recipe: Recipe) -> dict[str, Callable[[], MultitaskModel]]:
@@ -256,13 +256,12 @@ def _measure_curve(setup: _Setup, load: Callable, costs: Mapping[str, Tensor], c
 
 def _recovered(setup: _Setup, model: MultitaskModel, masks, steps: int, folder: str) -> DisparseTrainer:
     """The trainer of a model that was pruned and then trained for so many steps, as the recipe recovers."""
-    recovery = {"max_steps": steps, "load_best_model_at_end": False}
-    recovery |= {f"{what}_strategy": "no" for what in ("save", "eval", "logging")}
-    recipe = replace(setup.recipe, recovery={**setup.recipe.recovery, **recovery})
+    recipe, never = setup.recipe, {f"{what}_strategy": "no" for what in ("save", "eval", "logging")}
+    arguments = replace(recipe.sparse, output_dir=folder, max_steps=steps, load_best_model_at_end=False, **never)
     judge_as(recipe, model)
     trainer = DisparseTrainer(
         model,
-        recipe.arguments("sparse", folder),
+        arguments,
         masks=masks,
         train_dataset={task: setup.data["train"][task] for task in recipe.voters},
         processing_class=setup.tokenizer,

@@ -26,8 +26,7 @@ def evaluate(model_name: str, recipe_path: str | None = None, overrides=()) -> d
         {"tasks": {name: {metric: value}}, "average": x, "sparsity": {denominator: fraction}}, metrics in 0 to 100.
     """
     source, recipe = open_run(model_name, recipe_path, overrides)
-    # It trains nothing that a tracker would show.
-    recipe = replace(recipe, recovery={**recipe.recovery, "report_to": "none"})
+    recipe = replace(recipe, sparse=replace(recipe.sparse, report_to="none"))  # there is no training to track
     model = load_pretrained(model_name, MultitaskModel, source)
     judge_as(recipe, model)
     tokenizer, data, _ = prepare(recipe, source, splits=("validation",))

@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -72,7 +73,7 @@ def sizes(data: Splits) -> dict[str, dict[str, int]]:
 
 def new_trainer(recipe: Recipe, phase: str, folder, model, tokenizer, data: Splits, teachers=None) -> DisparseTrainer:
     """The trainer of a phase, its checkpoints in `folder`."""
-    arguments = recipe.arguments(phase, folder)
+    arguments = replace(getattr(recipe, phase), output_dir=str(folder))
     train = data.get("train")
     if train and phase == "sparse":
         train = {name: train[name] for name in recipe.voters}

@@ -17,7 +17,7 @@ def teachers_of(
     recipe: Recipe, phase: str, tokenizer: PreTrainedTokenizerBase, dense: Callable[[], MultitaskModel] | None
 ) -> dict[str, MultitaskModel] | None:
     """Task -> who teaches it, if there is something to learn: the recipe's teacher, or else what `dense` loads."""
-    if not recipe.arguments(phase, recipe.output_dir).distils:
+    if not getattr(recipe, phase).distils:
         return None
     models, teachers = {}, {}
     for task, name in recipe.teachers.items():

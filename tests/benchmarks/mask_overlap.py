@@ -57,7 +57,7 @@ def main() -> None:
     model = MultitaskModel.from_pretrained(options.model).eval()
     tokenizer, data, _ = prepare(recipe, splits=("train",))
     rows = {task: data["train"][task] for task in model.tasks}
-    collate, size = MultitaskCollator(tokenizer, model.tasks), recipe.arguments("sparse", "x").train_batch_size
+    collate, size = MultitaskCollator(tokenizer, model.tasks), recipe.sparse.train_batch_size
     parameters = prunable_parameters(model)
 
     def loss(model, batch):

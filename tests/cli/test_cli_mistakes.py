@@ -83,7 +83,7 @@ def test_a_missing_key_is_named(recipe, tmp_path, key):
             "budgets: at least 0.3; add higher `sparsities`",
             "--budgets: at least 0.3; add higher --sparsities",
         ),
-        ("push", "repo: expected USER/NAME", "REPO: expected USER/NAME"),
+        ("push", "repo_id: expected USER/NAME", "REPO: expected USER/NAME"),
         ("train", "output_dir: give it its own `output_dir`", "output_dir: give it its own --output_dir"),  # a recipe's
         ("train", "pruning.quorum: run `hf-disparse train`", "pruning.quorum: run `hf-disparse train`"),
     ],
@@ -102,7 +102,7 @@ def test_a_file_that_is_no_recipe(recipe, tmp_path):
 
 def test_an_override_that_makes_no_sense(recipe, tmp_path):
     path = write_recipe(tmp_path, recipe)
-    refused("train", path, "--set", "pruning.sparsity", names=("--set pruning.sparsity", "section.key=value"))
+    refused("train", path, "--set", "pruning.sparsity", names=("--set: ", "'pruning.sparsity'", "section.key=value"))
     refused("train", path, "--set", "tasks.*.data=", names=("tasks.two.data", "None"))
 
 

@@ -266,7 +266,7 @@ def test_markdown_parses_back_to_the_rows(finished):
     }
     for results in (DENSE | JOINT, JOINT, dict([*DENSE.items()][:1])):
         rows = by_method.tabulate(results)
-        text = markdown({"rows": rows, **rest}, by_method.table, by_method.caption)
+        text = markdown({"rows": rows, **rest}, by_method.ByMethod)
         check_table(text, rows)
         assert "x: why" in text and "two 1,234, real 6 to 8 held-out" in text and "5,678 backward passes" in text
         assert "Computed in bf16 and float32." in text

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_disparse import UserError
-from hf_disparse.compare import equal_budget as race
-from hf_disparse.compare.equal_budget import Cell, Race, best_ensemble, recipe_of, tabulate
+from hf_disparse.compare.equal_budget import EqualBudget, ModelCell, best_ensemble
 from hf_disparse.compare.tables import markdown
 from hf_disparse.recipes.recipe import parse_recipe
 from hf_disparse.tasks import average
@@ -56,8 +55,8 @@ def test_what_fits_to_the_last_weight_fits():
 # Who races
 
 
-def checked(recipe: dict, sparsities=(0.8, 0.9), seeds=(1,), budgets=()) -> Race:
-    return Race(parse_recipe(recipe), sparsities, seeds, budgets)
+def checked(recipe: dict, sparsities=(0.8, 0.9), seeds=(1,), budgets=()) -> EqualBudget:
+    return EqualBudget(parse_recipe(recipe), sparsities, seeds, budgets)
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +89,14 @@ def test_a_single_task_model_is_the_recipe_with_that_task_and_the_shared_one_has
     recipe |= {"recovery": {"max_steps": 6, "warmup_steps": 0.25, "distillation": 0.5}}
     recipe["training"] |= {"warmup_steps": 3, "eval_steps": 2, "eval_strategy": "steps", "load_best_model_at_end": True}
     contest = checked(recipe)
-    single, shared = (recipe_of(contest, Cell(task, 0.8, 7)) for task in ("real", None))
+    single, shared = (contest.recipe_of(ModelCell(task, 0.8, 7)) for task in ("real", None))
     assert [list(r.tasks) for r in (single, shared)] == [["real"], ["two", "real"]]
     assert single.helpers == shared.helpers == () and single.teachers == {} and shared.teachers == {"two": "x"}
     assert single.seed == shared.seed == single.pruning.seed == 7
     assert (single.pruning.decision, single.pruning.quorum) == ("unanimous", 1)
     assert (shared.pruning.decision, shared.pruning.quorum) == ("quorum", 2)
     for times, one in ((1, single), (2, shared)):
-        pruning, dense, sparse = one.pruning, *(one.arguments(phase, "x") for phase in ("dense", "sparse"))
+        pruning, dense, sparse = one.pruning, one.dense, one.sparse
         assert (pruning.sparsity, pruning.start_step, pruning.end_step, pruning.update_every) == (
             0.8,
             0,
@@ -115,26 +114,29 @@ def test_a_single_task_model_is_the_recipe_with_that_task_and_the_shared_one_has
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--budgets=0.19"], "--budgets: expected at least 0.2, for that is what 2 encoders at the highest of"),
+        (
+            ["--budgets=0.19"],
+            "--budgets: expected at least 0.2, which 2 encoders keep at the highest of the --sparsities",
+        ),
         (["--budgets=0"], "--budgets: expected numbers in (0, 1], fractions of one encoder"),
         (["--budgets=1.5"], "--budgets: expected numbers in (0, 1], fractions of one encoder"),
         (["--budgets=x"], "--budgets: expected values with commas"),
         (["--sparsities=1"], "--sparsities: expected numbers in (0, 1)"),
-        (["--sparsities=0.4"], "--budgets: expected at least 1.2, for that is what 2 encoders"),
-        (["--sparsities=0.4,0.49"], "--budgets: expected at least 1.02, for that is what 2 encoders"),
-        (["--methods=dense"], "--methods: expected nothing with --protocol equal-budget"),
-        (["--criteria=snip"], "--criteria: expected nothing with --protocol equal-budget"),
-        (["--protocol=methods", "--budgets=0.5"], "--budgets: expected nothing without --protocol equal-budget"),
-        (["--set=pruning.granularity=head"], "pruning.granularity: expected weight, for that is a budget's unit"),
-        (["--set=pruning.max_drop=1"], "pruning.max_drop: expected nothing where all have the sparsity"),
+        (["--sparsities=0.4"], "--budgets: expected at least 1.2, which 2 encoders keep"),
+        (["--sparsities=0.4,0.49"], "--budgets: expected at least 1.02, which 2 encoders keep"),
+        (["--methods=dense"], "--methods: only applies to --protocol methods"),
+        (["--criteria=snip"], "--criteria: only applies to --protocol methods"),
+        (["--protocol=methods", "--budgets=0.5"], "--budgets: only applies to --protocol equal-budget"),
+        (["--set=pruning.granularity=head"], "pruning.granularity: expected weight, the unit of a budget"),
+        (["--set=pruning.max_drop=1"], "pruning.max_drop: must not be set in a comparison"),
         (["--set=training.max_steps=-1"], "training.max_steps: expected a number of steps"),
         (
             ["--set=training.metric_for_best_model=two_accuracy"],
-            "expected average or loss with --protocol equal-budget",
+            "expected average or loss at equal budget",
         ),
         (
             ["--set=helpers=[two]", "--set=pruning.quorum=1"],
-            "tasks: expected at least two with --protocol equal-budget",
+            "tasks: expected at least two for a comparison at equal budget",
         ),
         (["--set=pruning.target_modules=[nothing]"], "matches target_modules"),
         (["--set=pruning.end_step=5"], "the last pruning is at step"),
@@ -151,13 +153,13 @@ def test_what_cannot_be_raced_is_refused_before_anything_is_written(recipe, tmp_
 # The table of given results
 
 
-def given_results(values: dict[tuple, tuple]) -> dict[Cell, dict]:
+def given_results(values: dict[tuple, tuple]) -> dict[ModelCell, dict]:
     """(task, sparsity, seed) -> metrics of the tasks "a", "b" and "wnli", of the one task or of all."""
     results = {}
     for (task, sparsity, seed), numbers in values.items():
         tasks = {t: {"accuracy": v} for t, v in zip([task] if task else ["a", "b", "wnli"], numbers, strict=True)}
         rest = {"seconds": {"x": 2.0}, "backward_passes": 5, "dense_backward_passes": 7, "prunable": 1000}
-        results[Cell(task, sparsity, seed)] = {"metrics": {"tasks": tasks, "average": average(tasks)}, **rest}
+        results[ModelCell(task, sparsity, seed)] = {"metrics": {"tasks": tasks, "average": average(tasks)}, **rest}
     return results
 
 
@@ -171,7 +173,7 @@ GIVEN |= {("wnli", 0.6, 1): (99,), ("wnli", 0.9, 1): (1,), (None, 0.4, 1): (85, 
 
 def test_a_task_that_does_not_count_gets_what_nobody_else_wants():
     """WNLI is not in GLUE's average, so that its 99 are worth nothing."""
-    (ensemble, shared), curve = tabulate(contest(), given_results(GIVEN))
+    (ensemble, shared), curve = EqualBudget.tabulate(contest(), given_results(GIVEN))
     assert ensemble["sparsities"] == {"a": 0.9, "b": 0.6, "wnli": 0.9} and ensemble["kept"] == 100 + 400 + 100
     assert ensemble["mean"] == {"average": 80, "a": 70, "b": 90, "wnli": 1} and curve["wnli"] == {0.6: 99, 0.9: 1}
     assert (ensemble["backward_passes"], ensemble["seconds"]) == (36, 6) and shared["backward_passes"] == 12
@@ -180,16 +182,16 @@ def test_a_task_that_does_not_count_gets_what_nobody_else_wants():
 
 def test_a_seed_that_lacks_a_point_has_no_ensemble_and_the_choice_is_one_for_all_seeds():
     second = {(task, sparsity, 2): v for (task, sparsity, _), v in GIVEN.items()} | {("a", 0.6, 2): (150,)}
-    rows, _ = tabulate(contest((1, 2)), given_results(GIVEN | second))
+    rows, _ = EqualBudget.tabulate(contest((1, 2)), given_results(GIVEN | second))
     assert rows[0]["sparsities"]["a"] == 0.6 and rows[0]["seeds"] == [1, 2] and rows[0]["mean"]["a"] == 115
     assert rows[0]["spread"]["a"] == pytest.approx(70 / math.sqrt(2))
     torn = given_results({k: v for k, v in (GIVEN | second).items() if k != ("b", 0.9, 2)})
-    rows, _ = tabulate(contest((1, 2)), torn)
+    rows, _ = EqualBudget.tabulate(contest((1, 2)), torn)
     assert [row["seeds"] for row in rows] == [[1], [1, 2]] and rows[1]["against_ensemble"] == 5
     nowhere = given_results({k: v for k, v in GIVEN.items() if k[:2] != ("a", 0.9)})
-    (ensemble,), curve = tabulate(contest(budgets=(0.8,)), nowhere)
+    (ensemble,), curve = EqualBudget.tabulate(contest(budgets=(0.8,)), nowhere)
     assert list(curve["a"]) == [0.6] and ensemble["sparsities"]["a"] == 0.6
-    (shared,), _ = tabulate(contest(), given_results({k: v for k, v in GIVEN.items() if k[0] != "b"}))
+    (shared,), _ = EqualBudget.tabulate(contest(), given_results({k: v for k, v in GIVEN.items() if k[0] != "b"}))
     assert shared["model"] == "shared" and shared["against_ensemble"] is None
     report = {"rows": [], "cells": [], "failed": {"x": "why"}}
-    assert markdown(report, race.table, race.caption) == "Failed: x: why\n"
+    assert markdown(report, EqualBudget) == "Failed: x: why\n"

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hf_disparse.compare.equal_budget import Cell, exact
+from hf_disparse.compare.equal_budget import ModelCell, exact
 from hf_disparse.methods import saliency
 from hf_disparse.recipes.recipe import parse_recipe
 from hf_disparse.runs import train as run
@@ -33,8 +33,8 @@ def raced(recipe: dict, *words: str) -> SimpleNamespace:
     return counted(recipe, *words, below="equal-budget", report=REPORTS[0])
 
 
-def figures(report: dict) -> dict[Cell, dict]:
-    return {Cell(c["task"], c["sparsity"], c["seed"]): c["metrics"] for c in report["cells"]}
+def figures(report: dict) -> dict[ModelCell, dict]:
+    return {ModelCell(c["task"], c["sparsity"], c["seed"]): c["metrics"] for c in report["cells"]}
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +53,16 @@ def test_both_sides_have_the_same_number_of_backward_passes_and_the_report_state
     scoring = 2 * 2  # updates, and batches per task
     for task, sparsity, seed in CELLS:
         steps = shared + 2 * scoring if task is None else singles + scoring
-        wanted[f"cells/{Cell(task, sparsity, seed).name}"] = steps
+        wanted[f"cells/{ModelCell(task, sparsity, seed).name}"] = steps
     assert finished.passes == wanted
     total = 2 * (4 + 4 + scoring)
     assert {row["backward_passes"] for row in finished.report["rows"]} == {total}
     assert f"{total} backward passes per ensemble and {total} per shared model" in " ".join(finished.out.split())
 
 
-@pytest.mark.parametrize("cell", [Cell("real", 0.8, 2), Cell("two", 0.6, 1), Cell(None, 0.7, 2)], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "cell", [ModelCell("real", 0.8, 2), ModelCell("two", 0.6, 1), ModelCell(None, 0.7, 2)], ids=lambda c: c.name
+)
 def test_a_cell_is_what_train_makes_of_its_recipe(finished, recipe, cell):
     times = 1 if cell.task else 2
     recipe["seed"] = cell.seed
@@ -118,7 +120,7 @@ def test_the_rows_are_those_of_the_cells_and_of_the_best_choice(finished):
         ]
         assert ensemble["mean"]["average"] == pytest.approx(sum(by_seed) / 2)
         assert ensemble["spread"]["average"] == pytest.approx(abs(by_seed[0] - by_seed[1]) / math.sqrt(2))
-        averages = [metrics[Cell(None, float(1 - exact(budget)), seed)]["average"] for seed in (1, 2)]
+        averages = [metrics[ModelCell(None, float(1 - exact(budget)), seed)]["average"] for seed in (1, 2)]
         assert shared["mean"]["average"] == pytest.approx(sum(averages) / 2)
         assert shared["against_ensemble"] == pytest.approx(
             sum(a - b for a, b in zip(averages, by_seed, strict=True)) / 2
@@ -155,7 +157,7 @@ def test_terminal_and_markdown_show_the_rows(finished, monkeypatch):
 
 def test_one_dense_model_per_model_and_seed_and_nothing_but_results_is_left(finished):
     dense = {f"dense-{who}-seed{seed}" for who in ("task-two", "task-real", "shared") for seed in (1, 2)}
-    cells = {f"cells/{Cell(*cell).name}" for cell in CELLS}
+    cells = {f"cells/{ModelCell(*cell).name}" for cell in CELLS}
     assert finished.trainings == dict.fromkeys(dense | cells, 1)
     folder = finished.folder / "equal-budget"
     assert {p.name for p in finished.folder.iterdir()} == {
@@ -223,7 +225,7 @@ def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(recipe, finished
     with monkeypatch.context() as patch:
         patch.setattr(saliency, "decide_by", failing)
         done = raced(recipe, *FEW)
-    name = Cell("two", 0.8, 2).name
+    name = ModelCell("two", 0.8, 2).name
     assert done.status == 1 and f"failed: {name}: no luck today" in done.err.splitlines()
     assert done.report["failed"] == {name: "no luck today"}
     assert f"{name}: no luck today" in (done.folder / REPORTS[1]).read_text()

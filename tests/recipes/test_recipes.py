@@ -1,6 +1,7 @@
 """Recipes: what they read, what they refuse, and that nothing but a clear UserError comes out of a bad one."""
 
 import copy
+import dataclasses
 import platform
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_disparse.config import UserError
+from hf_disparse.recipes.keys import training_fields
 from hf_disparse.recipes.recipe import parse_recipe, public, read_recipe
 from hf_disparse.recipes.yaml_text import dump_yaml, parse_yaml
-from hf_disparse.trainer.arguments import cpu_has_bfloat16
+from hf_disparse.trainer.arguments import DisparseTrainingArguments, cpu_has_bfloat16
 from tests.helpers.commands import VALID
 from tests.helpers.commands import changed as replaced
 
@@ -85,10 +87,10 @@ def test_the_seed_of_the_recipe_is_that_of_pruning_unless_it_has_its_own():
 
 def test_recovery_differs_from_training_in_the_sparse_phase_only():
     recipe = parse_recipe(VALID)
-    dense, sparse = recipe.arguments("dense", "d"), recipe.arguments("sparse", "s")
+    dense, sparse = recipe.dense, recipe.sparse
     assert (dense.learning_rate, sparse.learning_rate) == (2e-5, 1e-5)
     assert dense.max_steps == sparse.max_steps == 8
-    assert (dense.seed, dense.output_dir, sparse.output_dir) == (3, "d", "s")
+    assert dense.seed == sparse.seed == 3
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_a_helper_has_no_vote_and_no_metric():
 def test_a_home_folder_is_expanded_as_transformers_expands_it(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     recipe = parse_recipe({**VALID, "output_dir": "~/run"})
-    assert recipe.output_dir == str(tmp_path / "run") == recipe.arguments("dense", recipe.output_dir).output_dir
+    assert recipe.output_dir == str(tmp_path / "run") == recipe.dense.output_dir
 
 
 def test_anchors_and_merge_keys_are_yaml_too(write):
@@ -163,12 +165,12 @@ def test_an_override_fills_a_section_that_is_only_a_heading(write):
 @pytest.mark.parametrize(
     ("override", "names"),
     [
-        ("pruning.sparsity", ("--set pruning.sparsity", "section.key=value")),
+        ("pruning.sparsity", ("overrides: ", "section.key=value", "'pruning.sparsity'")),
         ("=3", ("section.key=value",)),
         ("pruning..sparsity=1", ("section.key=value",)),
-        ("seed=[1", ("--set seed=[1", "YAML")),
-        ("model.encoder.x=1", ("--set model.encoder", "a mapping", "some/encoder")),
-        ("optimizer.*.x=1", ("--set optimizer.*", "'*'")),
+        ("seed=[1", ("overrides: ", "YAML", "'seed='", "'[1'")),
+        ("model.encoder.x=1", ("overrides: ", "a mapping at 'model.encoder'", "some/encoder")),
+        ("optimizer.*.x=1", ("overrides: ", "'*' in 'optimizer.*'")),
         ("prunning.sparsity=1", ("prunning", "did you mean 'pruning'")),
         ("tasks.*.data=", (".data: expected", "None")),
     ],
@@ -256,7 +258,7 @@ def test_a_training_argument_that_is_refused(key, value, expected):
 
 def test_whole_numbers_and_nothing_pass_where_they_fit():
     recipe = parse_recipe(changed("training", learning_rate=1, save_total_limit=None, report_to=["none"]))
-    assert recipe.arguments("dense", "x").save_total_limit is None
+    assert recipe.dense.save_total_limit is None
 
 
 def test_what_transformers_refuses_is_one_line():
@@ -270,21 +272,21 @@ def test_what_transformers_refuses_is_one_line():
     [
         (
             {"teachers": {"two": "x"}},
-            "teachers: expected recovery.distillation or recovery.distillation_hidden above 0",
+            "teachers: they are set, but recovery.distillation and recovery.distillation_hidden are both 0",
         ),
         (
             {"training.distillation": 0.5},
-            "training.distillation: expected a teacher of 'two' in the section 'teachers'",
+            "training.distillation: task 'two' has no teacher in the section 'teachers'",
         ),
         (
             {"training.distillation": 0.5, "teachers": {"two": "x"}},
-            "training.distillation: expected a teacher of 'real'",
+            "training.distillation: task 'real' has no teacher",
         ),
         (
             {"training.sampling_cap": 9},
-            "training.sampling_cap: expected nothing without task_sampling: temperature, got 9",
+            "training.sampling_cap: must not be set without task_sampling: temperature",
         ),
-        ({"recovery.sampling_temperature": 2}, "recovery.sampling_temperature: expected nothing without task_sampling"),
+        ({"recovery.sampling_temperature": 2}, "recovery.sampling_temperature: must not be set without task_sampling"),
         (
             {"tasks.two.validation_split": "test", "tasks.two.validation_fraction": 0.1},
             "tasks.two: expected validation_split or validation_fraction, got both; set one of them to null",
@@ -330,7 +332,7 @@ def test_a_cpu_without_bfloat16_computes_in_float32_and_says_so(monkeypatch, sec
     with pytest.warns(UserWarning, match=r"^training\.bf16: this CPU has no .* computing in float32$"):
         recipe = parse_recipe(values)
     for phase in ("dense", "sparse"):
-        assert not recipe.arguments(phase, "x").bf16
+        assert not getattr(recipe, phase).bf16
     assert recipe.values == values, "the run can go on where there is bfloat16"
     assert not public(recipe)["arguments"][section].get("bf16"), "a card must not say that bfloat16 was used"
 
@@ -339,7 +341,7 @@ def test_a_cpu_without_bfloat16_computes_in_float32_and_says_so(monkeypatch, sec
 def test_bfloat16_is_used_where_the_cpu_has_it(monkeypatch):
     monkeypatch.setattr("hf_disparse.recipes.arguments.cpu_has_bfloat16", lambda: True)
     recipe = parse_recipe(changed("training", bf16=True))
-    assert recipe.arguments("dense", "x").bf16 and recipe.arguments("sparse", "x").bf16
+    assert recipe.dense.bf16 and recipe.sparse.bf16
 
 
 @pytest.mark.skipif(
@@ -349,6 +351,10 @@ def test_bfloat16_is_used_where_the_cpu_has_it(monkeypatch):
 def test_whether_a_cpu_has_bfloat16_is_what_its_flags_say():
     """oneDNN, which torch asks, multiplies bfloat16 from AVX-512 on."""
     assert cpu_has_bfloat16() == ("avx512bw" in Path("/proc/cpuinfo").read_text())
+
+
+def test_the_fields_in_the_sources_are_those_of_the_class():
+    assert training_fields() == {field.name for field in dataclasses.fields(DisparseTrainingArguments) if field.init}
 
 
 # Fuzzing
