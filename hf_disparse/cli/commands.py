@@ -106,7 +106,9 @@ def train(
 @app.command(epilog="Example: hf-disparse evaluate runs/quickstart --set 'tasks.*.max_validation_rows=500'")
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder that `train` wrote.")],
-    recipe: Annotated[str | None, typer.Option(help="With the tasks and data; default: the model's own.")] = None,
+    recipe_path: Annotated[
+        str | None, typer.Option("--recipe", help="With the tasks and data; default: the model's own.")
+    ] = None,
     overrides: _Set = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -114,7 +116,7 @@ def evaluate(
     _quiet()
     from hf_disparse.runs.evaluate import evaluate as evaluated
 
-    result = evaluated(model, recipe, overrides)
+    result = evaluated(model, recipe_path, overrides)
     if as_json:
         print(json.dumps(result, indent=2))
         return
@@ -199,7 +201,9 @@ def compare(
 @app.command(name="analyze", epilog="Example: hf-disparse analyze runs/quickstart --within 2")
 def analyze_(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A folder that `train` wrote, or a model's.")],
-    recipe: Annotated[str | None, typer.Option(help="With the tasks and data; default: the folder's own.")] = None,
+    recipe_path: Annotated[
+        str | None, typer.Option("--recipe", help="With the tasks and data; default: the folder's own.")
+    ] = None,
     overrides: _Set = [],  # noqa: B006
     sparsities: Annotated[
         str, typer.Option(help="Of the cost curve, which needs a dense model; 0 alone leaves it out.")
@@ -220,7 +224,7 @@ def analyze_(
     from hf_disparse.runs import analyze
 
     curve = analyze.Curve(tuple(_list(sparsities, "--sparsities", float)), within, recover)
-    print_analysis(*analyze.analyze(model, recipe, overrides, curve=curve, output_dir=output_dir))
+    print_analysis(*analyze.analyze(model, recipe_path, overrides, curve=curve, output_dir=output_dir))
 
 
 @app.command(

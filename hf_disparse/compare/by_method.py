@@ -1,4 +1,4 @@
-"""What `hf-disparse compare` can compare: methods by name, and the recipe that each of their runs is. Layer 10."""
+"""Compares methods on one recipe, each at the same number of backward passes, and writes one table."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any, ClassVar
 
 from hf_disparse.compare.runner import run_cells
-from hf_disparse.compare.tables import _span, held_out, over_seeds, shown, write_tables
+from hf_disparse.compare.tables import held_out, over_seeds, shown, span, write_tables
 from hf_disparse.config import CRITERIA, PruningConfig, UserError, closest, require
 from hf_disparse.distributed.processes import on_main
 from hf_disparse.files import read_json, writing
@@ -272,7 +272,7 @@ class ByMethod:
     @staticmethod
     def caption(report: dict[str, Any]) -> str:
         """Returns the sentences below the table."""
-        budget = _span([row["backward_passes"] for row in report["rows"]])
+        budget = span([row["backward_passes"] for row in report["rows"]])
         precisions = sorted({cell.get("precision") for cell in report["cells"]} - {None})  # None: of an earlier version
         computed = f" Computed in {' and '.join(precisions)}." if precisions else ""
         return (

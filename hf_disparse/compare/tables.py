@@ -47,10 +47,10 @@ def held_out(report: dict[str, Any]) -> str:
     for cell in report["cells"]:
         for task, size in cell["examples"]["validation"].items():
             sizes.setdefault(task, []).append(size)
-    return ", ".join(f"{task} {_span(found)}" for task, found in sizes.items())
+    return ", ".join(f"{task} {span(found)}" for task, found in sizes.items())
 
 
-def _span(numbers: Sequence[int]) -> str:
+def span(numbers: Sequence[int]) -> str:
     """Returns '3' if all numbers are equal, otherwise 'min to max'."""
     least, most = min(numbers), max(numbers)
     return f"{least:,}" if least == most else f"{least:,} to {most:,}"

@@ -1,6 +1,6 @@
-"""FSDP2: every process has a part of each weight, of its scores and of its mask. Layer 4; knows torch only.
+"""Decisions under FSDP2, where every process holds a part of each weight, of its scores and of its mask.
 
-A method decides on the main process alone, on whole scores in main memory, one task's at a time; the others hand in their parts.
+The method decides on the main process alone, on whole scores in main memory, one task at a time; the others send their parts.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,24 +17,24 @@ Stream = Iterable[tuple[str, Mapping[str, Tensor]]]
 
 
 def is_sharded(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether these are in parts."""
+    """Whether the tensors are sharded."""
     return any(isinstance(tensor, DTensor) for tensor in tensors.values())
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part that this process has, which shares memory with `tensor`; all of a whole one."""
+    """Returns this process's part of a sharded tensor, which shares its memory; any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def reshard(model: nn.Module) -> None:
-    """Has the weights in parts: an evaluation leaves some of them whole, which are other objects."""
+    """Shards the weights again: an evaluation leaves some of them whole, as other objects."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole tensors, one after another into the main process's main memory; nothing on the others. Called by all."""
+    """Gathers whole tensors into the main process's main memory, one after another; called by all, and {} on the others."""
     whole = {}
     for name, tensor in tensors.items():
         full = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
@@ -44,13 +44,13 @@ def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def place(mask: Tensor | None, like: Tensor) -> Tensor:
-    """A mask where its weight is, in parts if that is. Called by all; of a sharded weight the main process's mask counts."""
+    """Moves a mask to its weight, sharded if that is. Called by all; for a sharded weight, the main process's mask is used."""
     if not isinstance(like, DTensor):
         return mask.to(like.device)
     if isinstance(mask, DTensor):
         return mask
     whole = torch.empty(like.shape, dtype=torch.bool) if mask is None else mask
-    whole = whole.to(like.device, torch.uint8)  # which all backends send
+    whole = whole.to(like.device, torch.uint8)  # all backends can send it
     return distribute_tensor(whole, like.device_mesh, like.placements).bool()
 
 
@@ -60,35 +60,35 @@ def decide_on_main(
     masks: Mapping[str, Tensor],
     like: Mapping[str, Tensor],
 ) -> dict[str, Tensor] | None:
-    """What `update(whole masks, score)` decides on the main process, sent to all; None if it leaves the masks.
+    """Sends what `update(whole masks, score)` decides on the main process to all; None if it keeps the masks.
 
     Args:
-        update: called on the main process only; `score(*arguments)` gives it whole scores.
-        stream: (*arguments) -> (task, scores in parts), made by all processes.
-        masks: those in force, in parts.
+        update: called on the main process only; `score(*arguments)` yields (task, whole scores) to it.
+        stream: (*arguments) -> iterator of (task, sharded scores), run by all processes.
+        masks: the sharded masks in force.
         like: the weights, by the names of the masks.
     """
     whole = gather(masks)
     if is_main():
 
         def score(*arguments) -> Iterator[tuple[str, dict[str, Tensor]]]:
-            _told(arguments)
+            _broadcast(arguments)
             for task, scores in stream(*arguments):
                 yield task, gather(scores)
 
         decided = update(whole, score)
-        _told(None if decided is None else True)
+        _broadcast(None if decided is None else True)
         if decided is None:
             return None
         return {name: place(decided[name], weight) for name, weight in like.items()}
-    while isinstance(arguments := _told(None), tuple):
+    while isinstance(arguments := _broadcast(None), tuple):
         for _, scores in stream(*arguments):
             gather(scores)
     return None if arguments is None else {name: place(None, weight) for name, weight in like.items()}
 
 
-def _told(what: Any) -> Any:
-    """What the main process says."""
+def _broadcast(what: Any) -> Any:
+    """Returns what the main process passes to it, on all processes."""
     said = [what]
     distributed.broadcast_object_list(said)
     return said[0]

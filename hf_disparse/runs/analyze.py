@@ -1,4 +1,4 @@
-"""`hf-disparse analyze`: the measures of `hf_disparse.analysis` on a model or the stages of a run, with its recipe's data. Layer 10."""
+"""Measures a model, or the stages of a run, on the data of its recipe, with `hf_disparse.analysis`."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -33,12 +33,18 @@ from hf_disparse.tasks import average
 from hf_disparse.trainer import DisparseTrainer
 
 ANALYSIS_NAME, VERSION = "analysis.json", 1
-CURVE_ROWS = 1000  # validation examples per task and point, drawn once
+CURVE_ROWS = 1000  # validation examples per task, drawn once for all points
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What cost curve to measure: `sparsities` (none above 0: no curve), and `within` and `recover` (steps) as the command has them."""
+    """The cost curve to measure.
+
+    Args:
+        sparsities: the points; there is no curve if none is above 0.
+        within: ends the curve where a task loses more than this many points.
+        recover: trains each point for this many steps as well.
+    """
 
     sparsities: tuple[float, ...] = ()
     within: float | None = None
@@ -46,15 +52,15 @@ class Curve:
 
     def __post_init__(self):
         for sparsity in self.sparsities:
-            require(0 <= sparsity < 1, "--sparsities", "numbers in [0, 1)", sparsity)
-        good = self.within is None or (is_number(self.within) and self.within >= 0)
-        require(good, "--within", "points of at least 0", self.within)
-        require(is_count(self.recover, 0), "--recover", "a number of steps", self.recover)
+            require(0 <= sparsity < 1, "sparsities", "numbers in [0, 1)", sparsity)
+        if self.within is not None and not (is_number(self.within) and self.within >= 0):
+            raise UserError(f"within: expected points of at least 0, got {self.within!r}")
+        require(is_count(self.recover, 0), "recover", "a number of steps", self.recover)
 
 
 @dataclass(frozen=True)
 class _Setup:
-    """What all stages share."""
+    """What all stages of an analysis share."""
 
     recipe: Recipe
     tokenizer: PreTrainedTokenizerBase
@@ -74,20 +80,19 @@ def analyze(
     draws: int = DRAWS,
     output_dir: str | None = None,
 ) -> tuple[dict[str, Any], str]:
-    """Measures a model, or what a run's folder has of its stages, and writes analysis.json, the report and its figures.
+    """Measures a model, or the stages of a run that its folder holds, and writes analysis.json, the report and its figures.
 
     Returns:
-        What analysis.json holds, and the folder that it is in.
+        The content of analysis.json, and the folder that it is in.
 
     Raises:
-        UserError: there is no such folder, recipe or data, there are several processes, or scoring met a loss that is not
-            finite.
+        UserError: the folder, the recipe or its data is missing, there are several processes, or a loss is not finite.
     """
     require(launched() == 1, "analyze", "one process, without torchrun", launched())
     source, recipe = open_run(model_name, recipe_path, overrides)
     folder = output_dir or source
     if not output_dir and not Path(source).is_dir():
-        raise UserError(f"{model_name}: expected a folder to write to, got a Hub id; name one by --output_dir")
+        raise UserError(f"{model_name}: expected a folder to write to, got a Hub id; give an `output_dir`")
     recipe = _plain(recipe)
     loads = _stages(Path(source), recipe)
     tokenizer, data, _ = prepare(recipe, source if Path(source, "tokenizer_config.json").is_file() else None)
@@ -101,7 +106,7 @@ def analyze(
         stages.append({"name": name, **measures})
         costs = costs if found is None else (load, found)
     if wanted and costs is None:
-        say("no cost curve: it starts from a dense model, and there is none here")
+        say("no cost curve: it starts from a dense model, which is missing here")
     result = {
         "version": VERSION,
         "model": Path(source).resolve().name if Path(source).is_dir() else model_name,
@@ -119,16 +124,15 @@ def analyze(
 
 
 def after_training(recipe: Recipe) -> dict[str, Any] | None:
-    """A short analysis of a finished run: few batches and draws, no curve; None if the folder has one already.
+    """Analyzes a finished run with few batches and draws, and no curve; returns None if there is an analysis already.
 
-    Where there are several processes it is left out. What goes wrong here does not undo the training: it is said, and nothing
-    is written.
+    With several processes it is skipped. An error is printed rather than raised, as the training itself succeeded.
     """
     folder = Path(recipe.output_dir)
     if (folder / ANALYSIS_NAME).is_file():
         return None
     if launched() > 1:
-        say(f"no analysis, which one process makes afterwards: hf-disparse analyze {folder}")
+        say(f"no analysis with several processes; afterwards, run: hf-disparse analyze {folder}")
         return None
     batches = min(4, recipe.pruning.score_batches)
     try:
@@ -139,22 +143,22 @@ def after_training(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def write(analysis: Mapping[str, Any], folder: str | Path) -> None:
-    """Writes analysis.json, and the report if the libraries for it are there."""
+    """Writes analysis.json, and the report if its libraries are installed."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_whole(Path(folder, ANALYSIS_NAME), json.dumps(analysis, indent=1, allow_nan=False) + "\n")
     try:
         write_report(analysis, Path(folder))
-    except UserError as error:  # a library that draws is not installed
+    except UserError as error:  # a library for plots is not installed
         say(f"no {error}")
 
 
 def _plain(recipe: Recipe) -> Recipe:
-    """The recipe's weights, batches and seed, scored weight by weight whatever its method prunes by; no teacher, no reporting."""
+    """Returns the recipe with its weights, batches and seed, but scoring single weights, without teachers or reporting."""
     own = recipe.pruning
     pruning = PruningConfig(
         sparsity=own.sparsity or 0.5,
         criterion=own.criterion if own.criterion in TASK_CRITERIA else "disparse",
-        decision="sum" if own.decision == "joint" else own.decision,  # joint scores are of no task
+        decision="sum" if own.decision == "joint" else own.decision,  # joint scores do not belong to a task
         quorum=own.quorum,
         score_batches=own.score_batches,
         target_modules=own.target_modules,
@@ -166,7 +170,7 @@ def _plain(recipe: Recipe) -> Recipe:
 
 
 def _stages(source: Path, recipe: Recipe) -> dict[str, Callable[[], MultitaskModel]]:
-    """Name of a stage -> what loads its model, in their order; a model that is not in a run's folder has no name yet."""
+    """Returns stage -> what loads its model, in order; a model outside a run's folder gets its name once it is loaded."""
     if not (source / RECIPE_NAME).is_file():
         return {"": lambda: load_model(source, "MODEL")}
     stages = {"before training": lambda: new_model(recipe)}
@@ -183,7 +187,7 @@ def _stage_of(model: MultitaskModel, recipe: Recipe) -> str:
 
 
 def _weights(model: MultitaskModel, recipe: Recipe) -> dict[str, Tensor]:
-    """The prunable weights that tasks share."""
+    """Returns the prunable weights that tasks share."""
     found = prunable_parameters(model, recipe.pruning)
     return {name: weight for name, weight in found.items() if not name.startswith(f"encoder.{PRIVATE}.")}
 
@@ -191,11 +195,11 @@ def _weights(model: MultitaskModel, recipe: Recipe) -> dict[str, Tensor]:
 def _examine(
     setup: _Setup, model: MultitaskModel, draws: int, ranked: bool
 ) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
-    """The measures of one stage; if it is to be `ranked`, also what keeping each weight costs, from the same scores."""
+    """Returns the measures of one stage; if `ranked`, also the cost at which each weight is pruned, from the same scores."""
     config = setup.recipe.pruning
     try:
         sites = find_sites(model.encoder, "encoder.")
-    except UserError:  # an encoder whose layers are not known has no heads and neurons to show
+    except UserError:  # the layers of this encoder are unknown, so no heads or neurons are shown
         sites = {}
     with TemporaryDirectory() as folder:
         trainer = setup.trainer(model, folder)
@@ -218,13 +222,13 @@ def _examine(
                 pass
         except UserError:
             raise
-        except ValueError as error:  # of scoring: a loss or scores that are not finite
+        except ValueError as error:  # from scoring: a loss or scores that are not finite
             raise UserError(f"analysis: {error}") from error
     return exam.measures(draws), costs
 
 
 def _costs(config: PruningConfig, task_scores) -> dict[str, Tensor]:
-    """Parameter name -> what keeping each weight costs by `config.decision`, whatever the sparsity."""
+    """Returns parameter name -> the value by which `config.decision` ranks each weight, at any sparsity."""
     held = []
 
     def cut(cost: Tensor) -> Tensor:
@@ -237,7 +241,7 @@ def _costs(config: PruningConfig, task_scores) -> dict[str, Tensor]:
 
 
 def _measure_curve(setup: _Setup, load: Callable, costs: Mapping[str, Tensor], curve: Curve) -> dict[str, Any]:
-    """Prunes the dense model further and further by one set of scores, and evaluates it, as it is and trained on."""
+    """Prunes the dense model further and further by one set of scores; evaluates each point, and again after recovery."""
     rows = {task: _some(rows, setup.recipe.pruning.seed) for task, rows in setup.data["validation"].items()}
     with TemporaryDirectory() as folder:
         model = load()
@@ -248,14 +252,14 @@ def _measure_curve(setup: _Setup, load: Callable, costs: Mapping[str, Tensor], c
             masks = {name: keep.to(model.device) for name, keep in masks_at(costs, sparsity).items()}
             if recovered:
                 return _evaluate(_recovered(setup, load(), masks, curve.recover, folder), rows)
-            apply_masks(model, masks)  # in place: they are nested, so that pruning one model further is pruning it anew
+            apply_masks(model, masks)  # in place: the masks are nested, so one model can be pruned further and further
             return _evaluate(trainer, rows)
 
         return cost_curve(measure, curve.sparsities, recover=curve.recover > 0, within=curve.within)
 
 
 def _recovered(setup: _Setup, model: MultitaskModel, masks, steps: int, folder: str) -> DisparseTrainer:
-    """The trainer of a model that was pruned and then trained for so many steps, as the recipe recovers."""
+    """Returns the trainer of a pruned model after so many steps of the recipe's recovery."""
     recipe, never = setup.recipe, {f"{what}_strategy": "no" for what in ("save", "eval", "logging")}
     arguments = replace(recipe.sparse, output_dir=folder, max_steps=steps, load_best_model_at_end=False, **never)
     judge_as(recipe, model)
@@ -271,13 +275,13 @@ def _recovered(setup: _Setup, model: MultitaskModel, masks, steps: int, folder: 
 
 
 def _evaluate(trainer: DisparseTrainer, rows: Mapping[str, Any]) -> dict[str, float]:
-    """Task -> the mean of its metrics, 0 to 100."""
+    """Returns task -> the mean of its metrics, 0 to 100."""
     values = trainer.evaluate_tasks(rows)[1]
     return {task: 100 * average({task: metrics}) for task, metrics in values.items()}
 
 
 def _some(rows, seed: int):
-    """At most CURVE_ROWS of them, drawn by the seed, in the order they have."""
+    """Returns at most CURVE_ROWS rows, drawn by the seed, in their order."""
     if len(rows) <= CURVE_ROWS:
         return rows
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:CURVE_ROWS]

@@ -1,4 +1,4 @@
-"""Evaluating a model on the data of a recipe."""
+"""Evaluates a model on the validation data of a recipe."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from hf_disparse.trainer import DisparseTrainer
 
 
 def evaluate(model_name: str, recipe_path: str | None = None, overrides=()) -> dict[str, Any]:
-    """Evaluates a model that `train` wrote on the validation data of its recipe, or of another one.
+    """Evaluates a model that `train` wrote on the validation data of its recipe, or of another recipe.
 
     Returns:
         {"tasks": {name: {metric: value}}, "average": x, "sparsity": {denominator: fraction}}, metrics in 0 to 100.
@@ -30,41 +30,41 @@ def evaluate(model_name: str, recipe_path: str | None = None, overrides=()) -> d
     model = load_pretrained(model_name, MultitaskModel, source)
     judge_as(recipe, model)
     tokenizer, data, _ = prepare(recipe, source, splits=("validation",))
-    with TemporaryDirectory() as folder:  # a Trainer makes its output folder, and evaluation leaves nothing behind
+    with TemporaryDirectory() as folder:  # a Trainer creates its output folder, and evaluation leaves none behind
         trainer = new_trainer(recipe, "sparse", folder, model, tokenizer, data)
         trainer.remove_callback(PrinterCallback)  # the caller prints the metrics
-        metrics = _values(trainer, data)
+        metrics = metrics_on(trainer, data)
     prunable = prunable_parameters(model, recipe.pruning)
     return {**metrics, "sparsity": sparsity_report(model, model.encoder, prunable)}
 
 
 def open_run(model_name: str, recipe_path: str | None, overrides=()) -> tuple[str, Recipe]:
-    """A model's folder or Hub id, resolved, and the recipe it comes with, or another one."""
+    """Returns a model's folder or Hub id, resolved, and the recipe in it, or that of `recipe_path`."""
     source = resolve(model_name)
     path = recipe_path or Path(source, RECIPE_NAME)
     if not recipe_path and not path.is_file():
         got = "a folder without it" if Path(source).is_dir() else "no folder"
         raise UserError(
-            f"{model_name}: expected the folder of a run, which holds {RECIPE_NAME}, got {got}; name a recipe by --recipe"
+            f"{model_name}: expected the folder of a run, which holds {RECIPE_NAME}, got {got}; give a `recipe_path`"
         )
     return source, read_recipe(path, overrides)
 
 
 def judge_as(recipe: Recipe, model: MultitaskModel) -> None:
-    """Gives the model's tasks the recipe's columns and metrics; refuses tasks that its heads were not made for."""
+    """Gives the model's tasks the recipe's columns and metrics; raises UserError if its heads do not fit the tasks."""
     tasks = model.tasks
     for name, (task, _) in recipe.voters.items():
         if name not in tasks:
             raise UserError(f"tasks.{name}: the model has no such task; it has {', '.join(tasks)}")
         for key in ("problem_type", "labels"):
             expected, got = getattr(tasks[name], key), getattr(task, key)
-            require(got == expected, f"tasks.{name}.{key}", f"{expected!r}, as the model was trained", got)
+            require(got == expected, f"tasks.{name}.{key}", f"{expected!r}, as in the model's training", got)
         tasks[name] = task
     model.config.tasks = [task.to_dict() for task in tasks.values()]
 
 
-def _values(trainer: DisparseTrainer, data: Splits) -> dict[str, Any]:
-    """{"tasks": {name: {metric: value}}, "average": x} on the validation data, in GLUE's 0 to 100."""
+def metrics_on(trainer: DisparseTrainer, data: Splits) -> dict[str, Any]:
+    """Returns {"tasks": {name: {metric: value}}, "average": x} on the validation data, 0 to 100."""
     metrics = trainer.evaluate(data["validation"])
     tasks = {
         name: {metric: 100 * metrics[f"eval_{name}_{metric}"] for metric in trainer.model.tasks[name].metric}

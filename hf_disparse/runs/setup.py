@@ -1,4 +1,4 @@
-"""What a run starts from: data, model, trainer."""
+"""Builds what a run starts from: tokenizer, data, model and trainer."""
 
 import platform
 from collections.abc import Iterator
@@ -29,11 +29,11 @@ def prepare(
     """Loads and tokenizes all tasks.
 
     Returns:
-        The tokenizer, {split: {task: rows}} for `splits`, and {task: examples left out for want of a label}. A recipe
-        that chooses its best model has half of the validation data in a split `selection`, for that and nothing else.
+        The tokenizer, {split: {task: rows}} for `splits`, and {task: number of examples without a label, left out}. If the
+        recipe chooses its best model, half of the validation data is in a split `selection`, used for that alone.
     """
     where = "tokenizer" if tokenizer_name else "model.encoder"
-    # Words that come one by one are those of a text to a byte-level tokenizer only with this, which others ignore.
+    # A byte-level tokenizer needs this to read separate words as those of a text; others ignore it.
     words = any(task.problem_type == "token_classification" for task, _ in recipe.tasks.values())
     options = {"add_prefix_space": True} if words else {}
     tokenizer = load_pretrained(where, AutoTokenizer, tokenizer_name or resolve(recipe.model.encoder), **options)
@@ -61,23 +61,23 @@ def prepare(
 
 
 def _by_length(rows: Dataset) -> Dataset:
-    """The rows from short to long, for evaluation pads a batch to its longest text."""
+    """Sorts the rows from short to long, as evaluation pads each batch to its longest text."""
     lengths = [len(ids) for ids in rows["input_ids"]]
     return rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
 
 
 def sizes(data: Splits) -> dict[str, dict[str, int]]:
-    """Split -> task -> number of examples."""
+    """Returns split -> task -> number of examples."""
     return {split: {name: len(rows) for name, rows in tasks.items()} for split, tasks in data.items()}
 
 
 def new_trainer(recipe: Recipe, phase: str, folder, model, tokenizer, data: Splits, teachers=None) -> DisparseTrainer:
-    """The trainer of a phase, its checkpoints in `folder`."""
+    """Returns the trainer of a phase, with its checkpoints in `folder`."""
     arguments = replace(getattr(recipe, phase), output_dir=str(folder))
     train = data.get("train")
     if train and phase == "sparse":
         train = {name: train[name] for name in recipe.voters}
-    with _judged_by_trainer(phase, ImportError, RuntimeError, ValueError):
+    with refused_by_trainer(phase, ImportError, RuntimeError, ValueError):
         return DisparseTrainer(
             model,
             arguments,
@@ -90,8 +90,8 @@ def new_trainer(recipe: Recipe, phase: str, folder, model, tokenizer, data: Spli
 
 
 @contextmanager
-def _judged_by_trainer(phase: str, *errors: type[Exception]) -> Iterator[None]:
-    """Makes one line of what transformers raises where arguments ask for what is not installed, not here or not possible."""
+def refused_by_trainer(phase: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turns errors of transformers about arguments that need something missing or impossible into a UserError of one line."""
     try:
         yield
     except UserError:
@@ -102,9 +102,9 @@ def _judged_by_trainer(phase: str, *errors: type[Exception]) -> Iterator[None]:
 
 
 def new_model(recipe: Recipe) -> MultitaskModel:
-    """The recipe's pretrained encoder with fresh heads, the same for the same seed.
+    """Returns the recipe's pretrained encoder with new heads, initialized by the seed.
 
-    In float32 however it is stored: in half precision most of what a step adds to a weight is rounded away.
+    It is in float32 however it is stored: in half precision, rounding would lose most of each step's update.
     """
     set_seed(recipe.seed)
     tasks, encoder = [task for task, _ in recipe.tasks.values()], resolve(recipe.model.encoder)
@@ -112,7 +112,7 @@ def new_model(recipe: Recipe) -> MultitaskModel:
 
 
 def environment() -> dict[str, Any]:
-    """The versions and the machine behind a result."""
+    """Returns the versions and the machine behind a result."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "hf_disparse": __version__,

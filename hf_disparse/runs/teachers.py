@@ -1,4 +1,4 @@
-"""Whom a phase of a recipe's run learns from. Layer 10."""
+"""Loads and tries the teachers that a phase of a run distils from."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ from hf_disparse.trainer import DisparseTrainer
 def teachers_of(
     recipe: Recipe, phase: str, tokenizer: PreTrainedTokenizerBase, dense: Callable[[], MultitaskModel] | None
 ) -> dict[str, MultitaskModel] | None:
-    """Task -> who teaches it, if there is something to learn: the recipe's teacher, or else what `dense` loads."""
+    """Returns task -> its teacher, the recipe's or else the model that `dense` loads; None if the phase does not distil."""
     if not getattr(recipe, phase).distils:
         return None
     models, teachers = {}, {}
@@ -27,14 +27,14 @@ def teachers_of(
             models[source] = load_pretrained(where, MultitaskModel, source)
             theirs = load_pretrained(where, AutoTokenizer, source)
             if theirs.get_vocab() != tokenizer.get_vocab():
-                raise UserError(f"{where}: expected a teacher with the encoder's vocabulary, got another one in {name}")
+                raise UserError(f"{where}: the teacher {name} does not have the encoder's vocabulary")
         teachers[task] = models[source]
     others = [task for task in recipe.tasks if task not in teachers]
     return {**(dict.fromkeys(others, dense()) if others and dense else {}), **teachers}
 
 
 def try_teachers(trainer: DisparseTrainer) -> None:
-    """Asks each teacher once, so that one which does not fit the model is refused before the dense phase, not after it."""
+    """Runs each teacher once, so that one that does not fit the model is refused before the dense phase, not after it."""
     for task, rows in trainer.train_dataset.items() if trainer.args.distils else ():
         longest = max(range(len(rows)), key=[len(ids) for ids in rows["input_ids"]].__getitem__)
         batch = trainer._prepare_inputs(trainer.data_collator([{**rows[longest], "task": task}]))
@@ -43,5 +43,5 @@ def try_teachers(trainer: DisparseTrainer) -> None:
                 trainer.compute_loss(trainer.model.train(), batch)
         except (IndexError, RuntimeError) as error:
             raise UserError(
-                f"teachers.{task}: expected a teacher that reads what the model reads, got one where {one_line(error)}"
+                f"teachers.{task}: the teacher cannot read the model's inputs: {one_line(error)}"
             ) from error

@@ -31,9 +31,9 @@ from hf_disparse.model.sparsity import dense_size, sparsity_report
 from hf_disparse.pruning.stored_scores import SCORES_FOLDER
 from hf_disparse.recipes.recipe import Recipe, public
 from hf_disparse.runs.dense import expect_dense, take_dense
-from hf_disparse.runs.evaluate import _values
+from hf_disparse.runs.evaluate import metrics_on
 from hf_disparse.runs.folder import PHASE_NAME, alone_in, check_data, claim, find_json, note_data, refuse_others
-from hf_disparse.runs.setup import Splits, _judged_by_trainer, environment, new_model, new_trainer, prepare, sizes
+from hf_disparse.runs.setup import Splits, environment, new_model, new_trainer, prepare, refused_by_trainer, sizes
 from hf_disparse.runs.teachers import teachers_of, try_teachers
 from hf_disparse.trainer import DisparseTrainer, last_whole_checkpoint
 
@@ -140,7 +140,7 @@ def train_phase(
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds, trained = {f"{phase}_training": trainer.seconds}, time.perf_counter()
     say(f"evaluation of the {phase} model on {', '.join(data['validation'])}")
-    metrics = _values(trainer, data)
+    metrics = metrics_on(trainer, data)
     seconds[f"{phase}_evaluation"] = time.perf_counter() - trained
     for name in recipe.helpers if phase == "dense" else ():
         model.remove_task(name)
@@ -186,7 +186,7 @@ def rehearse(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Splits) -
             steps = _steps(trainer)
             trainer.pruner.check(model, trainer.args, steps)
             try_teachers(trainer)
-            with _judged_by_trainer(phase, ArithmeticError, ImportError, RuntimeError, TypeError, ValueError):
+            with refused_by_trainer(phase, ArithmeticError, ImportError, RuntimeError, TypeError, ValueError):
                 trainer.create_optimizer_and_scheduler(steps)
     return model
 
