@@ -13,7 +13,7 @@ KINDS = {  # how messages name the types of YAML values
     str: "a text",
     list: "a list",
     dict: "a mapping",
-    types.NoneType: "nothing",
+    types.NoneType: "null",
 }
 
 

@@ -183,7 +183,7 @@ def test_export_writes_what_loads_to_the_same_bits(finished, tmp_path):
     assert all(torch.equal(saved[name], loaded[name]) for name in saved)
     assert AutoTokenizer.from_pretrained(tmp_path / "packed")("w1 w2")["input_ids"] == [2, 5, 6, 3]
     refused("export", folder, "--output_dir", tmp_path / "packed", names=("output_dir", "new or empty"))
-    refused("export", tmp_path / "none", "--output_dir", tmp_path / "other", names=("none", "Hub id"))
+    refused("export", tmp_path / "none", "--output_dir", tmp_path / "other", names=("none", "a model on the Hub"))
 
 
 def test_dry_run_checks_everything_and_writes_nothing(recipe, tmp_path):

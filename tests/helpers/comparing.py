@@ -1,4 +1,4 @@
-"""What tests of comparisons and races share: the methods, a recipe, the command with its passes counted, and a table read back."""
+"""What tests of comparisons share: the methods, a recipe, the command with its passes counted, and a table read back."""
 
 import json
 from collections import Counter
@@ -120,7 +120,7 @@ SINGLES = [(task, s) for task in ("two", "real") for s in (0.6, 0.8, 0.9)]
 CELLS = [(*who, seed) for seed in (1, 2) for who in (*SINGLES, (None, 0.7), (None, 0.5))]
 
 
-def write_race(folder: Path) -> dict:
+def write_equal_budget(folder: Path) -> dict:
     """The tasks of a comparison; pruning asks for a quorum of 2 and goes in two steps."""
     pruning = {"sparsity": 0.9, "decision": "quorum", "quorum": 2, "score_batches": 2}
     pruning |= {"schedule": "cubic", "start_step": 0, "update_every": 1, "end_step": 2}

@@ -1,4 +1,4 @@
-"""The budget race as it is run: equal passes for both sides, a table that says so, and what stopping and failing leave."""
+"""Equal budget as it is run: equal passes for both sides, a table that says so, and what stopping and failing leave."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from hf_disparse.methods import saliency
 from hf_disparse.recipes.recipe import parse_recipe
 from hf_disparse.runs import train as run
 from tests.helpers.commands import changed, hf_disparse, snapshot, without, write_recipe
-from tests.helpers.comparing import CELLS, COMMAND, counted, parsed_table, stopping, write_race
+from tests.helpers.comparing import CELLS, COMMAND, counted, parsed_table, stopping, write_equal_budget
 
 torch.set_num_threads(1)
 
@@ -23,13 +23,13 @@ REPORTS = ("equal-budget.json", "equal-budget.md")
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> dict:
-    return write_race(tmp_path_factory.mktemp("inputs"))
+    return write_equal_budget(tmp_path_factory.mktemp("inputs"))
 
 
-# The race itself: 4 steps per task and phase, and 2 updates with 2 batches to score on
+# The runs: 4 steps per task and phase, and 2 updates with 2 batches to score on
 
 
-def raced(recipe: dict, *words: str) -> SimpleNamespace:
+def compared(recipe: dict, *words: str) -> SimpleNamespace:
     return counted(recipe, *words, below="equal-budget", report=REPORTS[0])
 
 
@@ -39,8 +39,8 @@ def figures(report: dict) -> dict[ModelCell, dict]:
 
 @pytest.fixture(scope="module")
 def finished(inputs, tmp_path_factory) -> SimpleNamespace:
-    """A race of two budgets and two seeds, which tests leave as it is."""
-    done = raced({**inputs, "output_dir": str(tmp_path_factory.mktemp("finished") / "run")}, *COMMAND)
+    """A comparison of two budgets and two seeds, which tests leave as it is."""
+    done = compared({**inputs, "output_dir": str(tmp_path_factory.mktemp("finished") / "run")}, *COMMAND)
     assert done.status == 0, done.err
     return done
 
@@ -132,7 +132,9 @@ def test_the_rows_are_those_of_the_cells_and_of_the_best_choice(finished):
 def test_terminal_and_markdown_show_the_rows(finished, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     before = snapshot(finished.folder)
-    monkeypatch.setattr("hf_disparse.compare.runner.prepare", lambda *_: pytest.fail("a finished race loads no data"))
+    monkeypatch.setattr(
+        "hf_disparse.compare.runner.prepare", lambda *_: pytest.fail("a finished comparison loads no data")
+    )
     status, out, _ = hf_disparse("compare", finished.folder.with_name("recipe.yaml"), *COMMAND)
     assert status == 0 and {n: f[0] for n, f in snapshot(finished.folder).items()} == {
         n: f[0] for n, f in before.items()
@@ -173,21 +175,21 @@ def test_one_dense_model_per_model_and_seed_and_nothing_but_results_is_left(fini
 
 @pytest.fixture
 def copied(finished, inputs, tmp_path) -> dict:
-    """A recipe whose folder is a copy of the finished race."""
+    """A recipe whose folder is a copy of the finished comparison."""
     shutil.copytree(finished.folder, tmp_path / "run-compare")
     return {**inputs, "output_dir": str(tmp_path / "run")}
 
 
 def test_another_budget_trains_shared_models_only_and_another_sparsity_the_curve(copied):
     words = ("--protocol", "equal-budget", "--seeds", "2")
-    more = raced(copied, *words, "--sparsities", "0.6,0.8,0.9", "--budgets", "0.4")
+    more = compared(copied, *words, "--sparsities", "0.6,0.8,0.9", "--budgets", "0.4")
     assert more.status == 0 and more.trainings == {"cells/shared-0.6-seed2": 1}
     assert [(row["model"], row["budget"], row["seeds"]) for row in more.report["rows"]] == [
         ("ensemble", 0.4, [2]),
         ("shared", 0.4, [2]),
     ]
     assert {row["spread"]["two"] for row in more.report["rows"]} == {None}
-    more = raced(copied, *words, "--sparsities", "0.8,0.7", "--budgets", "0.5")
+    more = compared(copied, *words, "--sparsities", "0.8,0.7", "--budgets", "0.5")
     assert more.trainings == {f"cells/task-{task}-0.7-seed2": 1 for task in ("two", "real")}
 
 
@@ -206,7 +208,7 @@ FEW = ("--protocol", "equal-budget", "--sparsities", "0.8,0.9", "--budgets", "0.
 
 
 def same_in_the_end(recipe: dict, finished: SimpleNamespace) -> SimpleNamespace:
-    done = raced(recipe, *FEW)
+    done = compared(recipe, *FEW)
     assert done.status == 0 and done.report["failed"] == {}, done.err
     ours, theirs = figures(done.report), figures(finished.report)
     assert len(ours) == 5 and ours == {cell: theirs[cell] for cell in ours}
@@ -224,13 +226,13 @@ def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(recipe, finished
 
     with monkeypatch.context() as patch:
         patch.setattr(saliency, "decide_by", failing)
-        done = raced(recipe, *FEW)
+        done = compared(recipe, *FEW)
     name = ModelCell("two", 0.8, 2).name
     assert done.status == 1 and f"failed: {name}: no luck today" in done.err.splitlines()
     assert done.report["failed"] == {name: "no luck today"}
     assert f"{name}: no luck today" in (done.folder / REPORTS[1]).read_text()
     ensemble, _ = done.report["rows"]
-    assert ensemble["sparsities"]["two"] == 0.9, "the rest of its curve races"
+    assert ensemble["sparsities"]["two"] == 0.9, "the rest of its curve counts"
     again = same_in_the_end(recipe, finished)
     assert again.trainings == {f"cells/{name}": 1} and "no luck" not in (done.folder / REPORTS[1]).read_text()
 
@@ -241,7 +243,7 @@ def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(recipe, finished
 )
 def test_what_was_stopped_goes_on_to_the_same_figures(recipe, finished, place, step, done):
     with stopping(f"/equal-budget/{place}", step, KeyboardInterrupt):
-        stopped = raced(recipe, *FEW)
+        stopped = compared(recipe, *FEW)
     assert stopped.status == 130 and f"stopped; {done} of 5 cells are done" in stopped.err and stopped.report is None
     again = same_in_the_end(recipe, finished)
     assert again.err.count("resumed") == 1 and f"from {again.folder}/equal-budget/{place}/checkpoint-" in again.err
@@ -249,7 +251,7 @@ def test_what_was_stopped_goes_on_to_the_same_figures(recipe, finished, place, s
 
 def test_helpers_are_left_out_on_both_sides(recipe, tmp_path):
     recipe = changed(recipe, "tasks.third", recipe["tasks"]["two"]) | {"helpers": ["third"]}
-    done = raced(recipe, *FEW)
+    done = compared(recipe, *FEW)
     assert done.status == 0, done.err
     assert not [place for place in done.trainings if "third" in place]
     assert all("third" not in cell["examples"]["train"] for cell in done.report["cells"])

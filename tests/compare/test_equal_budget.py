@@ -1,4 +1,4 @@
-"""The budget race on paper: an exact knapsack over sparsity curves, who races, and a table of given results."""
+"""Equal budget on paper: an exact knapsack over sparsity curves, which cells there are, and a table of given results."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ from hf_disparse.compare.tables import markdown
 from hf_disparse.recipes.recipe import parse_recipe
 from hf_disparse.tasks import average
 from tests.helpers.commands import changed, refused, snapshot, write_recipe
-from tests.helpers.comparing import CELLS, write_race
+from tests.helpers.comparing import CELLS, write_equal_budget
 
 torch.set_num_threads(1)
 
@@ -52,7 +52,7 @@ def test_what_fits_to_the_last_weight_fits():
     assert best_ensemble({"a": {0.5: 3.0, 0.9: 1.0}, "b": {0.5: 3.0, 0.9: 2.0}}, 0.6) == {"a": 0.5, "b": 0.9}
 
 
-# Who races
+# The cells
 
 
 def checked(recipe: dict, sparsities=(0.8, 0.9), seeds=(1,), budgets=()) -> EqualBudget:
@@ -61,7 +61,7 @@ def checked(recipe: dict, sparsities=(0.8, 0.9), seeds=(1,), budgets=()) -> Equa
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> dict:
-    return write_race(tmp_path_factory.mktemp("inputs"))
+    return write_equal_budget(tmp_path_factory.mktemp("inputs"))
 
 
 def test_the_cells_are_every_tasks_curve_and_a_shared_model_per_budget_seed_by_seed(recipe):
@@ -142,7 +142,7 @@ def test_a_single_task_model_is_the_recipe_with_that_task_and_the_shared_one_has
         (["--set=pruning.end_step=5"], "the last pruning is at step"),
     ],
 )
-def test_what_cannot_be_raced_is_refused_before_anything_is_written(recipe, tmp_path, words, said):
+def test_what_cannot_be_compared_at_equal_budget_is_refused_before_anything_is_written(recipe, tmp_path, words, said):
     path = write_recipe(tmp_path, recipe)
     before = snapshot(tmp_path)
     given = ("--protocol=equal-budget", "--sparsities=0.9", "--seeds=1", "--budgets=0.2")
