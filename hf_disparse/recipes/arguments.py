@@ -2,7 +2,6 @@
 
 import types
 import warnings
-from copy import deepcopy
 from enum import Enum
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -86,10 +85,7 @@ def training_arguments(values: dict[str, Any], output_dir: str, seed: int) -> Di
     """Builds the arguments of one phase; raises UserError for what only transformers or this machine can judge."""
     try:
         # disable_tqdm: its default depends on transformers' log level, which we lower.
-        # deepcopy: TrainingArguments changes dictionaries such as fsdp_config, which the recipe remembers.
-        return DisparseTrainingArguments(
-            output_dir=output_dir, seed=seed, **{"disable_tqdm": False, **deepcopy(values)}
-        )
+        return DisparseTrainingArguments(output_dir=output_dir, seed=seed, **{"disable_tqdm": False, **values})
     except Exception as error:  # its checks raise errors of many types, all about the user's values
         if values.get("bf16") and "bf16" in str(error) and not values.get("use_cpu"):
             remedy = "set training.use_cpu: true to compute on the CPU, or training.bf16: false"

@@ -132,4 +132,4 @@ def test_a_task_that_is_not_evaluated_is_refused_before_training(recipe, tmp_pat
 
 def test_a_comparison_at_named_sparsities_has_no_guard(recipe, tmp_path):
     path = write_recipe(tmp_path, recipe)
-    refused("compare", path, "--seeds", "1", names=("pruning.max_drop: expected nothing in a comparison",))
+    refused("compare", path, "--seeds", "1", names=("pruning.max_drop: must not be set in a comparison",))
