@@ -1,7 +1,7 @@
-"""PEFT adapters of single tasks on the shared encoder, which stays as it is. Layer 2; needs the extra `peft`.
+"""PEFT adapters of single tasks on the shared encoder, which does not change. Needs the extra `peft`.
 
-An adapter is on the encoder while its own task runs, and off for every other one. In a model's folder it stands in
-`adapter-<task>`, as PEFT writes it: `PeftModel.from_pretrained(encoder, folder, subfolder="adapter-<task>")` reads it, too.
+An adapter is active while its task runs, and off for every other task. A model's folder holds it in `adapter-<task>`, in
+PEFT's own format: `PeftModel.from_pretrained(encoder, folder, subfolder="adapter-<task>")` reads it, too.
 """
 
 import copy
@@ -21,18 +21,18 @@ from hf_disparse.config import UserError, one_line
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-ADAPTER_FOLDER = "adapter-"  # and the task; one level only, for push_to_hub of transformers looks no deeper
+ADAPTER_FOLDER = "adapter-"  # and the task; one level only, because transformers' push_to_hub looks no deeper
 _WEIGHTS_NAME, _CONFIG_NAME, _PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
-_NOT_ON_META = ("BOFT", "OFT", "PSOFT", "RANDLORA", "SHIRA")  # these calculate while they are made
-_STAYS = "so that the shared encoder stays as it is and adapters are on single layers of it"
+_NOT_ON_META = ("BOFT", "OFT", "PSOFT", "RANDLORA", "SHIRA")  # they compute while they are created
+_STAYS = "because adapters must not change the shared encoder beyond single layers"
 _THAT_KEEP_ZEROS = "IA3, HiRA, or SHiRA, whose merge keeps them"
 
 
 class TaskAdapters:
-    """The part of `MultitaskModel` that has to do with adapters; expects its `encoder`, `heads` and `config`."""
+    """Mixin of `MultitaskModel` for adapters; expects `encoder`, `heads` and `config`."""
 
-    _task_of_encoder: str | None = None  # whose adapter is on
+    _task_of_encoder: str | None = None  # the task whose adapter is active
 
     @property
     def adapters(self) -> "dict[str, PeftConfig]":
@@ -40,15 +40,15 @@ class TaskAdapters:
         return getattr(self.encoder, "peft_config", {})
 
     def add_adapter(self, adapter_config: "PeftConfig", adapter_name: str) -> None:
-        """Gives a task an adapter of its own on the encoder, which is frozen from then on; the heads are not.
+        """Gives a task its own adapter on the encoder, which is frozen from then on; the heads are not.
 
         Args:
-            adapter_config: of any PEFT method that `peft.inject_adapter_in_model` knows. SHiRA's places are drawn among the
-                weights that are not zero, unless it has a `mask_fn` of its own.
+            adapter_config: of any PEFT method that `peft.inject_adapter_in_model` knows. SHiRA trains weights drawn among
+                the non-zero ones, unless it has its own `mask_fn`.
             adapter_name: the task.
 
         Raises:
-            UserError: no such task, or a configuration that cannot stand beside other tasks.
+            UserError: there is no such task, or the configuration conflicts with the other tasks.
         """
         if getattr(adapter_config, "mask_type", None) == "random":
             adapter_config = copy.copy(adapter_config)
@@ -56,7 +56,8 @@ class TaskAdapters:
                 adapter_config.mask_fn = among_non_zeros
         self._inject(adapter_config, adapter_name)
 
-    def _inject(self, config: "PeftConfig", task: str, empty: bool = False) -> None:
+    def _inject(self, config: "PeftConfig", task: str, on_meta: bool = False) -> None:
+        """Checks a configuration and lets PEFT wrap the encoder's layers; `on_meta` allocates no memory if PEFT can."""
         _need_peft()
         from peft import inject_adapter_in_model
         from peft.functional import set_requires_grad
@@ -66,8 +67,7 @@ class TaskAdapters:
         taken = {part for name in self.encoder.state_dict() for part in name.split(".")}
         if task in taken or task.startswith(PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "base_layer")):
             raise UserError(
-                f"adapter_name: PEFT would take '{task}' for a part of the encoder, which has weights of that name; give the "
-                "task another one"
+                f"adapter_name: PEFT would confuse task '{task}' with weights of the encoder that have this name; rename the task"
             )
         kinds = {other.peft_type for other in self.adapters.values()}
         if kinds - {config.peft_type}:
@@ -75,39 +75,41 @@ class TaskAdapters:
             raise UserError(f"adapter_config: expected a {kinds.pop().value}, as the other tasks have, got {got}")
         if getattr(config, "modules_to_save", None):
             raise UserError(
-                "adapter_config.modules_to_save: expected None, for every task's head is trained and saved anyway"
+                "adapter_config.modules_to_save: must be None; every task's head is trained and saved anyway"
             )
         if getattr(config, "bias", "none") != "none":
-            raise UserError("adapter_config.bias: expected 'none', for the encoder's biases serve the other tasks too")
+            raise UserError("adapter_config.bias: must be 'none', because the other tasks use the encoder's biases too")
         for field in ("layer_replication", "target_parameters", "trainable_token_indices"):
             if getattr(config, field, None):
-                raise UserError(f"adapter_config.{field}: expected None, {_STAYS}")
+                raise UserError(f"adapter_config.{field}: must be None, {_STAYS}")
         start = getattr(config, "init_lora_weights", True)
         if not isinstance(start, bool) and start not in ("gaussian", "eva", "orthogonal"):
             raise UserError(
-                f"adapter_config.init_lora_weights: expected a bool, gaussian, eva or orthogonal, {_STAYS}, got {str(start)[:100]}"
+                f"adapter_config.init_lora_weights: expected a bool, gaussian, eva or orthogonal, got {str(start)[:100]}, {_STAYS}"
             )
         with self._whole_or_not(task), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are the point
             try:
-                on_meta = empty and config.peft_type.value not in _NOT_ON_META
-                with torch.device("meta") if on_meta else nullcontext():
-                    inject_adapter_in_model(config, self.encoder, task, low_cpu_mem_usage=empty)
+                can_meta = on_meta and config.peft_type.value not in _NOT_ON_META
+                with torch.device("meta") if can_meta else nullcontext():
+                    inject_adapter_in_model(config, self.encoder, task, low_cpu_mem_usage=on_meta)
             except UserError:
                 raise
             except Exception as error:  # PEFT raises a dozen kinds
                 raise UserError(f"adapter_config: PEFT refuses it for this encoder: {one_line(error)}") from error
-        set_requires_grad(self.encoder, list(self.adapters))  # PEFT leaves them to the last one alone
+        set_requires_grad(self.encoder, list(self.adapters))  # PEFT leaves only the last one trainable
         for _, layer in _tuner_layers(self.encoder):
             layer.train(self.encoder.training)
-        self._task_of_encoder = None  # PEFT has changed what is on
+        self._task_of_encoder = None  # PEFT has changed which adapter is active
         self._use_adapter(task)
         self.config.adapters = list(self.adapters)
 
     def _check_free(self, task: str) -> None:
         if self.config.unshared:
-            got = f"one where {', '.join(self.config.unshared)} have layers of their own"
-            raise UserError(f"adapter_name: expected a model whose tasks share all layers, got {got}")
+            own = ", ".join(self.config.unshared)
+            raise UserError(
+                f"adapter_name: adapters need a model whose tasks share all layers, but {own} have their own"
+            )
         if not isinstance(task, str) or task not in self.heads or task in self.adapters:
             free = ", ".join(name for name in self.heads if name not in self.adapters)
             raise UserError(
@@ -116,7 +118,7 @@ class TaskAdapters:
 
     @contextmanager
     def _whole_or_not(self, task: str) -> Iterator[None]:
-        """Takes back what there is of an adapter if adding it fails."""
+        """Removes a partly added adapter if adding it fails."""
         trainable = [(parameter, parameter.requires_grad) for parameter in self.encoder.parameters()]
         try:
             yield
@@ -127,7 +129,7 @@ class TaskAdapters:
             raise
 
     def _drop(self, task: str) -> None:
-        """Takes out an adapter, or the half of one, and what PEFT put around layers that no other adapter is on."""
+        """Removes an adapter, complete or not, and PEFT's wrappers of layers without any other adapter."""
         self.adapters.pop(task, None)
         if not self.adapters:
             return self._unload()
@@ -141,7 +143,7 @@ class TaskAdapters:
         self.config.adapters = list(self.adapters)
 
     def load_adapter(self, peft_model_id: str | Path, adapter_name: str, subfolder: str = "", **hub: Any) -> None:
-        """Reads an adapter that PEFT or this class wrote, from a folder or the Hub, as that of the task `adapter_name`.
+        """Loads an adapter that PEFT or this class wrote, from a folder or the Hub, for the task `adapter_name`.
 
         Raises:
             UserError: its files do not fit this encoder, or are not safetensors.
@@ -157,32 +159,32 @@ class TaskAdapters:
             config = PeftConfig.from_pretrained(str(folder))
             tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(weights).items()}
         except Exception as error:  # transformers, PEFT and safetensors raise a dozen kinds
-            raise UserError(f"{where}: expected {_CONFIG_NAME} and {_WEIGHTS_NAME}, got {one_line(error)}") from error
+            raise UserError(f"{where}: cannot read {_CONFIG_NAME} and {_WEIGHTS_NAME}: {one_line(error)}") from error
         with self._whole_or_not(adapter_name):
-            self._inject(config, adapter_name, empty=True)  # no memory before the sizes are checked
+            self._inject(config, adapter_name, on_meta=True)  # no memory before the sizes are checked
             expected = get_peft_model_state_dict(self.encoder, adapter_name=adapter_name)
             problem = _misfit(tensors, expected) or _stray_places(self.encoder, tensors)
             if problem:
-                raise UserError(f"{where}: expected the adapter of this encoder, got {problem}")
+                raise UserError(f"{where}: the adapter does not fit this encoder: {problem}")
             set_peft_model_state_dict(self.encoder, tensors, adapter_name, low_cpu_mem_usage=True)
 
     def delete_adapter(self, adapter_names: str) -> None:
-        """Takes a task's adapter away; the head stays."""
+        """Removes a task's adapter; the head stays."""
         if adapter_names not in self.adapters:
             has = ", ".join(self.adapters) or "none"
             raise UserError(f"adapter_names: expected a task with an adapter, {has}, got {adapter_names!r}")
         self._drop(adapter_names)
 
     def merge_adapter(self) -> None:
-        """Folds the adapter of a model with one task into the encoder, which is an ordinary, trainable one afterwards.
+        """Merges the adapter of a model's only task into the encoder, which is an ordinary, trainable one afterwards.
 
         Raises:
-            UserError: there are other tasks, or zeros of the encoder would not stay zero; nothing has changed then.
+            UserError: there are other tasks, or zeros of the encoder would not stay zero; the model is unchanged then.
         """
         if len(self.heads) > 1 or not self.adapters:
             got = f"tasks {', '.join(self.heads)}, adapters {', '.join(self.adapters) or 'none'}"
             raise UserError(
-                f"merge_adapter: expected one task and its adapter, got {got}; remove_task takes others away"
+                f"merge_adapter: expected one task and its adapter, got {got}; remove the others with remove_task"
             )
         [task], lost, size = self.adapters, 0, 0
         for _, layer in _tuner_layers(self.encoder):
@@ -197,15 +199,15 @@ class TaskAdapters:
         if lost:
             kind = self.adapters[task].peft_type.value
             raise UserError(
-                f"merge_adapter: expected the encoder's zeros to stay, but merging {kind} would fill {lost:,} of "
-                f"{size:,}; keep it unmerged (save_pretrained, push), or train {_THAT_KEEP_ZEROS}"
+                f"merge_adapter: merging {kind} would fill {lost:,} of {size:,} zeros of the encoder; keep it unmerged "
+                f"(save_pretrained, push), or train {_THAT_KEEP_ZEROS}"
             )
         for _, layer in _tuner_layers(self.encoder):
             layer.merge(safe_merge=True, adapter_names=[task])
         self._unload()
 
     def _unload(self) -> None:
-        """Leaves nothing of PEFT in the encoder, which trains again."""
+        """Removes all of PEFT from the encoder and makes it trainable again."""
         for name, layer in _tuner_layers(self.encoder):
             self.encoder.set_submodule(name, layer.get_base_layer())
         self.encoder.__dict__.pop("peft_config", None)
@@ -213,7 +215,7 @@ class TaskAdapters:
         self._task_of_encoder, self.config.adapters = None, []
 
     def _use_adapter(self, task: str | None) -> None:
-        """Puts the adapter of `task` on and all others off; PEFT would freeze those others, too."""
+        """Activates the adapter of `task` alone, without freezing the others as PEFT would."""
         if task == self._task_of_encoder:
             return
         for _, layer in _tuner_layers(self.encoder):
@@ -226,7 +228,7 @@ class TaskAdapters:
         self._task_of_encoder = task
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, state_dict=None, **kwargs: Any) -> None:
-        """As in transformers; adapters go to folders beside the encoder, which is saved as it is without them."""
+        """As in transformers; adapters go to folders of their own, and the encoder is saved without them."""
         if self.adapters:
             if kwargs.get("is_main_process", True):
                 save_adapters(self, save_directory)
@@ -234,13 +236,13 @@ class TaskAdapters:
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
     def _get_files_timestamps(self, working_dir: str | Path) -> dict[str, float]:
-        """What `save_pretrained(push_to_hub=True)` takes for old; adapters are there before it looks."""
+        """Hides the adapters, which are written early, so that `save_pretrained(push_to_hub=True)` uploads them as new."""
         files = super()._get_files_timestamps(working_dir)
         return {name: time for name, time in files.items() if name.removeprefix(ADAPTER_FOLDER) not in self.adapters}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any):
-        """As in transformers, and with the adapters that the folder or the repository has."""
+        """As in transformers, with the adapters in the folder or repository."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         names, above = model.config.adapters, kwargs.get("subfolder") or ""
@@ -255,7 +257,7 @@ class TaskAdapters:
         return model if loaded is model else (model, *loaded[1:])
 
     def load_checkpoint(self, folder: str | Path) -> None:
-        """Takes heads, encoder and adapters, as `save_pretrained` wrote them, into a model that has the same adapters."""
+        """Loads heads, encoder and adapters, as `save_pretrained` wrote them, into a model with the same adapters."""
         from peft import set_peft_model_state_dict
 
         layers = {f"{name}." for name, _ in _tuner_layers(self)}
@@ -288,7 +290,7 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def without_adapters(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of `model` under the names that they have without adapters; those that have them already stay."""
+    """Returns the weights of `model` under their names without adapters, which some may have already."""
     if not has_adapters(model):
         return dict(state_dict)
     layers, own, plain = [f"{name}." for name, _ in _tuner_layers(model)], set(model.state_dict()), {}
@@ -303,15 +305,15 @@ def without_adapters(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict
 
 
 def among_non_zeros(base_layer: nn.Linear, r: int, random_seed: int | None = None, **_: Any) -> Tensor:
-    """SHiRA's `mask_fn`: r (inputs + outputs) places at random among the weights that are not zero, as 0 and 1."""
+    """SHiRA's `mask_fn`: draws r (inputs + outputs) of the non-zero weights at random, as a matrix (out, in) of 0 and 1."""
     weight = base_layer.weight
     places = (weight.detach().reshape(-1) != 0).nonzero()[:, 0].cpu()
     number = r * sum(weight.shape)
     if number > len(places):
         most = len(places) // sum(weight.shape)
         raise UserError(
-            f"adapter_config.r: SHiRA with r={r} trains {number:,} weights of each matrix, and one of {tuple(weight.shape)} "
-            f"has {len(places):,} that are not pruned; expected r of at most {most}, or other target_modules"
+            f"adapter_config.r: SHiRA with r={r} trains {number:,} weights per matrix, but one of {tuple(weight.shape)} "
+            f"has {len(places):,} that are not pruned; set r to at most {most}, or choose other target_modules"
         )
     generator = None if random_seed is None else torch.Generator().manual_seed(random_seed)
     chosen = places[torch.randperm(len(places), generator=generator)[:number]]
@@ -322,7 +324,7 @@ def among_non_zeros(base_layer: nn.Linear, r: int, random_seed: int | None = Non
 
 @contextmanager
 def _as_trainable_as_before(module: nn.Module) -> Iterator[None]:
-    """Undoes what PEFT changes of `requires_grad`: the adapters of tasks that are off would be frozen."""
+    """Restores `requires_grad` afterwards, because PEFT would freeze the adapters of inactive tasks."""
     trainable = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     yield
     for parameter, flag in trainable:
@@ -330,14 +332,14 @@ def _as_trainable_as_before(module: nn.Module) -> Iterator[None]:
 
 
 def _tuner_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Name and module of what PEFT has put around linear layers."""
+    """Name and module of PEFT's wrappers around linear layers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
 
 
 def _misfit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with the tensors of a file, if something is."""
+    """What is wrong with the tensors of a file, or None."""
     for name in sorted(set(tensors) ^ set(expected)):
         return f"{'no' if name in expected else 'an unknown'} tensor {name[:100]}"
     for name, tensor in tensors.items():
@@ -350,7 +352,7 @@ def _misfit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> st
 
 
 def _stray_places(encoder: nn.Module, tensors: Mapping[str, Tensor]) -> str | None:
-    """SHiRA stores row and column of its weights, which torch takes as they come."""
+    """Checks the rows and columns that SHiRA stores, because torch does not."""
     for name, tensor in tensors.items():
         if name.endswith(".shira_indices"):
             shape = encoder.get_submodule(name.removesuffix(".shira_indices")).get_base_layer().weight.shape

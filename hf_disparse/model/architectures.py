@@ -1,7 +1,7 @@
-"""Where heads, neurons and layers are in the encoders that transformers has. Layer 2.
+"""Where heads, neurons and layers are in transformers' encoders.
 
-The names of modules in a layer are all that differs; an encoder is known by them, not by its type, so that its kin
-(XLM-RoBERTa, CamemBERT, ...) need no entry of their own.
+Encoders are recognised by the names of the modules in a layer, not by their type, so that relatives of BERT (XLM-RoBERTa,
+CamemBERT, ...) need no entry of their own.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from hf_disparse.pruning.parts import Site
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of the modules of a layer, relative to it."""
+    """Names of the modules of a layer, relative to the layer."""
 
     layers: str  # the ModuleList, relative to the encoder
     attention: str  # the module that splits its input into heads
@@ -25,10 +25,10 @@ class Layout:
     merge: str  # the one with columns by head
     up: str  # rows by neuron
     down: str  # columns by neuron
-    if_there: tuple[str, ...] = ()  # further ones by head, of some configurations
-    neurons_key: str = "intermediate_size"  # of the configuration
-    first_stays: bool = False  # the first layer is unlike the others
-    bias_by_head: bool = False  # attention adds a bias (1, heads, tokens, tokens) that is made outside of it
+    if_there: tuple[str, ...] = ()  # further modules with rows by head that only some configurations have
+    neurons_key: str = "intermediate_size"  # in the configuration
+    first_stays: bool = False  # the first layer differs from the others
+    bias_by_head: bool = False  # attention adds a bias (1, heads, tokens, tokens) that is computed outside of it
 
 
 _SELF = ("attention.self.query", "attention.self.key", "attention.self.value")
@@ -67,10 +67,10 @@ LAYOUTS = (
 
 
 def layout_of(encoder: nn.Module, key: str = "pruning.granularity") -> Layout:
-    """The layout that the encoder has; `key` is what asks for it.
+    """Returns the encoder's layout; an error names the setting `key` that needs it.
 
     Raises:
-        UserError: none of those that are known.
+        UserError: the layout is none of the known ones.
     """
     for layout in LAYOUTS:
         try:
@@ -82,22 +82,24 @@ def layout_of(encoder: nn.Module, key: str = "pruning.granularity") -> Layout:
         if _holds_no_more(encoder, first, layout):
             return layout
     known = "BERT, RoBERTa, ELECTRA, DistilBERT, MPNet, DeBERTa-v2 and ModernBERT"
-    raise UserError(f"{key}: expected an encoder with the layers of {known} or their kin, got {type(encoder).__name__}")
+    raise UserError(
+        f"{key}: expected an encoder with the layers of {known} or a relative, got {type(encoder).__name__}"
+    )
 
 
 def encoder_layers(encoder: nn.Module, key: str = "pruning.granularity") -> nn.ModuleList:
-    """The encoder's layers, in order; `key` is what asks for them."""
+    """The encoder's layers, in order; an error names the setting `key` that needs them."""
     return encoder.get_submodule(layout_of(encoder, key).layers)
 
 
 def token_limit(encoder_config: PreTrainedConfig) -> int | None:
-    """How many tokens of a text have a position for sure: RoBERTa and its kin keep two for themselves. None: any number."""
+    """A safe maximum number of tokens: RoBERTa-style encoders reserve two positions. None if there is no limit."""
     positions = getattr(encoder_config, "max_position_embeddings", None) or 0
     return positions - 2 if positions > 2 else None
 
 
 def _holds_no_more(encoder: nn.Module, layer: nn.Module, layout: Layout) -> bool:
-    """Whether a layer is made of what the layout lists: Longformer, ConvBERT, LUKE and MobileBERT have more."""
+    """Whether a layer has no weights beyond the layout's: those of Longformer, ConvBERT, LUKE and MobileBERT do."""
     known = {*layout.by_head, layout.merge, *layout.if_there, layout.up, layout.down}
     weighty = {
         name for name, module in layer.named_modules() if next(module.parameters(recurse=False), None) is not None
@@ -109,17 +111,17 @@ def _holds_no_more(encoder: nn.Module, layer: nn.Module, layout: Layout) -> bool
 
 
 def first_stays(encoder: nn.Module) -> bool:
-    """Whether the first layer cannot be dropped: it is unlike the others, or something but they follows it."""
+    """Whether the first layer cannot be dropped, because it differs from the others or a convolution follows it."""
     return layout_of(encoder).first_stays or getattr(getattr(encoder, "encoder", None), "conv", None) is not None
 
 
 def find_sites(encoder: nn.Module, prefix: str = "") -> dict[str, dict[str, Site]]:
-    """kind of part -> name of the site -> site: heads and neurons layer by layer, the layers themselves, and ranks if any.
+    """Returns kind of part -> name of the site -> site: heads and neurons by layer, the layers, and ranks if there are any.
+
+    Parts are counted in the current weights, so that a compact encoder has fewer.
 
     Args:
         prefix: put before the names of modules, such as `encoder.` in a `MultitaskModel`.
-
-    Sizes are those of the weights as they are, so that an encoder that is compact already has fewer parts.
     """
     layout = layout_of(encoder)
     layers, protected = encoder.get_submodule(layout.layers), int(first_stays(encoder))
@@ -157,7 +159,7 @@ def find_sites(encoder: nn.Module, prefix: str = "") -> dict[str, dict[str, Site
 
 
 def _member(layer: nn.Module, prefix: str, name: str, dim: int) -> str:
-    """The module whose weight has the outputs (dim 0) or inputs (dim 1) of the module `name` of a layer."""
+    """Name of the module whose weight holds the outputs (dim 0) or inputs (dim 1) of a layer's module `name`."""
     factor = (".up", ".down")[dim] if isinstance(layer.get_submodule(name), LowRankLinear) else ""
     return f"{prefix}.{name}{factor}"
 

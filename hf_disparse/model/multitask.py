@@ -1,7 +1,7 @@
-"""One shared encoder and one head per task, as a transformers model. Layer 2.
+"""One shared encoder and one head per task, as a transformers model.
 
-A head is the classification model of that architecture with its encoder taken out, pooler included: its forward, its loss
-and its parameter names are transformers' own, for every architecture and without a copy of their code.
+A head is the architecture's classification model without its encoder, but with its pooler: its forward, loss and parameter
+names are transformers' own, for every architecture and without a copy of their code.
 """
 
 import copy
@@ -38,14 +38,14 @@ class MultitaskConfig(PreTrainedConfig):
     Args:
         encoder_config: configuration of an encoder whose classification heads work on its last hidden state alone, as
             `MultitaskModel.from_encoder` checks.
-        tasks: one `TaskConfig`, or its dictionary, per head. A list, for its order is that of the parameters.
-        skipped_layers: places of the encoder's layers that hand on their input, see `MultitaskModel.skip_layers`.
-        adapters: the tasks that have one, see `MultitaskModel.add_adapter`.
-        unshared: task -> the first of the encoder's layers of which it has its own, see `unshare`.
+        tasks: one `TaskConfig`, or its dictionary, per head. A list, because parameters come in its order.
+        skipped_layers: indices of encoder layers that pass their input on, see `MultitaskModel.skip_layers`.
+        adapters: the tasks with an adapter, see `MultitaskModel.add_adapter`.
+        unshared: task -> index of its first encoder layer of its own, see `unshare`.
     """
 
     model_type = "hf_disparse_multitask"
-    # An encoder that is configured to return them would have an evaluation gather those of all its examples.
+    # Otherwise an evaluation would gather them for all examples if the encoder is configured to return them.
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["hidden_states", "attentions"]
 
     encoder_config: dict | PreTrainedConfig | None = None
@@ -56,10 +56,9 @@ class MultitaskConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         given = self.encoder_config
-        good = (
-            given is None or isinstance(given, PreTrainedConfig) or (isinstance(given, dict) and "model_type" in given)
-        )
-        require(good, "encoder_config", "a mapping with a model_type", given)
+        is_mapping = isinstance(given, dict) and "model_type" in given
+        if not is_mapping and not isinstance(given, (PreTrainedConfig, type(None))):
+            raise UserError(f"encoder_config: expected a mapping with a model_type, got {str(given)[:100]}")
         for key in ("tasks", "skipped_layers"):
             require(isinstance(getattr(self, key), (list, tuple)), key, "a list", getattr(self, key))
         if isinstance(given, dict):
@@ -73,23 +72,23 @@ class MultitaskConfig(PreTrainedConfig):
         configs = [TaskConfig.from_dict(task, where="tasks") for task in self.tasks]
         names = [config.name for config in configs]
         if len(set(names)) < len(names):
-            raise UserError(f"tasks: expected names that differ from one another, got {names}")
+            raise UserError(f"tasks: expected different names, got {names}")
         return {config.name: config for config in configs}
 
 
-# Assigned here: the base class turns `sub_configs` of a class body into something else in some releases.
+# Assigned here because some releases of transformers alter a `sub_configs` that is set in the class body.
 MultitaskConfig.sub_configs = {"encoder_config": AutoConfig}
 
 
 class HiddenStates(nn.Module):
-    """Stands where a head expects its encoder: hands on the shared encoder's output, through the head's own pooler."""
+    """Takes the place of a head's encoder: returns the shared encoder's output, pooled by the head's own pooler."""
 
     def __init__(self, pooler: nn.Module | None):
         super().__init__()
         self.pooler = pooler
 
     def get_input_embeddings(self) -> None:
-        """There are none; gradient checkpointing asks."""
+        """Returns None; gradient checkpointing calls it."""
 
     def forward(self, input_ids=None, inputs_embeds: Tensor | None = None, **_) -> BaseModelOutputWithPooling:
         """`inputs_embeds` is the shared encoder's last hidden state, (batch, tokens, width)."""
@@ -98,7 +97,7 @@ class HiddenStates(nn.Module):
 
 
 class MultitaskModel(TaskAdapters, UnsharedLayers, PreTrainedModel):
-    """A shared encoder (`self.encoder`) and one head per task (`self.heads[task]`), and maybe PEFT's adapters of tasks."""
+    """A shared encoder (`self.encoder`), one head per task (`self.heads[task]`), and PEFT adapters of single tasks, if any."""
 
     config_class = MultitaskConfig
     base_model_prefix = "encoder"
@@ -110,8 +109,8 @@ class MultitaskModel(TaskAdapters, UnsharedLayers, PreTrainedModel):
         super().__init__(config)
         if config.encoder_config is None or not config.tasks:
             raise UserError(
-                "MultitaskConfig: expected an encoder_config and at least one task, as in the folders that `train` writes, got none; "
-                "is this another kind of model?"
+                "MultitaskConfig: encoder_config and tasks are required, as in the folders that `train` writes; is this another "
+                "kind of model?"
             )
         self.encoder = AutoModel.from_config(config.encoder_config)
         if getattr(self.encoder, "pooler", None) is not None:
@@ -119,7 +118,9 @@ class MultitaskModel(TaskAdapters, UnsharedLayers, PreTrainedModel):
         self.heads = nn.ModuleDict()
         for name, task in config.task_configs.items():
             if name in dir(self.heads):
-                raise UserError(f"tasks: '{name}' cannot name a task, for torch's ModuleDict has a method of that name")
+                raise UserError(
+                    f"tasks: '{name}' cannot name a task, because torch's ModuleDict has an attribute of that name"
+                )
             self.heads[name] = _build_head(config.encoder_config, task)
         self._skips: list[RemovableHandle] = []
         self.make_private()
@@ -132,7 +133,7 @@ class MultitaskModel(TaskAdapters, UnsharedLayers, PreTrainedModel):
         return self.config.task_configs
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing of its own to initialise: encoder and heads are PreTrainedModels that do it their way."""
+        """Does nothing: encoder and heads are PreTrainedModels that initialise themselves."""
 
     def forward(
         self,
@@ -145,13 +146,13 @@ class MultitaskModel(TaskAdapters, UnsharedLayers, PreTrainedModel):
         task: str | None = None,
         **kwargs: Any,
     ) -> ModelOutput:
-        """Runs the encoder and the head of `task`; with a single head `task` may be left out.
+        """Runs the encoder and the head of `task`, which may be omitted if there is only one head.
 
         Shapes: input_ids, attention_mask, token_type_ids (batch, tokens); labels (batch,) class ids or float targets,
-        (batch, classes) float for multi-label, (batch, tokens) for token classification, -100 where there is none.
+        (batch, classes) float for multi-label, (batch, tokens) for token classification, -100 for tokens without a label.
 
         Returns:
-            The output of that architecture's classification model: `loss` if there are labels, and `logits`, (batch,
+            The output of the architecture's classification model: `loss` if there are labels, and `logits`, (batch,
             classes) or (batch, tokens, classes).
         """
         inputs = dict(token_type_ids=token_type_ids, position_ids=position_ids, **kwargs)
@@ -159,9 +160,9 @@ class MultitaskModel(TaskAdapters, UnsharedLayers, PreTrainedModel):
         return self.run_heads([task], labels=labels, **inputs)[0]
 
     def run_heads(self, tasks: Sequence[str | None], labels: Tensor | None = None, **inputs: Any) -> list[ModelOutput]:
-        """One pass of the encoder for the heads of several tasks, and one more for each with an adapter or layers of its own.
+        """Runs several heads on one pass of the encoder, plus one for each task with an adapter or layers of its own.
 
-        Arguments and outputs are those of `forward`.
+        Takes the arguments of `forward` and returns one output per task.
         """
         names = [self._task(task) for task in tasks]
         inputs = {name: value for name, value in inputs.items() if value is not None}
@@ -189,15 +190,15 @@ class MultitaskModel(TaskAdapters, UnsharedLayers, PreTrainedModel):
         return task
 
     def skip_layers(self, places: Sequence[int]) -> None:
-        """Makes these layers of the encoder hand on their input, and no others: what is left of a pruned layer.
+        """Makes exactly these layers of the encoder pass their input on, as pruned layers do; recorded in the configuration.
 
-        A layer whose weights are zero is not that yet, for its norms and biases still act. The configuration keeps it.
+        A layer with zero weights does not do so by itself, because its norms and biases still act.
         """
         for handle in self._skips:
             handle.remove()
         layers = encoder_layers(self.encoder, "skipped_layers") if places else []
         if any(type(i) is not int or not 0 <= i < len(layers) for i in places):
-            raise UserError(f"skipped_layers: expected places among {len(layers)} layers, got {list(places)}")
+            raise UserError(f"skipped_layers: expected indices of {len(layers)} layers, got {list(places)}")
         skipped = [layers[i] for i in places]
         for task, first in self.config.unshared.items() if places else ():
             skipped += [self.encoder.private[task][i - first] for i in places if i >= first]
@@ -205,17 +206,17 @@ class MultitaskModel(TaskAdapters, UnsharedLayers, PreTrainedModel):
         self.config.skipped_layers = list(places)
 
     def add_task(self, task: TaskConfig) -> None:
-        """Gives the model a head for one more task, started fresh; encoder and other heads stay bit for bit."""
+        """Adds a freshly initialised head for one more task; encoder and other heads do not change."""
         if task.name in self.heads or task.name in dir(self.heads):
             taken = ", ".join(self.heads)
-            raise UserError(f"tasks: expected a name that is free beside {taken}, got '{task.name}'")
+            raise UserError(f"tasks: the name '{task.name}' is taken or reserved; the model has {taken}")
         head = _build_head(self.config.encoder_config, task)
         head.init_weights()
         self.heads[task.name] = head.to(self.device, self.dtype).train(self.training)
         self.config.tasks = [*self.config.tasks, task.to_dict()]
 
     def remove_task(self, name: str) -> None:
-        """Takes a task's head away, its adapter and its own layers; what the others use stays as it is."""
+        """Removes a task's head, adapter and own layers; what the other tasks use does not change."""
         if name not in self.heads or len(self.heads) == 1:
             raise UserError(
                 f"tasks: expected one of several tasks, got {name!r}; the model has {', '.join(self.heads)}"
@@ -230,14 +231,13 @@ class MultitaskModel(TaskAdapters, UnsharedLayers, PreTrainedModel):
 
     @classmethod
     def from_encoder(cls, name_or_path: str, tasks: Sequence[TaskConfig], **kwargs: Any) -> "MultitaskModel":
-        """Starts from a pretrained encoder: any checkpoint that transformers' classification models load, or ours.
+        """Starts from a pretrained encoder: any checkpoint that transformers' classification models load, or a MultitaskModel.
 
-        What pretraining left of a head (pooler, transform) starts every head, as `AutoModelForSequenceClassification`
-        does it; the classifiers start fresh. Of ours, only the shared encoder is taken. `kwargs` go to `from_pretrained`.
+        Every head starts from the pretrained pooler or transform, as in `AutoModelForSequenceClassification`, with a fresh
+        classifier. From a MultitaskModel, only the shared encoder is taken. `kwargs` go to `from_pretrained`.
 
         Raises:
-            UserError: an architecture whose heads do not work on the encoder's last hidden state alone, or a checkpoint that has not
-                all of its weights.
+            UserError: the architecture's heads need more than the encoder's last hidden state, or the checkpoint lacks weights.
         """
         encoder_config, rest = AutoConfig.from_pretrained(name_or_path, return_unused_kwargs=True, **kwargs)
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
@@ -252,8 +252,8 @@ class MultitaskModel(TaskAdapters, UnsharedLayers, PreTrainedModel):
             encoder = {n: t for n, t in source.encoder.state_dict().items() if not n.startswith(f"{PRIVATE}.")}
             model.encoder.load_state_dict(without_adapters(source.encoder, encoder))
             return model.to(source.dtype)
-        stored = encoder_config.__dict__.pop("quantization_config", None)  # how the file is read, not the model
-        encoder_config.name_or_path = ""  # a local path is nobody's business once the model is published
+        stored = encoder_config.__dict__.pop("quantization_config", None)  # describes the file, not the model
+        encoder_config.name_or_path = ""  # a local path must not be published with the model
         attention = {name: kwargs[name] for name in ("attn_implementation",) if name in kwargs}
         model = cls(MultitaskConfig(encoder_config=encoder_config, tasks=list(tasks), **attention))
         for auto in {auto_class(task): None for task in tasks}:
@@ -265,7 +265,7 @@ class MultitaskModel(TaskAdapters, UnsharedLayers, PreTrainedModel):
                 name_or_path,
                 config=config,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # of the classifier of a fine-tuned checkpoint, which is not taken
+                ignore_mismatched_sizes=True,  # a fine-tuned checkpoint's classifier, which is not used
                 **{**hub, **rest},
             )
             model._shape_as(full)
@@ -274,21 +274,22 @@ class MultitaskModel(TaskAdapters, UnsharedLayers, PreTrainedModel):
         return model
 
     def _shape_as(self, source: PreTrainedModel) -> None:
-        """Gives the encoder, fresh from its configuration, the shape of a compact one."""
+        """Gives the encoder, freshly made from its configuration, the shape of a compact `source`."""
         form = getattr(source.config, "quantization_config", None)
         if getattr(form, "structure", None) and not hasattr(self.config, "quantization_config"):
             rebuild(self.encoder, form.structure)
             self.config.quantization_config = form
 
     def _take(self, full: PreTrainedModel, fresh: set[str], tasks: list[str]) -> None:
-        """Copies the encoder, and what is neither `fresh` nor a classifier into the heads of `tasks`; checks the result."""
+        """Copies encoder and heads of `full`, except `fresh` weights and classifiers, and checks that the logits agree."""
         prefix = full.base_model_prefix + "."
         known = {name: tensor for name, tensor in full.state_dict().items() if name not in fresh}
         encoder = {name.removeprefix(prefix): tensor for name, tensor in known.items() if name.startswith(prefix)}
         lost = next((name for name in self.encoder.state_dict() if name not in encoder), None)
-        if lost is not None:  # transformers has drawn it at random
-            got = "a checkpoint without it, or with one of another shape"
-            raise UserError(f"model.encoder: expected the weight {lost} that config.json speaks of, got {got}")
+        if lost is not None:  # transformers has initialised it at random
+            raise UserError(
+                f"model.encoder: the checkpoint lacks the weight {lost}, or has it in another shape than config.json"
+            )
         self.encoder.load_state_dict({name: encoder[name] for name in self.encoder.state_dict()})
         for head in (self.heads[task] for task in tasks):
             names = [n for n in head.state_dict() if n in known and not n.startswith("classifier.")]
@@ -302,7 +303,7 @@ class MultitaskModel(TaskAdapters, UnsharedLayers, PreTrainedModel):
                 same = torch.allclose(
                     full.eval()(**batch).logits, self.eval()(**batch, task=tasks[0]).logits, atol=1e-4
                 )
-        except Exception as error:  # whatever an architecture raises whose head wants more than hidden states
+        except Exception as error:  # an architecture whose head needs more than hidden states may raise anything
             same, cause = False, error
         if not same:
             kind = f"{type(full).__name__} needs more than its encoder's last hidden state"
@@ -312,19 +313,19 @@ class MultitaskModel(TaskAdapters, UnsharedLayers, PreTrainedModel):
 
 
 def _hand_on(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-    """Forward hook: the layer's input in place of its output."""
+    """Forward hook that returns the layer's input in place of its output."""
     hidden = args[0] if args else kwargs["hidden_states"]
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 def auto_class(task: TaskConfig):
-    """The Auto class of transformers that has the heads of this kind of task."""
+    """The Auto class of transformers for the heads of this task."""
     is_token = task.problem_type == "token_classification"
     return AutoModelForTokenClassification if is_token else AutoModelForSequenceClassification
 
 
 def head_config(encoder_config: PreTrainedConfig, task: TaskConfig) -> PreTrainedConfig:
-    """The encoder's configuration as the plain classification model of one task would have it."""
+    """The configuration of a plain classification model for one task on this encoder."""
     config = copy.deepcopy(encoder_config)
     config.id2label = dict(enumerate(task.labels or ["LABEL_0"]))
     config.label2id = {label: i for i, label in config.id2label.items()}
@@ -336,7 +337,7 @@ def head_config(encoder_config: PreTrainedConfig, task: TaskConfig) -> PreTraine
 def _build_head(encoder_config: PreTrainedConfig, task: TaskConfig) -> PreTrainedModel:
     """The architecture's classification model, its encoder replaced by `HiddenStates`."""
     try:
-        with torch.device("meta"):  # the encoder inside is thrown away: give it no memory
+        with torch.device("meta"):  # no memory for the encoder inside, which is thrown away
             head = auto_class(task).from_config(head_config(encoder_config, task))
     except ValueError as error:
         raise UserError(f"model: {encoder_config.model_type} has no head for {task.problem_type}: {error}") from None

@@ -1,4 +1,4 @@
-"""`MultitaskPipeline`: texts in, the answers of all tasks out, one pass of the encoder. Layer 7."""
+"""`MultitaskPipeline`: texts in, the answers of all tasks out, from one pass of the encoder."""
 
 from typing import Any
 
@@ -12,16 +12,16 @@ from hf_disparse.model.multitask import HUB_ARGUMENTS, MultitaskModel
 
 
 class MultitaskPipeline(Pipeline):
-    """A transformers pipeline whose answer to a text is {task: answer}.
+    """A transformers pipeline that answers a text with {task: answer}.
 
-    Give it a text, a pair of texts as a tuple, or a list of either, and what pipelines take: `batch_size=`, `tasks=` for some
-    of the tasks. By default those answer whose examples have as many texts. An answer is {"label", "score"} for one class of
-    several, a list of them for multi-label tasks (all labels) and for tokens (each with its "word"), {"score"} for regression.
+    Call it with a text, a pair of texts as a tuple, or a list of either. `tasks=` chooses tasks; by default all tasks answer
+    whose examples have as many texts. An answer is {"label", "score"} for single-label classification, a list of these for
+    multi-label tasks (all labels) and for tokens (each with its "word"), and {"score"} for regression.
 
     Args:
         model: a MultitaskModel.
         tokenizer: its tokenizer.
-        The others are those of `transformers.Pipeline`, such as `device`.
+        kwargs: passed on to `transformers.Pipeline`, such as `device`.
     """
 
     _load_processor = _load_image_processor = _load_feature_extractor = False
@@ -33,13 +33,13 @@ class MultitaskPipeline(Pipeline):
                 f"model: expected a MultitaskModel, got a {type(model).__name__}; use transformers.pipeline"
             )
         if tokenizer is None:
-            raise UserError("tokenizer: expected the model's tokenizer, got none")
-        self._tasks = model.tasks  # once: the property builds and checks its configs anew
+            raise UserError("tokenizer: the model's tokenizer is required")
+        self._tasks = model.tasks  # kept, because the property builds and checks its configs on every access
         super().__init__(model=model.eval(), tokenizer=tokenizer, **kwargs)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, dtype: Any = "auto", **kwargs: Any) -> "MultitaskPipeline":
-        """From a folder or the Hub; `kwargs` are those of the class, and `revision`, `token` and the like of the Hub."""
+        """Loads model and tokenizer from a folder or the Hub; `kwargs` may also hold `revision`, `token` and the like."""
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         model = MultitaskModel.from_pretrained(name_or_path, dtype=dtype, **hub)
         return cls(model, AutoTokenizer.from_pretrained(name_or_path, **hub), **kwargs)
@@ -47,14 +47,18 @@ class MultitaskPipeline(Pipeline):
     def _sanitize_parameters(self, tasks: list[str] | None = None, **tokenizer: Any) -> tuple[dict, dict, dict]:
         known, tasks = self._tasks, [tasks] if isinstance(tasks, str) else tasks
         if tasks is not None and len(tasks) == 0:
-            raise UserError(f"tasks: expected some of {', '.join(known)}, got none")
+            raise UserError(f"tasks: must not be empty; choose from {', '.join(known)}")
         for task in tasks or ():
             if task not in known:
                 raise UserError(f"tasks: the model has no task '{task}'; it has {', '.join(known)}")
-        return {**({} if tasks is None else {"tasks": tasks}), **tokenizer}, {}, {}  # None: those of the constructor
+        return (
+            {**({} if tasks is None else {"tasks": tasks}), **tokenizer},
+            {},
+            {},
+        )  # without tasks, the constructor's apply
 
     def preprocess(self, inputs: str | tuple[str, str], tasks: list[str] | None = None, **tokenizer: Any) -> dict:
-        """Texts to the inputs of the encoder, and the tasks that they are for."""
+        """Turns one text or pair into the encoder's inputs and the tasks that answer it."""
         texts = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
         if not 1 <= len(texts) <= 2 or not all(isinstance(text, str) for text in texts):
             raise UserError(f"inputs: expected a text or a pair of texts, got {str(inputs)[:100]!r}")
@@ -63,7 +67,7 @@ class MultitaskPipeline(Pipeline):
         if not asked or not set(asked) <= set(fitting):
             wrong = next((task for task in asked if task not in fitting), None)
             got = "a pair of texts" if len(texts) == 2 else "one text"
-            raise UserError(f"inputs: expected what {f'task {wrong!r}' if wrong else 'some task'} takes, got {got}")
+            raise UserError(f"inputs: {f'task {wrong!r} does not take' if wrong else 'no task takes'} {got}")
         given = {"truncation": True, "max_length": self._most_tokens(), "return_tensors": "pt", **tokenizer}
         return {
             **self.tokenizer(*texts, **given),
@@ -71,7 +75,7 @@ class MultitaskPipeline(Pipeline):
         }
 
     def _most_tokens(self) -> int | None:
-        """What texts are cut to: the tokenizer's own limit, else what the encoder has positions for; None without either."""
+        """Where to truncate: the encoder's limit, or None if the tokenizer has its own or neither has any."""
         has_own = self.tokenizer.model_max_length < LARGE_INTEGER
         return None if has_own else token_limit(self.model.config.encoder_config)
 
@@ -83,7 +87,7 @@ class MultitaskPipeline(Pipeline):
         return {**logits, "asked": asked, **{k: model_inputs[k] for k in ("input_ids", "attention_mask")}}
 
     def postprocess(self, model_outputs: dict) -> dict[str, Any]:
-        """Logits to answers."""
+        """Turns logits into answers."""
         asked = model_outputs["asked"][0].tolist()
         answers = {}
         for (name, task), wanted in zip(self._tasks.items(), asked, strict=True):

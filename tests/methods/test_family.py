@@ -258,7 +258,7 @@ def test_a_new_head_starts_fresh_and_nothing_else_moves(tmp_path, training):
 
 @pytest.mark.parametrize("name", ["two", "keys"])
 def test_a_name_that_is_taken_is_refused(name):
-    with pytest.raises(UserError, match="expected a name that is free beside two, three, real"):
+    with pytest.raises(UserError, match="is taken or reserved; the model has two, three, real"):
         tiny_model().add_task(TaskConfig(name=name, columns="text", labels=["a", "b"]))
 
 

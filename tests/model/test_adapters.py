@@ -207,7 +207,8 @@ def test_it_reloads_from_the_hub_however_it_was_pushed(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     code = (
         "import contextlib, sys, torch, pathlib\n"
-        "from hf_disparse import MultitaskModel, cli\n"
+        "from hf_disparse import MultitaskModel\n"
+        "from hf_disparse.cli.main import main\n"
         "from hf_disparse.export import push, save_tasks\n"
         f"folder = pathlib.Path({str(tmp_path)!r})\n"
         "model = MultitaskModel.from_pretrained(folder / 'model')\n"
@@ -215,7 +216,7 @@ def test_it_reloads_from_the_hub_however_it_was_pushed(tmp_path):
         "model.save_pretrained(folder / 'saved', push_to_hub=True, repo_id='me/saved')\n"
         "sys.argv = ['hf-disparse', 'push', str(folder / 'model'), 'me/packed', '--format', 'packed']\n"
         "with contextlib.suppress(SystemExit):\n"
-        "    cli.main()\n"
+        "    main()\n"
         "push(folder / 'model', 'me/python', 'plain')\n"
         "for name in ('own', 'saved', 'packed', 'python'):\n"
         "    loaded = MultitaskModel.from_pretrained(f'me/{name}')\n"
@@ -265,7 +266,7 @@ def test_a_merge_that_would_fill_zeros_is_refused_and_that_of_a_dense_encoder_is
     model = adapted("lora", ["only"], tasks=one)
     before = state(model)
     filled = sum(int((p == 0).sum()) for n, p in model.named_parameters() if n.endswith("base_layer.weight"))
-    with pytest.raises(UserError, match=rf"LORA would fill {filled:,} of {filled:,}; keep .* IA3, HiRA, or SHiRA"):
+    with pytest.raises(UserError, match=rf"LORA would fill {filled:,} of {filled:,} zeros of the encoder; keep .* IA3, HiRA, or SHiRA"):
         model.merge_adapter()
     assert_unchanged(model, before)
     dense = adapted("lora", ["only"], tasks=one, sparsity=0)

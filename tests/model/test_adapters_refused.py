@@ -60,7 +60,7 @@ def test_a_merge_beside_other_tasks_or_into_nan_is_refused():
 def test_shira_s_largest_r_and_a_mask_of_one_s_own():
     model, r = sparse_model(), 100
     for _ in range(5):  # one for each matrix, at most, for it names the first that is too sparse
-        with pytest.raises(UserError, match=rf"SHiRA with r={r} trains .*; expected r of at most (\d+)") as refusal:
+        with pytest.raises(UserError, match=rf"SHiRA with r={r} trains .*; set r to at most (\d+)") as refusal:
             model.add_adapter(config_of("shira", r=r), "two")
         r = int(str(refusal.value).split("at most ")[1].split(",")[0])
         least = min(
@@ -91,8 +91,8 @@ REFUSED = {
         "four",
         "expected a task without an adapter, one of .*three, real, query, got 'four'",
     ),
-    "modules": (lambda: config_of("lora", modules_to_save=["x"]), "three", "modules_to_save: expected None"),
-    "bias": (lambda: config_of("lora", bias="all"), "three", "bias: expected 'none'"),
+    "modules": (lambda: config_of("lora", modules_to_save=["x"]), "three", "modules_to_save: must be None"),
+    "bias": (lambda: config_of("lora", bias="all"), "three", "bias: must be 'none'"),
     "prompts": (lambda: peft.PromptTuningConfig(num_virtual_tokens=2), "three", "PEFT refuses it|expected a LORA"),
     "no match": (
         lambda: config_of("lora", target_modules=["nothing"]),
@@ -104,9 +104,9 @@ REFUSED = {
         "three",
         "init_lora_weights: expected a bool.*got pissa",
     ),
-    "layers": (lambda: config_of("lora", layer_replication=[[0, 2]]), "three", "layer_replication: expected None"),
+    "layers": (lambda: config_of("lora", layer_replication=[[0, 2]]), "three", "layer_replication: must be None"),
     "r": (lambda: config_of("lora", r=0), "three", "PEFT refuses it.*`r` should be a positive"),
-    "a name": (lambda: config_of("lora"), "query", "would take 'query' for a part of the encoder"),
+    "a name": (lambda: config_of("lora"), "query", "would confuse task 'query' with weights of the encoder"),
 }
 
 
@@ -131,7 +131,7 @@ def test_an_adapter_that_fails_at_the_last_layer_is_taken_back_from_the_first(fr
         model.add_adapter(config_of("shira"), "two")
         train_by_hand(model)
     before = state(model)
-    with pytest.raises(UserError, match=r"has 1?[0-9] that are not pruned; expected r of at most 0"):
+    with pytest.raises(UserError, match=r"has 1?[0-9] that are not pruned; set r to at most 0"):
         model.add_adapter(config_of("shira", target_modules=["query", "output.dense"]), "three")
     assert_unchanged(model, before)
 
@@ -200,31 +200,31 @@ def write(name: str, content: bytes):
 
 
 HOSTILE = {
-    "missing": ("lora", of_tensors(lambda t, n: t.pop(n)), "got no tensor .*query"),
-    "additional": ("lora", of_tensors(lambda t, n: t.update(x=t[n].clone())), "got an unknown tensor x"),
+    "missing": ("lora", of_tensors(lambda t, n: t.pop(n)), "no tensor .*query"),
+    "additional": ("lora", of_tensors(lambda t, n: t.update(x=t[n].clone())), "an unknown tensor x"),
     "shape": (
         "hira",
         of_tensors(lambda t, n: t.update({n: t[n][:1].clone()})),
-        r"got .*query.* of \(1, 16\) instead of",
+        r": .*query.* of \(1, 16\) instead of",
     ),
     "integers": ("ia3", of_tensors(lambda t, n: t.update({n: t[n].int()})), "of torch.int32 instead of torch.float32"),
     "truncated": (
         "lora",
         lambda f: cut(f / "adapter-two" / "adapter_model.safetensors"),
-        "adapter_model.safetensors, got",
+        "and adapter_model.safetensors: ",
     ),
-    "pickled": ("lora", pickled, "expected adapter_config.json and adapter_model.safetensors"),
-    "no folder": ("lora", lambda f: (f / "adapter-two").rename(f / "gone"), "expected adapter_config.json and"),
+    "pickled": ("lora", pickled, "cannot read adapter_config.json and adapter_model.safetensors"),
+    "no folder": ("lora", lambda f: (f / "adapter-two").rename(f / "gone"), "cannot read adapter_config.json and"),
     "lora's r": ("lora", of_config("r", 10**9), r"\(2, 16\) instead of \(1000000000, 16\)"),
     "hira's r": ("hira", of_config("r", 10**9), r"\(2, 16\) instead of \(1000000000, 16\)"),
     "pattern": ("lora", of_config("rank_pattern", {"query": 10**9}), r"\(2, 16\) instead of \(1000000000, 16\)"),
     "shira's r": ("shira", of_config("r", 10**9), "PEFT refuses it"),
     "text for r": ("lora", of_config("r", "many"), "PEFT refuses it"),
-    "a wrong kind": ("lora", of_config("peft_type", "EVIL"), "expected adapter_config.json and"),
+    "a wrong kind": ("lora", of_config("peft_type", "EVIL"), "cannot read adapter_config.json and"),
     "no kind": ("lora", of_config("peft_type", None), "adapter_config"),
-    "deep JSON": ("lora", write("adapter_config.json", b"[" * 10**5), "expected adapter_config.json and"),
-    "a list": ("lora", write("adapter_config.json", b"[1]"), "expected adapter_config.json and"),
-    "no JSON": ("lora", write("adapter_config.json", b"{"), "expected adapter_config.json and"),
+    "deep JSON": ("lora", write("adapter_config.json", b"[" * 10**5), "cannot read adapter_config.json and"),
+    "a list": ("lora", write("adapter_config.json", b"[1]"), "cannot read adapter_config.json and"),
+    "no JSON": ("lora", write("adapter_config.json", b"{"), "cannot read adapter_config.json and"),
     "places": (
         "shira",
         of_tensors(lambda t, n: t[n.replace("weight", "indices")].fill_(16)),
@@ -237,7 +237,7 @@ HOSTILE = {
     ),
     "a path": ("lora", of_model(["../x"]), r"got '\.\./x'"),
     "twice": ("lora", of_model(["two", "two"]), "got 'two'"),
-    "no task": ("lora", of_model(["real"]), "adapter-real: expected adapter_config.json"),
+    "no task": ("lora", of_model(["real"]), "adapter-real: cannot read adapter_config.json"),
     "a number": ("lora", of_model(5), "adapters to be a list of tasks, got 5|adapters"),
     "a word": ("lora", of_model("two"), "adapters to be a list of tasks, got two|adapters"),
     "lists": ("lora", of_model([["two"]]), "expected a task without an adapter"),

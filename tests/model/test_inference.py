@@ -91,12 +91,12 @@ def test_from_a_packed_folder(pipeline, tmp_path):
     ("call", "message"),
     [
         (lambda p: p("w1", tasks=["none"]), "the model has no task 'none'; it has two, real, many, tags, pair"),
-        (lambda p: p("w1", tasks=["pair"]), "inputs: expected what task 'pair' takes, got one text"),
-        (lambda p: p("w1", tasks=[]), "tasks: expected some of two, real, many, tags, pair, got none"),
-        (lambda p: p(("w1", "w2"), tasks=["two"]), "inputs: expected what task 'two' takes, got a pair of texts"),
+        (lambda p: p("w1", tasks=["pair"]), "inputs: task 'pair' does not take one text"),
+        (lambda p: p("w1", tasks=[]), "tasks: must not be empty; choose from two, real, many, tags, pair"),
+        (lambda p: p(("w1", "w2"), tasks=["two"]), "inputs: task 'two' does not take a pair of texts"),
         (lambda p: p([("w1", "w2", "w3")]), "expected a text or a pair of texts"),
         (lambda p: p([1]), "expected a text or a pair of texts"),
-        (lambda p: MultitaskPipeline(p.model), "expected the model's tokenizer, got none"),
+        (lambda p: MultitaskPipeline(p.model), "the model's tokenizer is required"),
         (
             lambda p: MultitaskPipeline(BertForSequenceClassification(tiny_bert_config()), p.tokenizer),
             "expected a MultitaskModel, got a BertForSequenceClassification",

@@ -204,9 +204,9 @@ def test_a_task_is_needed_where_there_are_several():
 @pytest.mark.parametrize(
     ("tasks", "words"),
     [
-        ([TASKS[0], TASKS[0]], "names that differ"),
+        ([TASKS[0], TASKS[0]], "expected different names"),
         ([TaskConfig(name="train", columns="text", labels=["a", "b"])], "'train' cannot name a task"),
-        ([], "at least one task"),
+        ([], "encoder_config and tasks are required"),
     ],
 )
 def test_tasks_that_do_not_make_a_model_are_refused(tasks, words):
@@ -264,7 +264,9 @@ def test_a_checkpoint_without_weights_that_its_config_speaks_of_is_refused(tmp_p
     BertModel(config).save_pretrained(tmp_path)
     setattr(config, key, 2 * getattr(config, key))
     config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"expected the weight encoder\.layer\.\S+ that config\.json speaks of, got"):
+    with pytest.raises(
+        UserError, match=r"lacks the weight encoder\.layer\.\S+, or has it in another shape than config\.json"
+    ):
         MultitaskModel.from_encoder(str(tmp_path), three_tasks())
 
 

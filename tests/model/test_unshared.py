@@ -298,7 +298,7 @@ def test_from_encoder_takes_the_shared_encoder(tmp_path):
         (3, None, "layer: expected one of the encoder's 3, 0 to 2, got 3"),
         (-1, None, "layer: expected one of the encoder's 3"),
         (True, None, "layer: expected one of the encoder's 3"),
-        (1, ["four"], "tasks: expected a list of those that share all layers, two, three, real"),
+        (1, ["four"], "tasks: expected a list of tasks that share all layers, two, three, real"),
         (1, [], "tasks: expected a list"),
         (1, "two", "tasks: expected a list"),
     ],

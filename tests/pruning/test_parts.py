@@ -264,7 +264,7 @@ def test_an_unknown_architecture_is_named(config):
 
 @pytest.mark.parametrize("places", [[2], [-1], [True], ["0"]])
 def test_places_of_layers_that_are_not_there(places):
-    with pytest.raises(UserError, match="skipped_layers: expected places among 2 layers"):
+    with pytest.raises(UserError, match="skipped_layers: expected indices of 2 layers"):
         tiny_model().skip_layers(places)
 
 
