@@ -1,4 +1,4 @@
-"""Tasks: their data, batches and metrics. Layer 1."""
+"""Tasks: their data, batches and metrics."""
 
 from hf_disparse.files import resolve
 from hf_disparse.tasks.batches import MultitaskCollator, TaskBatchSampler, TaskDataset

@@ -1,4 +1,4 @@
-"""One task per batch: the joined data set, the seeded sampler over tasks, streams in turn, and the collator."""
+"""One task per batch: the joined data set, the seeded sampler over tasks, streams that take turns, and the collator."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count, islice
@@ -17,14 +17,14 @@ from transformers import (
 from hf_disparse.config import TaskConfig, UserError, closest, require
 
 SAMPLING = ("proportional", "temperature", "round_robin")
-_CHUNK = 50  # blocks of similar length are found among so many, as in transformers' LengthGroupedSampler
+_CHUNK = 50  # blocks are sorted by length within chunks of so many, as in transformers' LengthGroupedSampler
 
 
 class TaskDataset(Dataset):
-    """The data sets of several tasks end to end; an item is a row of one of them with its `task` added.
+    """Concatenates the data sets of several tasks; an item is a row with its `task` added.
 
     Args:
-        datasets: task -> rows (dictionaries), by position.
+        datasets: task -> rows (dictionaries), indexed from 0.
     """
 
     def __init__(self, datasets: Mapping[str, Sequence[Mapping[str, Any]]]):
@@ -48,18 +48,18 @@ class TaskDataset(Dataset):
 
 
 class TaskBatchSampler:
-    """Batches of indices into a `TaskDataset`, all of one task and all full, in an order that (seed, epoch) fixes.
+    """Full batches of indices into a `TaskDataset`, each of one task, in an order that depends on (seed, epoch) alone.
 
-    An epoch has as many batches as the tasks' examples fill; with `round_robin`, as the largest task's fill times the tasks. The
-    next task is drawn
-    - `proportional`: each task as often as its examples fill batches, so that an epoch sees every example;
+    An epoch has as many batches as all examples fill; with `round_robin`, the largest task's batches times the number of
+    tasks. The next task is chosen
+    - `proportional`: each as often as its examples fill batches, so that an epoch sees every example;
     - `temperature`: with probability ~ min(size, cap) ** (1 / temperature);
-    - `round_robin`: in turn, small tasks starting over until the largest is through.
-    A task's examples come in a fresh random order each time it starts over. Given their `lengths` (task -> one per
-    example), examples of similar length meet in a batch, which halves the tokens of GLUE's padded ones. With several processes
-    every task comes in blocks of `world_size` batches, for Accelerate hands batch i to rank i mod world_size.
+    - `round_robin`: in turn, small tasks starting over until the largest is done.
+    A task's examples are shuffled again each time it starts over. Given `lengths` (task -> one per example), batches hold
+    examples of similar length, which halves the padded tokens of GLUE. With several processes every task comes in blocks of
+    `world_size` batches, because Accelerate gives batch i to rank i mod world_size.
 
-    It has no attribute `batch_size`, on purpose: Accelerate would drop blocks by it.
+    It has no attribute `batch_size` on purpose, because Accelerate would use it to drop blocks.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class TaskBatchSampler:
         self._blocks = {task: -(-size // (batch_size * world_size)) for task, size in self.sizes.items()}
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes the next pass that of `epoch`."""
+        """Sets the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -108,7 +108,7 @@ class TaskBatchSampler:
                 yield [first[task] + i for i in islice(rows[task], self._rows)]
 
     def _endless(self, task: str, generator: torch.Generator) -> Iterator[int]:
-        """A task's rows in random order, over and over; an order is drawn when its first row is needed."""
+        """A task's rows in random order, over and over; each order is drawn when its first row is needed."""
         while True:
             yield from torch.randperm(self.sizes[task], generator=generator).tolist()
 
@@ -116,14 +116,14 @@ class TaskBatchSampler:
         """The same rows, sorted by length within chunks of blocks; the blocks of a chunk come in random order."""
         block, lengths = self._rows * self.world_size, self.lengths[task]
         while True:
-            for start in range(0, self._blocks[task], _CHUNK):  # chunks end where an epoch of the task does
+            for start in range(0, self._blocks[task], _CHUNK):  # chunks do not cross epochs of the task
                 count = min(_CHUNK, self._blocks[task] - start)
                 chunk = sorted(islice(rows, count * block), key=lengths.__getitem__)
                 for i in torch.randperm(count, generator=generator).tolist():
                     yield from chunk[i * block : (i + 1) * block]
 
     def _order(self, generator: torch.Generator) -> list[str]:
-        """The tasks of one epoch's blocks."""
+        """The task of every block in one epoch."""
         tasks = list(self.sizes)
         count = len(self) // self.world_size
         if self.sampling == "round_robin":
@@ -137,14 +137,14 @@ class TaskBatchSampler:
 
 
 class TaskStream(IterableDataset):
-    """Batches of rows of one task each, the tasks in turn, from streams that need not fit into memory; it never ends.
+    """Endless batches of one task each, the tasks in turn, from streams that need not fit into memory.
 
-    A stream that ends begins anew, in its next epoch if it counts them (`set_epoch`, as those of the datasets library do). It
-    must give the same rows every time for a resume to be exact. Of several processes each reads all rows and takes its part.
+    A stream that ends starts over, in its next epoch if it has `set_epoch`, as in the datasets library. It must give the same
+    rows every time for a resume to be exact. With several processes, each reads all rows and takes its share.
 
     Args:
-        streams: task -> rows (dictionaries), to be iterated as often as needed.
-        batch_size: rows of a batch on one process.
+        streams: task -> rows (dictionaries), which can be iterated repeatedly.
+        batch_size: rows per batch on one process.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class TaskStream(IterableDataset):
 
 
 def blocks_of(stream: Iterable[Mapping[str, Any]], size: int, where: str, epoch: int = 0) -> Iterator[list]:
-    """Lists of `size` rows of a stream that begins anew, in the next epoch, when it ends."""
+    """Yields lists of `size` rows of a stream, which starts over in the next epoch when it ends."""
 
     def rows() -> Iterator[Mapping[str, Any]]:
         for now in count(epoch):
@@ -182,12 +182,12 @@ def blocks_of(stream: Iterable[Mapping[str, Any]], size: int, where: str, epoch:
 
 
 class MultitaskCollator:
-    """Pads rows of one task to a batch and adds the task's name, as `MultitaskModel.forward` takes it.
+    """Pads rows of one task to a batch and adds the task's name, as `MultitaskModel.forward` expects.
 
     Args:
-        tokenizer: pads inputs; without one the rows must be of one length.
+        tokenizer: pads the inputs; without one, all rows must have the same length.
         tasks: task -> TaskConfig; the problem type decides how labels are padded and typed.
-        pad: a data collator of the user's own, called in place of transformers'.
+        pad: the user's own data collator, used in place of transformers'.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class MultitaskCollator:
     ):
         self.tasks = dict(tasks)
         with_tokenizer = (DataCollatorWithPadding, DataCollatorForTokenClassification)
-        own = pad or (default_data_collator if tokenizer is None else None)  # as Trainer does it
+        own = pad or (default_data_collator if tokenizer is None else None)  # as in Trainer
         self._pad, self._pad_tokens = (own or collator(tokenizer) for collator in with_tokenizer)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | str]:

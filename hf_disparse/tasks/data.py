@@ -1,4 +1,4 @@
-"""From what a user names to tokenized examples: finding the data, checking columns and labels, tokenizing."""
+"""From a data set's name to tokenized examples: loading, checking columns and labels, tokenizing."""
 
 import glob
 import os
@@ -18,9 +18,9 @@ from hf_disparse.files import resolve
 from hf_disparse.tasks import demo
 from hf_disparse.tasks.labels import LabelEncoder, show
 
-# Of a CSV file only an empty cell is missing: "None" and "NA" are a class's name or a text more often than not, and
-# pandas would turn them into examples without a label, which then go unnoticed. Nor is the first column an index where
-# rows have one field more than the header has names: pandas would take every other column for its neighbour.
+# In a CSV file only an empty cell is missing: pandas would silently drop the labels "None" and "NA", which are usually names
+# of classes or texts. Nor is the first column an index if rows have one field more than the header: pandas would shift all
+# columns by one.
 _CSV = {"keep_default_na": False, "na_values": [""], "index_col": False}
 _BUILDERS = {
     ".csv": ("csv", _CSV),
@@ -29,7 +29,7 @@ _BUILDERS = {
     ".jsonl": ("json", {}),
     ".parquet": ("parquet", {}),
 }
-# Of the options of `load_dataset`, those that choose which files are read.
+# The options of `load_dataset` that choose which files are read.
 _CHOOSE_FILES = ("cache_dir", "data_dir", "data_files", "revision", "token")
 Split = tuple[Dataset, str, range]
 _NO_OPTIONS = {
@@ -43,11 +43,10 @@ _NO_OPTIONS = {
 def load_task(
     task: TaskConfig, data: DataConfig, seed: int = 0, splits: Sequence[str] = ("train", "validation")
 ) -> tuple[Dataset, ...]:
-    """Loads the raw examples of a task, capped, with their columns checked: one Dataset for each of `splits`.
+    """Loads a task's raw examples, capped and with their columns checked: one Dataset for each of `splits`.
 
     Raises:
-        UserError: data, file, split or column that is not there, a split without examples, or one that is validated on
-            and trained on.
+        UserError: the data, a split or a column does not exist, a split is empty, or rows are both trained and validated on.
     """
     where = f"tasks.{task.name}"
     is_demo = data.data.startswith("demo:")
@@ -74,25 +73,25 @@ def load_task(
 
 
 def _refuse_overlap(task: TaskConfig, data: DataConfig, train: Split, validation: Split) -> None:
-    """Metrics on rows that were trained on say nothing."""
+    """Refuses validation on rows that are also trained on."""
     (_, name, ours), (_, other, theirs) = train, validation
     if name == other and max(ours.start, theirs.start) < min(ours.stop, theirs.stop):
         raise UserError(
-            f"tasks.{task.name}.validation_split: expected rows that are not trained on, got {data.validation_split} beside "
-            f"train_split {data.train_split}; slice both, such as train[90%:] and train[:90%], or set validation_fraction"
+            f"tasks.{task.name}.validation_split: {data.validation_split} shares rows with train_split {data.train_split}; "
+            "slice both, such as train[90%:] and train[:90%], or set validation_fraction"
         )
 
 
 def _refuse_swallowed(rows: Dataset, task: TaskConfig, data: DataConfig) -> None:
-    """A quotation mark that a TSV text begins with takes the rows up to the next one into that text."""
+    """Refuses a TSV file in which a text that begins with a quotation mark has swallowed the rows up to the next one."""
     if "quoting" in data.options:
         return
     for column in task.columns:
         for text in rows.with_format(None)[column]:
             if isinstance(text, str) and "\t" in text and "\n" in text:
                 raise UserError(
-                    f"tasks.{task.name}: expected a row a line in {data.data}, got a text of several, {show(text)}; set options: "
-                    "{quoting: 3} if its quotation marks are characters as any, {quoting: 0} if not"
+                    f"tasks.{task.name}: a text in {data.data} spans several lines, {show(text)}; set options: {{quoting: 3}} if "
+                    "quotation marks are ordinary characters, {quoting: 0} if they quote fields"
                 )
 
 
@@ -105,7 +104,7 @@ def _check_columns(rows: Dataset, task: TaskConfig) -> None:
             raise UserError(f"tasks.{task.name}: there is no column '{column}'{closest(column, found)}{way_out}")
     if task.label_column in task.columns:
         raise UserError(
-            f"tasks.{task.name}.label_column: expected another column than the texts', got '{task.label_column}'"
+            f"tasks.{task.name}.label_column: must differ from the columns of texts, got '{task.label_column}'"
         )
 
 
@@ -114,14 +113,14 @@ def _hold_out(rows: Dataset, task: TaskConfig, fraction: float, seed: int) -> tu
         parts = rows.train_test_split(test_size=fraction, seed=seed)
     except ValueError:
         raise UserError(
-            f"tasks.{task.name}.validation_fraction: expected a part that leaves training examples, "
+            f"tasks.{task.name}.validation_fraction: expected a fraction that leaves training examples, "
             f"got {fraction} of {len(rows)}"
         ) from None
     return parts["train"], parts["test"]
 
 
 def _split(splits: DatasetDict, task: TaskConfig, data: DataConfig, key: str) -> Split:
-    """The rows of the split that the field `key` of `data` names, its name, and which of its rows they are."""
+    """Returns the rows that the field `key` of `data` asks for, the name of their split, and their positions in it."""
     where, split = f"tasks.{task.name}", getattr(data, key)
     name = split.partition("[")[0]
     if name not in splits:
@@ -140,7 +139,7 @@ def _split(splits: DatasetDict, task: TaskConfig, data: DataConfig, key: str) ->
 def _load_demo(data: DataConfig, where: str) -> DatasetDict:
     for key in ("subset", "options"):
         if getattr(data, key):
-            raise UserError(f"{where}.{key}: expected nothing with {data.data}, got {getattr(data, key)!r}")
+            raise UserError(f"{where}.{key}: must not be set with {data.data}, got {getattr(data, key)!r}")
     return demo.load(data.data.removeprefix("demo:"), f"{where}.data")
 
 
@@ -151,31 +150,33 @@ def _load_splits(data: DataConfig, where: str) -> tuple[DatasetDict, bool]:
     builder, defaults = _BUILDERS.get(suffix, (None, {}))
     if builder and not Path(source).is_file():
         raise UserError(
-            f"{where}.data: expected a file, but there is none at {Path(source).absolute()}; relative paths start where the command runs"
+            f"{where}.data: there is no file {Path(source).absolute()}; paths are relative to the current folder"
         )
     if not builder and Path(source).is_file():
         raise UserError(
             f"{where}.data: expected a file of type {', '.join(_BUILDERS)}, a folder or a Hub id, got {source}"
         )
     if builder and data.subset:
-        raise UserError(f"{where}.subset: expected nothing with a single file, got '{data.subset}'")
+        raise UserError(f"{where}.subset: must not be set with a single file, got '{data.subset}'")
     for option, instead in _NO_OPTIONS.items():
         if option in data.options:
             raise UserError(f"{where}.options: '{option}' cannot be set here; {instead}")
     place = os.path.abspath(source) if Path(source).exists() else source
     if Path(place).is_dir():
         folder = os.path.realpath(os.path.join(place, str(data.options.get("data_dir") or "")))
-        if folder != glob.escape(folder):  # it would be searched for what the pattern fits
+        if folder != glob.escape(folder):  # `datasets` would read whatever matches the pattern
             raise UserError(
-                f"{where}.data: expected a folder without *, ? and [ in its path, which `datasets` takes for a pattern, "
-                f"got {folder}; rename it, or name a single file"
+                f"{where}.data: `datasets` reads *, ? and [ in the path {folder} as a pattern; rename the folder, or name a "
+                "single file"
             )
     named = {"path": builder, "data_files": glob.escape(place)} if builder else {"path": place, "name": data.subset}
     clash = [option for option in data.options if option in named]
     if clash:
         raise UserError(f"{where}.options: '{clash[0]}' cannot be set here; data names the file")
     try:
-        with warnings.catch_warnings():  # pandas warns once of rows longer than the header, and drops their last fields
+        with (
+            warnings.catch_warnings()
+        ):  # pandas only warns once about rows longer than the header, and drops their last fields
             warnings.filterwarnings("error", "Length of header or names does not match")
             options = {**(defaults if builder else _defaults(named, data.options)), **data.options}
             return load_dataset(**named, **options), (options.get("delimiter") or options.get("sep")) == "\t"
@@ -197,13 +198,13 @@ def _load_splits(data: DataConfig, where: str) -> tuple[DatasetDict, bool]:
 
 
 def _defaults(named: dict[str, str | None], options: dict[str, Any]) -> dict[str, Any]:
-    """Options for whatever `datasets` finds in a folder or on the Hub: CSV and TSV files are read there as one alone is."""
+    """Options for a folder or the Hub, where CSV and TSV files are read in the same way as a single file."""
     found = load_dataset_builder(**named, **{k: v for k, v in options.items() if k in _CHOOSE_FILES}).config
     return {**_CSV, "sep": found.delimiter or found.sep} if isinstance(found, CsvConfig) else {}
 
 
 def _positions(size: int, part: str) -> range:
-    """`[from:to]` of `size` rows, in rows or per cent, as in the split syntax of `datasets`."""
+    """Parses `[from:to]`, in rows or per cent of `size` rows, as in the split syntax of `datasets`."""
     if not (part.startswith("[") and part.endswith("]") and part.count(":") == 1):
         raise ValueError(part)
 
@@ -218,7 +219,7 @@ def _positions(size: int, part: str) -> range:
 
 
 def _cap(rows: Dataset, task: TaskConfig, most: int | None, seed: int) -> Dataset:
-    """The first rows of a seeded shuffle, up to `most` with a label; those without one stay among them, to be counted."""
+    """Takes rows of a seeded shuffle until `most` have a label; unlabelled rows stay among them and are counted later."""
     if most is None or most >= len(rows):
         return rows
     rows, labels = rows.shuffle(seed=seed), LabelEncoder(task, rows.features[task.label_column])
@@ -232,16 +233,16 @@ def tokenize(
     """Turns raw examples into model inputs and `labels`; texts longer than `max_length` tokens are truncated.
 
     Returns:
-        The tokenized examples and the number of unlabelled ones that were left out: None or NaN; -1 for a single class; for
-        token classification, no words, or no word that became a token.
+        The tokenized examples, and the number of unlabelled ones left out: None, NaN or, for single-label classification,
+        -1; for token classification, examples without words or of whose words none became a token.
 
     Raises:
-        UserError: a column that is not there, a label outside the task's classes, a text that is no string, or no
-            labelled example at all.
+        UserError: a column does not exist, a label is none of the task's classes, a text is not a string, or no example
+            has a label.
     """
     require(is_count(max_length, 3), "max_length", "a whole number of at least 3", max_length)
     _check_columns(rows, task)
-    # Numpy or torch formats would shine through, and so would columns, or the types of those that are named as the outputs are.
+    # Without this, the rows' numpy or torch format, other columns and the types of columns named like outputs would remain.
     raw = {column: f"raw {column}" for column in (*task.columns, task.label_column)}
     rows = rows.with_format(None).select_columns([*raw]).rename_columns(raw)
     labels = LabelEncoder(task, rows.features[raw[task.label_column]])
@@ -254,9 +255,7 @@ def tokenize(
     labelled = [i for i, value in enumerate(given) if not labels.missing(value)]
     left_out = len(rows) - len(labelled)
     if not labelled:
-        raise UserError(
-            f"tasks.{task.name}: expected labelled examples, got {left_out} without a label in '{task.label_column}'"
-        )
+        raise UserError(f"tasks.{task.name}: none of {left_out} examples has a label in '{task.label_column}'")
     rows = rows.select(labelled) if left_out else rows
 
     def encode_batch(batch) -> dict[str, list]:
@@ -269,12 +268,10 @@ def tokenize(
 
 
 def _with_a_label(rows: Dataset, task: TaskConfig) -> Dataset:
-    """Without the rows none of whose words became a token: a batch of them has no loss."""
+    """Drops rows of whose words none became a token, because a batch of them would have no loss."""
     kept = [i for i, ids in enumerate(rows["labels"]) if any(label != -100 for label in ids)]
     if not kept:
-        raise UserError(
-            f"tasks.{task.name}: expected words that the tokenizer knows as tokens, got none in any example"
-        )
+        raise UserError(f"tasks.{task.name}: the tokenizer turns no word of any example into tokens")
     return rows if len(kept) == len(rows) else rows.select(kept)
 
 
@@ -283,7 +280,7 @@ def _encode_texts(batch, task, tokenizer, max_length, labels) -> dict[str, list]
     for column, values in zip(task.columns, texts, strict=True):
         for value in values:
             if not isinstance(value, str):
-                way_out = "; leave such rows out of the data" if value is None else ""
+                way_out = "; remove such rows from the data" if value is None else ""
                 raise UserError(f"tasks.{task.name}: expected text in column '{column}', got {show(value)}{way_out}")
     encoded = dict(tokenizer(*texts, truncation=True, max_length=max_length))
     encoded["labels"] = [labels.encode(value) for value in batch[task.label_column]]
@@ -291,18 +288,18 @@ def _encode_texts(batch, task, tokenizer, max_length, labels) -> dict[str, list]
 
 
 def _check_words(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a tokenizer that takes a word of a list for other tokens than the same word of a text."""
+    """Refuses a tokenizer that splits a word in a list differently from the same word in a text."""
     if not tokenizer.is_fast:
-        got = f"the slow {type(tokenizer).__name__}"
-        raise UserError(f"tokenizer: expected a fast one, which tells words apart, for token_classification, got {got}")
+        kind = type(tokenizer).__name__
+        raise UserError(f"tokenizer: token_classification needs a fast tokenizer, got the slow {kind}")
     inputs = tokenizer(["the", "the"], is_split_into_words=True), tokenizer("the the")
     listed, in_text = ([i for i, w in zip(x["input_ids"], x.word_ids(), strict=True) if w == 1] for x in inputs)
-    if in_text and listed != in_text:  # of the second word, for a text's first one may be unlike all others
-        raise UserError("tokenizer: expected add_prefix_space=True for token_classification, got one without it")
+    if in_text and listed != in_text:  # the second word, because a text's first may differ
+        raise UserError("tokenizer: token_classification needs a tokenizer with add_prefix_space=True")
 
 
 def _encode_tokens(batch, task, tokenizer, max_length, labels) -> dict[str, list]:
-    """A word's label stands on its first token; the others and the special ones have -100, which the loss ignores."""
+    """Puts a word's label on its first token; other tokens, special ones included, get -100, which the loss ignores."""
     column = task.columns[0]
     for words, values in zip(batch[column], batch[task.label_column], strict=True):
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):

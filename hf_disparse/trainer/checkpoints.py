@@ -1,6 +1,6 @@
-"""Checkpoints that are whole or none: sealed when they are written, checked before they are taken; and what is ours in them.
+"""Checkpoints that are complete or refused: sealed when written, checked before a resume; and the state of pruning in them.
 
-Of several processes each writes its random state and, with FSDP, its part; the one that saves writes the rest, and seals all.
+Every process writes its random state and, with FSDP, its shard; the one that saves writes the rest and seals all files.
 """
 
 import json
@@ -26,11 +26,11 @@ from hf_disparse.trainer.guard import GUARD_NAME
 SEAL_NAME = "seal.json"
 STATE_NAME, PRUNING_STATE_NAME = "disparse_state.json", "pruning_state.safetensors"
 _TRAINER_STATE_NAME = "trainer_state.json"
-_PARTS = ("pytorch_model_fsdp_0/.metadata", "optimizer_0/.metadata")  # of FSDP: written once all processes wrote theirs
+_PARTS = ("pytorch_model_fsdp_0/.metadata", "optimizer_0/.metadata")  # FSDP writes these last
 
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:
-    """The newest `checkpoint-N` of `folder` that was written to its end and is as it was written, or None."""
+    """Returns the newest `checkpoint-N` in `folder` that is complete and unchanged since it was written, or None."""
     found = [p for p in Path(folder).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
     for path in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
         if torn(path) is None:
@@ -39,7 +39,7 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
 
 
 def to_resume(asked: str | bool | None, output_dir: str) -> str | bool | None:
-    """The checkpoint to resume from, which is whole: `asked`, or if that is True the last one; the same for all processes.
+    """Returns the whole checkpoint to resume from, the same on all processes: `asked`, or the last one if that is True.
 
     Raises:
         UserError: it is not whole, or there is none.
@@ -50,33 +50,31 @@ def to_resume(asked: str | bool | None, output_dir: str) -> str | bool | None:
             raise UserError(f"resume_from_checkpoint: there is no whole checkpoint in {output_dir}")
         return found
     if asked and (reason := on_main(torn)(asked)):
-        got = f"{asked}: {reason}"
-        raise UserError(
-            f"resume_from_checkpoint: expected a whole checkpoint, got {got}; True takes the last whole one"
-        )
+        raise UserError(f"resume_from_checkpoint: {asked} is not whole: {reason}; True takes the last whole checkpoint")
     return asked
 
 
 def torn(checkpoint: str | Path) -> str | None:
-    """What shows that a checkpoint is not whole, None if it is.
+    """Returns what is wrong with a checkpoint, None if it is whole.
 
-    The Trainer writes `trainer_state.json` last and all at once, and `seal` just before that what all other files hold.
-    Another Trainer's has no seal: there its files are opened.
+    The Trainer writes `trainer_state.json` last, in one go; just before that, `seal` records what all other files hold. A
+    checkpoint of another Trainer has no seal, so its files are opened.
     """
     checkpoint = Path(checkpoint)
     try:
         json.loads((checkpoint / _TRAINER_STATE_NAME).read_text())
         if not (checkpoint / SEAL_NAME).is_file():
-            return _torn_by_its_looks(checkpoint)
+            return _torn_without_seal(checkpoint)
         for name, content in json.loads((checkpoint / SEAL_NAME).read_text()).items():
             if _content(checkpoint / name) != content:
-                return f"{name} is not what was written"
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:  # of JSON that is another's, too
+                return f"{name} has changed since it was written"
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:  # also for JSON of another kind
         return one_line(error)
     return None
 
 
-def _torn_by_its_looks(checkpoint: Path) -> str | None:
+def _torn_without_seal(checkpoint: Path) -> str | None:
+    """As `torn`, from the headers of the files that a resume needs."""
     weights = [*checkpoint.glob("model*.safetensors"), *checkpoint.glob("adapter_model.safetensors")]
     for index in checkpoint.glob("model.safetensors.index.json"):
         weights += [checkpoint / name for name in set(json.loads(index.read_text())["weight_map"].values())]
@@ -88,12 +86,12 @@ def _torn_by_its_looks(checkpoint: Path) -> str | None:
         return f"it has no {'weights' if random else 'random state'}"
     archives = [checkpoint / "scheduler.pt", *random]
     if not in_parts:
-        archives.append(next(checkpoint.glob("optimizer.bin"), checkpoint / "optimizer.pt"))  # .bin: of FSDP
+        archives.append(next(checkpoint.glob("optimizer.bin"), checkpoint / "optimizer.pt"))  # FSDP writes .bin
     return next((f"{path.name} is not whole" for path in archives if not zipfile.is_zipfile(path)), None)
 
 
 def seal(folder: Path) -> None:
-    """Brings the files of a checkpoint to the disk, and beside them what they hold: name -> [size, CRC-32]."""
+    """Flushes the files of a checkpoint to disk, with a record of what they hold: name -> [size, CRC-32]."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     content = {str(path.relative_to(folder)): _content(path) for path in files}
     (folder / SEAL_NAME).write_text(json.dumps(content))
@@ -110,25 +108,25 @@ def _content(path: Path) -> list[int]:
 
 @contextmanager
 def checkpointing(trainer: Trainer, folder: Path) -> Iterator[None]:
-    """Around the writing of one checkpoint: nothing of an older one in it, nothing left of it if it fails."""
+    """Wraps the writing of one checkpoint: deletes an older one first, and what is incomplete if writing fails."""
     mine = trainer.args.should_save
     with writing(folder, "Once that is mended, training resumes from the last whole checkpoint, which stays."):
         try:
-            if mine and folder.exists():  # of an earlier training: half old and half new would be neither
+            if mine and folder.exists():  # left by an earlier training, and must not be mixed with this one
                 shutil.rmtree(folder)
             trainer.accelerator.wait_for_everyone()
             yield
             if mine:
                 sync(folder)
         except BaseException:
-            if mine and folder.exists() and torn(folder):  # of no use, and a disk may be full of it
+            if mine and folder.exists() and torn(folder):  # useless, and it may fill the disk
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
 @contextmanager
 def whole_weights(trainer: Trainer) -> Iterator[None]:
-    """What is saved meanwhile is whole, also where FSDP's checkpoints are in parts."""
+    """Within this context, FSDP saves full weights even if its checkpoints are sharded."""
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     before = None if plugin is None else plugin.state_dict_type
     if plugin is not None:
@@ -141,7 +139,7 @@ def whole_weights(trainer: Trainer) -> Iterator[None]:
 
 
 def save_state(trainer: Trainer, folder: Path) -> None:
-    """Writes the state of pruning and of the losses beside that of the optimizer. Called by all processes."""
+    """Writes the state of pruning and of the losses beside the optimizer's. Called by all processes."""
     pruner = trainer.pruner
     masks = gather(pruner.masks) if pruner.masks and is_sharded(pruner.masks) else pruner.masks
     if not trainer.args.should_save:
@@ -162,9 +160,9 @@ def save_state(trainer: Trainer, folder: Path) -> None:
 
 
 def load_state(trainer: Trainer, folder: Path) -> dict[str, Any]:
-    """Takes up what `save_state` wrote of pruning, and returns what it wrote of the trainer: nothing if another Trainer wrote."""
+    """Restores the state of pruning and returns the trainer's, as `save_state` wrote them; empty for another Trainer's."""
     pruner, path = trainer.pruner, folder / MASKS_NAME
-    pruner.masks = load_masks(path) if path.is_file() else trainer.given_masks  # not those of a run that died after it
+    pruner.masks = load_masks(path) if path.is_file() else trainer.given_masks  # a failed try may have left later ones
     if trainer.is_multitask and pruner.config and "layer" in pruner.config.granularity:
         trainer.model.skip_layers(AutoConfig.from_pretrained(folder).skipped_layers)
     if (folder / PRUNING_STATE_NAME).is_file():

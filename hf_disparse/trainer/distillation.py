@@ -1,4 +1,4 @@
-"""What a teacher has to be, and its share in the loss."""
+"""Checks teachers, and adds distillation to the loss."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,16 +16,19 @@ from hf_disparse.trainer.losses import distillation_loss, hidden_loss
 def check_teachers(
     teachers, args: TrainingArguments, tasks: Mapping[str, TaskConfig], trained: Iterable[str]
 ) -> Mapping[str, nn.Module]:
-    """Task -> teacher, ready to be asked; empty if there is nothing to learn from them.
+    """Returns task -> teacher, on the right device and in eval mode; empty if `args` asks for no distillation.
 
     Args:
-        tasks: those of the model; empty for a model that does not know any.
-        trained: the names of those that have training data.
+        tasks: the model's tasks; empty if it is no MultitaskModel.
+        trained: names of the tasks with training data.
+
+    Raises:
+        UserError: a trained task has no teacher, or a teacher does not fit its task.
     """
     if not getattr(args, "distils", False):
         return {}
     if not tasks:
-        raise UserError("training.distillation: expected a MultitaskModel, whose tasks are known, got another model")
+        raise UserError("training.distillation: only a MultitaskModel can be distilled to, got another model")
     if isinstance(teachers, MultitaskModel):
         teachers = {task: teachers for task in teachers.tasks}
     teachers = {} if teachers is None else teachers
@@ -34,7 +37,7 @@ def check_teachers(
         raise UserError(f"teachers: expected a MultitaskModel or a dict of task -> model, got {got}")
     for name in trained:
         if name not in teachers:
-            raise UserError(f"training.distillation: expected a teacher of task '{name}', got none; pass teachers=")
+            raise UserError(f"training.distillation: there is no teacher for task '{name}'; pass teachers=")
         if isinstance(teachers[name], MultitaskModel):
             _check_task(tasks[name], teachers[name].tasks)
         else:
@@ -45,17 +48,17 @@ def check_teachers(
 
 
 def _check_task(task: TaskConfig, taught: Mapping[str, TaskConfig]) -> None:
-    """Refuses a teacher that was taught something else: classes in another order would teach the opposite."""
+    """Refuses a teacher trained for something else: one with classes in another order would teach the opposite."""
     if task.name not in taught:
         has = ", ".join(taught)
-        raise UserError(f"teachers: expected a teacher of task '{task.name}', got a model of {has}")
+        raise UserError(f"teachers: expected a teacher for task '{task.name}', got a model with {has}")
     for key in ("problem_type", "labels"):
         expected, got = getattr(task, key), getattr(taught[task.name], key)
-        require(got == expected, f"teachers.{task.name}", f"a teacher with the {key} {expected!r} of the task", got)
+        require(got == expected, f"teachers.{task.name}", f"a teacher with the task's {key}, {expected!r}", got)
 
 
 def _check_order(task: TaskConfig, teacher: nn.Module) -> None:
-    """Refuses a teacher of another kind that has the task's classes in another order; names that are not the task's say nothing."""
+    """Refuses another kind of teacher if its classes are the task's in another order; other names cannot be compared."""
     names = getattr(getattr(teacher, "config", None), "id2label", None) or {}
     got = [str(names[place]).lower() for place in sorted(names)]
     expected = [label.lower() for label in task.labels]
@@ -73,23 +76,25 @@ def distilled(
     task: TaskConfig,
     args: DisparseTrainingArguments,
 ) -> Tensor:
-    """(1 - a) loss + a distillation of the logits + b distance of the hidden states."""
+    """Returns (1 - a) loss + a distillation of the logits + b distance of the hidden states."""
     seen = {k: v for k, v in inputs.items() if k != "labels" and (k != "task" or isinstance(teacher, MultitaskModel))}
     with torch.no_grad():
-        told = teacher(**seen)
-    if told.logits.shape != outputs.logits.shape:
-        got = f"{tuple(told.logits.shape)} instead of {tuple(outputs.logits.shape)}"
+        taught = teacher(**seen)
+    if taught.logits.shape != outputs.logits.shape:
+        got = f"{tuple(taught.logits.shape)} instead of {tuple(outputs.logits.shape)}"
         raise UserError(f"teachers: expected a teacher with the classes of task '{task.name}', got logits of {got}")
     if args.distillation:
         soft = distillation_loss(
-            outputs.logits, told.logits, task.problem_type, args.distillation_temperature, inputs["labels"]
+            outputs.logits, taught.logits, task.problem_type, args.distillation_temperature, inputs["labels"]
         )
         loss = (1 - args.distillation) * loss + args.distillation * soft
     if args.distillation_hidden:
-        ours, theirs = (out.hidden_states for out in (outputs, told))
+        ours, theirs = (out.hidden_states for out in (outputs, taught))
         if [h.shape for h in ours] != [h.shape for h in theirs]:
             got = f"{len(theirs)} of width {theirs[0].shape[-1]} instead of {len(ours)} of {ours[0].shape[-1]}"
-            raise UserError(f"training.distillation_hidden: expected a teacher with our hidden states, got {got}")
+            raise UserError(
+                f"training.distillation_hidden: the teacher's hidden states must match the model's, got {got}"
+            )
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
         loss = loss + args.distillation_hidden * hidden_loss(ours, theirs, mask)
     return loss

@@ -1,8 +1,8 @@
-"""The promise that pruning costs no task more than so many points: a step that breaks it is undone, and was the last.
+"""Guards the promise that pruning costs no task more than so many points: a step that breaks it is undone and ends pruning.
 
-The model is measured before pruning begins, right before every further update (after the training in between, that is),
-and once training has ended. What a step is undone to is one copy of the weights and of the optimizer's state in main
-memory, and in every checkpoint from the first pruning on, which is twice as large for it.
+The model is evaluated before pruning begins, right before every further update, and once training has ended. Undoing a step
+takes a copy of the weights and the optimizer's state in main memory, and in every checkpoint from the first pruning on, which
+is twice as large.
 """
 
 import copy
@@ -31,18 +31,18 @@ Points = dict[str, float]  # task -> mean of its metrics, 0 to 100
 
 
 def new_guard(trainer) -> "Guard | None":
-    """The guard that a DisparseTrainer's `pruning_config` asks for.
+    """Returns the guard for a DisparseTrainer whose `pruning_config` sets max_drop, None for others.
 
     Raises:
-        UserError: there is nothing to measure the promise on.
+        UserError: there are no tasks or no data to measure the promise on.
     """
     config, rows = trainer.pruning_config, trainer.eval_dataset
     if config is None or config.max_drop is None or not config.sparsity:
         return None
     if not trainer.is_multitask:
-        raise UserError("pruning.max_drop: expected a MultitaskModel, whose metrics are known, got another model")
+        raise UserError("pruning.max_drop: needs a MultitaskModel, whose metrics are known")
     if not rows:
-        raise UserError("pruning.max_drop: expected an eval_dataset to measure the tasks on, got none")
+        raise UserError("pruning.max_drop: needs an eval_dataset to measure the tasks on")
     most = dict(config.max_drop) if isinstance(config.max_drop, dict) else dict.fromkeys(rows, config.max_drop)
     for task in most:
         if task not in rows:
@@ -51,7 +51,7 @@ def new_guard(trainer) -> "Guard | None":
 
 
 def _sparsity(trainer, masks: Mapping[str, Tensor] | None) -> float:
-    """That of the prunable weights under `masks`; matrices in two factors are larger than dense while none is pruned."""
+    """Sparsity of the prunable weights under `masks`; unpruned factors are larger than their dense matrix."""
     parameters = prunable_parameters(trainer.model, trainer.pruning_config)
     return masked_share(
         trainer.model, masks or {name: p.new_ones(p.shape, dtype=bool) for name, p in parameters.items()}
@@ -59,21 +59,21 @@ def _sparsity(trainer, masks: Mapping[str, Tensor] | None) -> float:
 
 
 def measure(trainer, tasks: Sequence[str]) -> Points:
-    """The tasks' points on the trainer's `eval_dataset`: not logged, and training goes on as if nothing had been."""
+    """Returns the tasks' points on the trainer's `eval_dataset`, without logging or disturbing training."""
     training = trainer.model.training
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed
         _, values = trainer.evaluate_tasks({task: trainer.eval_dataset[task] for task in tasks}, None, "guard")
     trainer.model.train(training)
     for task, metrics in values.items():
         if not metrics:
-            raise UserError(f"pruning.max_drop: expected metrics of task '{task}', got none from compute_metrics")
+            raise UserError(f"pruning.max_drop: compute_metrics returned no metrics for task '{task}'")
     return {task: 100 * sum(metrics.values()) / len(metrics) for task, metrics in values.items()}
 
 
 def worst_drop(before: Points, now: Points, most: Points) -> tuple[str, float] | None:
-    """The task that lost most beyond what it may, and the points it lost; None if every promise is kept.
+    """Returns the task furthest beyond its allowed drop, and the points it lost; None if every promise is kept.
 
-    A metric that is NaN now keeps no promise.
+    A metric that is NaN now breaks the promise.
     """
     broken = {task: before[task] - now[task] for task, points in most.items() if not before[task] - now[task] <= points}
     return max(broken.items(), key=lambda item: np.nan_to_num(item[1] - most[item[0]], nan=np.inf), default=None)
@@ -81,12 +81,12 @@ def worst_drop(before: Points, now: Points, most: Points) -> tuple[str, float] |
 
 @dataclass
 class Snapshot:
-    """All that a pruning step and the training after it change, as it was right before that step.
+    """Everything that a pruning step and the training after it change, as it was right before that step.
 
     Args:
         step: the optimizer step that was about to begin.
-        points: what the tasks had.
-        masks: None where nothing was pruned yet.
+        points: the tasks' points at that time.
+        masks: None if nothing was pruned yet.
         optimizer, scheduler: their state dicts.
     """
 
@@ -100,7 +100,7 @@ class Snapshot:
 
     @classmethod
     def take(cls, step: int, points: Points, model: nn.Module, masks, optimizer, scheduler) -> "Snapshot":
-        """Copies to main memory."""
+        """Copies the state to main memory."""
         return cls(
             step=step,
             points=points,
@@ -112,10 +112,10 @@ class Snapshot:
         )
 
     def restore(self, model: nn.Module, optimizer, scheduler) -> None:
-        """Puts everything but the masks back, to the bit; the snapshot stays good for another time."""
+        """Restores everything but the masks, bit for bit; the snapshot can be restored again."""
         model.load_state_dict(self.weights)
         model.skip_layers(self.skipped_layers)
-        optimizer.load_state_dict(_map(self.optimizer, _copied))  # which would hold on to our tensors
+        optimizer.load_state_dict(_map(self.optimizer, _copied))  # copied, because the optimizer keeps what it is given
         scheduler.load_state_dict(copy.deepcopy(self.scheduler))
 
     def save(self, folder: Path) -> dict[str, Any]:
@@ -140,19 +140,19 @@ class Snapshot:
 
 
 class Guard:
-    """Measures, remembers the state before the last pruning step, and goes back to it where the promise is broken.
+    """Measures the tasks, remembers the state before the last pruning step, and restores it if the promise is broken.
 
     Args:
         most: task -> the points it may lose.
-        measure: () -> the tasks' points of the model as it is.
-        sparsity: (masks) -> the sparsity of the prunable weights under them; None is no mask yet.
-        log: takes what goes into the training log.
+        measure: () -> the tasks' points of the current model.
+        sparsity: (masks) -> sparsity of the prunable weights; masks are None before the first pruning.
+        log: writes to the training log.
 
     Attributes:
         before: the tasks' points before pruning began, None until then.
-        after: of the model that training hands over.
-        stopped: what ended pruning, None if nothing did: `task`, its `drop` in points, the optimizer `step` that was
-            undone, the sparsity of the prunable weights that was `undone` and that which was `kept`.
+        after: the points of the final model.
+        stopped: what ended pruning early, None if it was not: `task`, its `drop` in points, the optimizer `step` that was
+            undone, and the `undone` and `kept` sparsity of the prunable weights.
     """
 
     def __init__(
@@ -166,14 +166,14 @@ class Guard:
         self.forget()
 
     def forget(self) -> None:
-        """Begins anew, for another training."""
+        """Starts over, for another training."""
         self.before: Points | None = None
         self.after: Points | None = None
         self.stopped: dict[str, Any] | None = None
         self._snapshot: Snapshot | None = None
 
     def allows(self, step: int, model: nn.Module, masks, optimizer, scheduler) -> bool:
-        """Before a pruning step: whether the last one kept the promise, so that the next may come. It is remembered."""
+        """Before a pruning step: returns whether the last one kept the promise; if so, takes a snapshot for the next."""
         points = self._measure()
         if self.before is None:
             for task, value in points.items():
@@ -184,12 +184,12 @@ class Guard:
         elif worst := worst_drop(self.before, points, self.most):
             self._stop(*worst, masks)
             return False
-        self._snapshot = None  # before the new one, so that there is one copy at a time
+        self._snapshot = None  # freed first, so that there is one copy at a time
         self._snapshot = Snapshot.take(step, points, model, masks, optimizer, scheduler)
         return True
 
     def allows_end(self, masks) -> bool:
-        """Once training has ended: whether the model keeps the promise."""
+        """After training: returns whether the model keeps the promise."""
         if self._snapshot is None:
             return True
         self.after = self._measure()
@@ -199,28 +199,28 @@ class Guard:
         return worst is None
 
     def undo(self, model: nn.Module, optimizer, scheduler) -> dict[str, Tensor] | None:
-        """Goes back to before the last pruning step; returns the masks of then."""
+        """Restores the state before the last pruning step and returns its masks."""
         self._snapshot.restore(model, optimizer, scheduler)
         return self._snapshot.masks
 
     def report(self) -> dict[str, Any]:
-        """For `results.json`."""
+        """What `results.json` says of the guard."""
         return {"max_drop": self.most, "before": self.before, "after": self.after, "stopped": self.stopped}
 
     def _stop(self, task: str, drop: float, masks) -> None:
-        """Says which task it was; the training after pruning has ended may break the promise, too."""
+        """Logs what is undone and why; records it once, because training after pruning may break the promise again."""
         undone, kept, step = self._sparsity(masks), self._sparsity(self._snapshot.masks), self._snapshot.step
         if self.stopped is None:
             self.stopped = {"task": task, "drop": drop, "step": step, "undone": undone, "kept": kept}
         _LOG.warning(
-            "pruning.max_drop: at sparsity %.3f task '%s' is %.2f points below what it had before pruning, %g are "
-            "allowed: back to the weights of step %d, at sparsity %.3f; pruning has ended",
+            "pruning.max_drop: at sparsity %.3f task '%s' is %.2f points below its value before pruning, %g are allowed; "
+            "going back to the weights of step %d, at sparsity %.3f; pruning has ended",
             *(undone, task, drop, self.most[task], step, kept),
         )
         self._log({f"guard_{task}_drop": drop, "guard_undone_sparsity": undone, "guard_kept_sparsity": kept})
 
     def save(self, folder: Path) -> None:
-        """Writes what a resume needs; nothing before pruning began."""
+        """Writes what a resume needs; before pruning has begun, that is no file at all."""
         if self._snapshot is None:
             return
         folder.mkdir(exist_ok=True)
@@ -228,7 +228,7 @@ class Guard:
         (folder / _STATE_NAME).write_text(json.dumps(state))
 
     def load(self, folder: Path) -> None:
-        """Reads what `save` wrote, if it did."""
+        """Reads what `save` wrote, if it wrote anything."""
         if (folder / _STATE_NAME).is_file():
             state = json.loads((folder / _STATE_NAME).read_text())
             self.before, self.stopped = state["before"], state["stopped"]
@@ -240,7 +240,7 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of nested dicts, lists and tuples, their tensors changed."""
+    """Copies nested dicts, lists and tuples, with `change` applied to their tensors."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
@@ -249,7 +249,7 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """A nested state as JSON, which knows neither tensors nor tuples nor numbers as keys; its tensors go to `tensors`."""
+    """Turns a nested state into JSON, which has no tensors, tuples or numeric keys; the tensors go to `tensors`."""
     if isinstance(value, Tensor):
         tensors[name] = value
         return {"tensor": name}
@@ -262,7 +262,7 @@ def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _unpacked(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `_packed` was given."""
+    """Reverses `_packed`."""
     ((kind, value),) = packed.items()
     if kind == "tensor":
         return tensors[value]

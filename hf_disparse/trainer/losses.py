@@ -1,4 +1,4 @@
-"""What a training step minimises beyond a task's own loss: distillation, and weights of the tasks."""
+"""What a training step minimises beyond a task's own loss: distillation terms and task weights."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 def distillation_loss(
     logits: Tensor, teacher: Tensor, problem_type: str, temperature: float, labels: Tensor | None = None
 ) -> Tensor:
-    """How far the logits are from the teacher's, softened by the temperature T (Hinton et al. 2015, arXiv 1503.02531).
+    """Returns the distance of the logits from the teacher's at temperature T (Hinton et al. 2015, arXiv 1503.02531).
 
     T^2 KL(softmax(teacher / T) || softmax(logits / T)) for classes, T^2 times the cross entropy of each label's sigmoids
     for multi-label tasks, the mean squared difference for regression.
 
-    Shapes: logits and teacher (batch, classes), or (batch, tokens, classes) for token classification, where tokens whose
-    label is -100 are left out: labels (batch, tokens). Returns a scalar, the mean over examples or tokens.
+    Shapes: logits and teacher (batch, classes), or (batch, tokens, classes) for token classification with labels (batch,
+    tokens), where tokens with label -100 are ignored. Returns a scalar, the mean over examples or tokens.
     """
     logits, teacher = logits.float(), teacher.float()
     if problem_type == "regression":
@@ -44,18 +44,18 @@ def hidden_loss(hidden: Sequence[Tensor], teacher: Sequence[Tensor], attention_m
 def uncertainty_weight(mean_loss: float) -> float:
     """The weight of a task under the homoscedastic uncertainty of Kendall et al. (CVPR 2018, arXiv 1705.07115).
 
-    They minimise exp(-s) L + s over the log-variance s too; at its optimum s = log L, the weight exp(-s) is 1 / L.
-    Taking the optimum of a running mean of L instead of learning s leaves nothing to tune.
+    They also minimise exp(-s) L + s over the log-variance s; at its optimum, s = log L, the weight exp(-s) is 1 / L.
+    Taking that optimum for a running mean of L, instead of learning s, leaves nothing to tune.
     """
-    return 1.0 / max(mean_loss, 1e-3)  # a task that is learnt by heart must not drown the others
+    return 1.0 / max(mean_loss, 1e-3)  # a memorised task must not dominate the others
 
 
 def pcgrad_weights(gram: Tensor, generator: torch.Generator) -> Tensor:
-    """Weights c such that sum_k c_k g_k is the step of PCGrad (Yu et al., NeurIPS 2020, arXiv 2001.06782).
+    """Returns weights c such that sum_k c_k g_k is the step of PCGrad (Yu et al., NeurIPS 2020, arXiv 2001.06782).
 
-    PCGrad takes from each task's gradient, other tasks in random order, what points against another task's gradient:
-    g_i <- g_i - (g_i . g_j / |g_j|^2) g_j where g_i . g_j < 0, and sums the results. All of them are combinations of
-    the original gradients, so that their inner products are all it takes.
+    PCGrad removes from each task's gradient, going through the others in random order, what conflicts with theirs:
+    g_i <- g_i - (g_i . g_j / |g_j|^2) g_j where g_i . g_j < 0, and sums the results. These are all combinations of the
+    original gradients, so their inner products are all it takes.
 
     Shapes: gram (tasks, tasks), entry (i, j) is g_i . g_j -> (tasks,).
     """
@@ -63,7 +63,7 @@ def pcgrad_weights(gram: Tensor, generator: torch.Generator) -> Tensor:
     for i in range(len(gram)):
         for j in torch.randperm(len(gram), generator=generator).tolist():
             inner = combination[i] @ gram[j]
-            if j != i and inner < 0:  # so neither gradient is zero
+            if j != i and inner < 0:  # which implies that neither gradient is zero
                 combination[i, j] -= inner / gram[j, j]
     return combination.sum(0)
 
@@ -75,7 +75,7 @@ class GradientSurgery:
         self._taken: dict[str, dict[nn.Parameter, Tensor]] = {}
 
     def take(self, task: str, parameters: Iterable[nn.Parameter]) -> None:
-        """Moves the gradients of the shared parameters to those of the task."""
+        """Moves the gradients of the shared parameters to the task's, adding to those taken before."""
         mine = self._taken.setdefault(task, {})
         for parameter in parameters:
             if parameter.grad is not None:
@@ -83,7 +83,7 @@ class GradientSurgery:
                 parameter.grad = None
 
     def give(self, generator: torch.Generator) -> None:
-        """Combines what was taken into the parameters' gradients and forgets it."""
+        """Combines the taken gradients into the parameters' and forgets them."""
         tasks, self._taken = list(self._taken.values()), {}
         parameters = list(dict.fromkeys(p for task in tasks for p in task))
         gram = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)

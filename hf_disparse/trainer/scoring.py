@@ -130,10 +130,10 @@ class Scorer:
 
 
 class ScoringBatches:
-    """The batches that one task is scored on: seeded by the config and the step, without touching the global generators.
+    """The batches that one task is scored on, seeded by the config and the step; global random state is not touched.
 
-    Of several processes each takes its part of a batch, which is as many times as large. A stream is read from its start, if
-    it is shuffled in another order every time.
+    With several processes, a batch is as many times larger and each takes its share. A stream is read from its start, in
+    another order every time if it is shuffled.
     """
 
     def __init__(self, trainer: Trainer, task: str):
@@ -152,9 +152,9 @@ class ScoringBatches:
             )
 
     def _blocks(self, rows, size: int) -> Iterator[list]:
-        """The rows of one batch of all processes after another."""
+        """Yields the rows of one batch, for all processes together, after another."""
         seed = self.trainer.pruning_config.seed + self.trainer.state.global_step
-        if isinstance(rows, IterableDataset):  # another epoch than those that training is in
+        if isinstance(rows, IterableDataset):  # in an epoch that training never reaches
             yield from blocks_of(rows, size, f"tasks.{self.task}", _FAR + seed)
         lengths = lengths_by_task({self.task: rows}, self.trainer.args) if self.trainer.is_multitask else None
         sampler = TaskBatchSampler({self.task: len(rows)}, size, lengths=lengths, seed=seed)
@@ -166,19 +166,21 @@ class ScoringBatches:
 
 @contextmanager
 def checkpointed_layers(model: nn.Module) -> Iterator[None]:
-    """Keeps gradient checkpointing on while scores are taken: that is in eval mode, where transformers turns it off, and scoring
-    would need more memory than training. Layers go by their own `training`, which changes nothing else in them.
+    """Keeps gradient checkpointing on during scoring, which would otherwise need more memory than training.
+
+    Scoring runs in eval mode, where transformers turns checkpointing off by a layer's `training`; nothing else in the layer
+    itself depends on it.
     """
 
-    def drops(layer: nn.Module) -> bool:
+    def is_checkpointed(layer: nn.Module) -> bool:
         if not isinstance(layer, GradientCheckpointingLayer) or not layer.gradient_checkpointing or layer.training:
             return False
         options = getattr(layer._gradient_checkpointing_func, "keywords", {})
-        return options.get("use_reentrant") is False  # torch.autograd.grad refuses the other way
+        return options.get("use_reentrant") is False  # torch.autograd.grad refuses reentrant checkpoints
 
-    layers = [module for module in model.modules() if drops(module)] if torch.is_grad_enabled() else []
+    layers = [module for module in model.modules() if is_checkpointed(module)] if torch.is_grad_enabled() else []
     for layer in layers:
-        layer.training = True  # not train(), which would set its dropout, too
+        layer.training = True  # not train(), which would also turn on dropout
     try:
         yield
     finally:

@@ -32,23 +32,23 @@ from hf_disparse.trainer.scoring import ScoringBatches, checkpointed_layers
 
 
 class DisparseTrainer(Trainer):
-    """A Trainer for several tasks on one encoder that prunes it on the way.
+    """A Trainer for several tasks on one encoder that prunes it during training.
 
-    With a `MultitaskModel`, `train_dataset` and `eval_dataset` map a task's name to its tokenized rows, `train_dataset` maybe to
-    streams of them (IterableDataset). A batch holds one task: its head gives the loss, which is multiplied by the task's weight.
-    Evaluation gives `eval_<task>_<metric>` and one `eval_average`. Any other model, such as one of
-    `AutoModelForSequenceClassification`, is one task with the data sets of a plain Trainer.
+    With a `MultitaskModel`, `train_dataset` and `eval_dataset` map each task to its tokenized rows; `train_dataset` may map to
+    streams (IterableDataset). Every batch holds one task, whose head gives the loss, multiplied by the task's weight.
+    Evaluation returns `eval_<task>_<metric>` and one `eval_average`. Any other model, such as an
+    `AutoModelForSequenceClassification`, counts as one task and takes the data sets of a plain Trainer.
 
     Args:
         pruning_config: what to prune and when; without it this is a multitask Trainer.
-        masks: weights of a sparse model to hold at zero, as `find_masks` finds them.
-        teachers: a MultitaskModel, or task -> model, to learn from as the arguments on distillation say.
-        args: `TrainingArguments`, or `DisparseTrainingArguments` to choose how tasks are drawn and losses made.
-        The others are those of `transformers.Trainer`.
+        masks: weights of a sparse model to hold at zero, as `find_masks` returns them.
+        teachers: a MultitaskModel, or task -> model, to distil from as `args` says.
+        args: `TrainingArguments`, or `DisparseTrainingArguments` to choose how tasks are sampled and losses combined.
+        kwargs: passed on to `transformers.Trainer`, like the remaining arguments.
 
     Raises:
-        UserError: `nn.DataParallel`, DeepSpeed, what FSDP cannot do, data sets that do not fit the model's tasks; in training also
-            a loss or gradient that is not finite.
+        UserError: `nn.DataParallel`, DeepSpeed, an unsupported use of FSDP, or data sets that do not match the model's
+            tasks; during training also a loss or gradient that is not finite.
     """
 
     def __init__(
@@ -65,9 +65,9 @@ class DisparseTrainer(Trainer):
         processing_class=None,
         **kwargs: Any,
     ):
-        maybe_multitask = model is None or isinstance(model, MultitaskModel)  # None: it comes by model_init
+        maybe_multitask = model is None or isinstance(model, MultitaskModel)  # None: made by model_init
         if maybe_multitask and args is not None and args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = True  # a step leaves the heads of all other tasks without a gradient
+            args.ddp_find_unused_parameters = True  # in each step, only one task's head gets a gradient
         super().__init__(
             model,
             args,
@@ -79,7 +79,7 @@ class DisparseTrainer(Trainer):
         )
         self.is_multitask = isinstance(self.model, MultitaskModel)
         self.tasks = self.model.tasks if self.is_multitask else {}
-        self.loss_means: dict[str, float] = {}  # running, with loss_weighting="uncertainty"
+        self.loss_means: dict[str, float] = {}  # running means, with loss_weighting="uncertainty"
         self._trained = 0  # backward passes
         self._surgery = GradientSurgery() if self._weighting == "pcgrad" else None
         self.pruning_config, self.given_masks = pruning_config, masks
@@ -88,7 +88,7 @@ class DisparseTrainer(Trainer):
             check_datasets(self.tasks, train_dataset=train_dataset, eval_dataset=eval_dataset)
             self.data_collator = MultitaskCollator(processing_class, self.tasks, pad=data_collator)
         self._teachers = check_teachers(teachers, self.args, self.tasks, train_dataset or ())
-        judges = (train_dataset or self.tasks) if self.is_multitask else ["train"]  # a head without data has no say
+        judges = (train_dataset or self.tasks) if self.is_multitask else ["train"]  # a head without data does not vote
         self.pruner = PruningCallback(
             pruning_config,
             {task: ScoringBatches(self, task) for task in judges},
@@ -103,11 +103,11 @@ class DisparseTrainer(Trainer):
     # Data: one task per batch
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of one task each, drawn as the arguments say."""
+        """Batches of one task each, sampled as the arguments say."""
         return training_batches(self) if self.is_multitask else super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
-        """As in Trainer; of one task, by its name, or by {task: rows}."""
+        """As in Trainer, for one task given by its name or as {task: rows}."""
         if not self.is_multitask:
             return super().get_eval_dataloader(eval_dataset)
         loader = super().get_eval_dataloader(self._joined(self._eval_rows(eval_dataset)))
@@ -115,18 +115,18 @@ class DisparseTrainer(Trainer):
         return loader
 
     def _eval_rows(self, eval_dataset):
-        """What is to be evaluated of several tasks: {task: rows}; a name stands for that task's rows, None for all there are."""
+        """Returns the {task: rows} to evaluate, given as such or by a task's name; None stands for all tasks."""
         rows, known = self.eval_dataset if eval_dataset is None else eval_dataset, self.eval_dataset or {}
         if rows is None or (isinstance(rows, str) and not known):
-            raise UserError("eval_dataset: expected a dict of task -> Dataset to evaluate on, got none")
+            raise UserError("eval_dataset: expected a dict of task -> Dataset to evaluate on, got None")
         if isinstance(rows, str):
             if rows not in known:
-                raise UserError(f"eval_dataset: there are no rows of a task '{rows}'{closest(rows, known)}")
+                raise UserError(f"eval_dataset: there are no rows for a task '{rows}'{closest(rows, known)}")
             rows = {rows: known[rows]}
         return rows
 
     def _get_eval_sampler(self, eval_dataset):
-        # Trainer's would group by length and return predictions in that order.
+        # Trainer's sampler may group by length, and would return predictions in that order.
         return SequentialSampler(eval_dataset) if self.is_multitask else super()._get_eval_sampler(eval_dataset)
 
     def get_test_dataloader(self, test_dataset) -> DataLoader:
@@ -139,20 +139,20 @@ class DisparseTrainer(Trainer):
         check_datasets(self.tasks, dataset=dataset)
         if len(dataset) != 1:
             raise UserError(
-                f"dataset: expected the rows of one task, got {', '.join(dataset)}; predict them one by one"
+                f"dataset: expected the rows of one task, got {', '.join(dataset)}; predict one task at a time"
             )
         return TaskDataset(dataset)
 
-    # Training: losses by task, nothing that is not finite
+    # Training: one task's loss at a time, always finite
 
     @property
     def backward_passes(self) -> int:
-        """Those of this training so far, also before it was resumed, in steps and in scoring."""
+        """Backward passes so far, in training and scoring, including those before a resume."""
         return self._trained + self.pruner.backward_passes
 
     @property
     def seconds(self) -> float:
-        """How long training has taken, with what it took up to the checkpoint that it was resumed from."""
+        """Training time in seconds, including the time before a resume."""
         return self._earlier + time.perf_counter() - self._begun
 
     @property
@@ -160,7 +160,7 @@ class DisparseTrainer(Trainer):
         return getattr(self.args, "loss_weighting", "fixed")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The task's loss; in training with the teacher's share in it and times the task's weight."""
+        """Returns the task's loss; in training including distillation, and multiplied by the task's weight."""
         if not (self.is_multitask and model.training):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.pruner.task = inputs["task"]
@@ -170,7 +170,7 @@ class DisparseTrainer(Trainer):
         labels = inputs.get("labels")
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if teacher is not None:
-            with self.accelerator.autocast():  # what Accelerate does by itself is for our model, not for teachers
+            with self.accelerator.autocast():  # Accelerate wraps our model's forward, but not the teacher's
                 loss = distilled(loss, outputs, teacher, {**inputs, "labels": labels}, self.tasks[task], self.args)
         weight = self.tasks[task].weight
         if self._weighting == "uncertainty":
@@ -179,14 +179,14 @@ class DisparseTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _uncertainty_weight(self, task: str, loss: Tensor) -> float:
-        """1 / the running mean of the task's loss, the same on all processes."""
+        """1 / running mean of the task's loss, the same on all processes."""
         now = self.accelerator.reduce(loss.detach().float(), "mean").item()
         self.loss_means[task] = 0.99 * self.loss_means.get(task, now) + 0.01 * now
         return uncertainty_weight(self.loss_means[task])
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        """One forward and backward pass; a loss that is not finite ends training before it reaches the weights."""
-        if self.state.global_step >= self.state.max_steps:  # resumed at its end: transformers takes a step all the same
+        """One forward and backward pass; a loss that is not finite ends training before the weights change."""
+        if self.state.global_step >= self.state.max_steps:  # transformers takes a step even if resumed at the end
             return torch.zeros((), device=self.args.device)
         task = inputs["task"] if self.is_multitask else None
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -200,7 +200,7 @@ class DisparseTrainer(Trainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        if self.accelerator.scaler is None:  # with a loss scaler an overflow is normal: it skips the step
+        if self.accelerator.scaler is None:  # a loss scaler causes overflows and skips those steps
             self._require_finite(torch.as_tensor(grad_norm), "gradient norm")
         return grad_norm
 
@@ -208,22 +208,24 @@ class DisparseTrainer(Trainer):
         if not torch.isfinite(value).all():
             raise UserError(
                 f"training: expected a finite {what}, got {value.item()} at step {self.state.global_step + 1}; the weights "
-                "are those of the step before and the last checkpoint stays.\nTry a lower learning_rate, or max_grad_norm: 1.0."
+                "have not changed in this step.\nTry a lower learning_rate, or max_grad_norm: 1.0."
             )
 
     def scoring_loss(self, model: nn.Module, batch) -> Tensor:
-        """That of a batch, in the precision of training and with its gradient checkpointing; of several processes this one's
-        part, whose mean is that of the batch."""
-        labels = batch.get("labels")  # which a label smoother takes out of the batch
+        """Returns the loss used for scoring, computed in the training precision and with its gradient checkpointing.
+
+        With several processes, each returns its share; their mean is the loss of the whole batch.
+        """
+        labels = batch.get("labels")  # kept, because a label smoother removes them from the batch
         with self.compute_loss_context_manager(), checkpointed_layers(model):
             loss = self.compute_loss(model, batch)
         if processes() == 1 or not isinstance(labels, Tensor) or labels.ndim < 2 or labels.is_floating_point():
-            return loss  # a mean over as many examples as others have
-        mine = (labels != -100).sum().float()  # tokens with a label
+            return loss  # a mean over equally many examples on every process
+        mine = (labels != -100).sum().float()  # labelled tokens on this process
         return loss * (mine / mean_over_processes([mine.clone()])[0])
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """As in Trainer, with the sparsity of the prunable weights beside the loss, and after an update how tasks agreed."""
+        """As in Trainer, plus the sparsity of the prunable weights and, after an update, how far the tasks agreed."""
         masks = self.pruner.masks
         if "loss" in logs:
             logs |= self.pruner.measures
@@ -235,9 +237,9 @@ class DisparseTrainer(Trainer):
     # Evaluation: every task by its own metrics, one average
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Evaluates every task: `eval_<task>_loss`, `eval_<task>_<metric>`, and over the tasks `eval_loss` and `eval_average`.
+        """Evaluates every task: `eval_<task>_loss`, `eval_<task>_<metric>`, and the means `eval_loss` and `eval_average`.
 
-        Callbacks hear of it once, with everything, so that best-model selection and early stopping may use the average.
+        Callbacks are called once, with all metrics, so that best-model selection and early stopping can use the average.
         """
         if not self.is_multitask:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -254,7 +256,7 @@ class DisparseTrainer(Trainer):
         return metrics
 
     def evaluate_tasks(self, datasets, ignore_keys=None, metric_key_prefix: str = "eval"):
-        """What `evaluate` finds, unlogged: all metrics under their prefix, and task -> metric -> value."""
+        """As `evaluate`, but without logging; returns all metrics under their prefix, and task -> metric -> value."""
         metrics, values = {}, {}
         for task, rows in datasets.items():
             prefix = f"{metric_key_prefix}_{task}"
@@ -270,7 +272,7 @@ class DisparseTrainer(Trainer):
         return metrics, values
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
-        """As in Trainer, with the metrics of the task whose batches these are, unless `compute_metrics` was given."""
+        """As in Trainer, with the metrics of the batches' task unless `compute_metrics` was given."""
         own = self.compute_metrics
         if own is None and isinstance(dataloader.dataset, TaskDataset):
             task = self.tasks[next(iter(dataloader.dataset.sizes))]
@@ -281,32 +283,34 @@ class DisparseTrainer(Trainer):
             self.compute_metrics = own
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """As in Trainer; the loss leaves out the rows that only fill the last batches of several processes.
+        """As in Trainer; the loss excludes rows that only pad the last batches of several processes.
 
-        Of predictions and labels Accelerate leaves them out when it gathers them.
+        Accelerate removes them from predictions and labels when it gathers those.
         """
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         state = self.accelerator.gradient_state
         if processes() > 1 and loss is not None and state.end_of_dataloader and state.remainder > 0:
             rows = find_batch_size(inputs)
-            mine = min(max(state.remainder - self.args.process_index * rows, 1), rows)  # where none is, none is counted
+            mine = min(
+                max(state.remainder - self.args.process_index * rows, 1), rows
+            )  # a process without any counts one
             kept = {key: value[:mine] if isinstance(value, Tensor) else value for key, value in inputs.items()}
             loss = super().prediction_step(model, kept, True, ignore_keys)[0]
         return loss, logits, labels
 
     def _determine_best_metric(self, metrics, trial) -> bool:
-        """A model that is not yet as sparse as it will be is never the best one."""
+        """A model that is not yet at its final sparsity is never the best one."""
         return self.state.global_step > self.pruner.last_update and super()._determine_best_metric(metrics, trial)
 
-    # Checkpoints: masks beside the optimizer's state, the config beside the weights
+    # Checkpoints: masks beside the optimizer's state, the pruning config beside the weights
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As in Trainer; `resume_from_checkpoint=True` takes the last checkpoint that was written to its end."""
+        """As in Trainer; `resume_from_checkpoint=True` takes the last complete checkpoint."""
         resume_from_checkpoint = self._resumed = to_resume(resume_from_checkpoint, self.args.output_dir)
         if self.is_multitask and self.train_dataset:
             check_same_rows(self.train_dataset)
         if self.model_init is not None:
-            self.pruner.masks = self.given_masks  # the masks of an earlier trial are of another model
+            self.pruner.masks = self.given_masks  # the masks of an earlier trial belong to another model
         self._begun, self._earlier = time.perf_counter(), 0.0
         self.pruner.restart()
         self.pruner.prepare(self.model, self.optimizer)
@@ -314,17 +318,17 @@ class DisparseTrainer(Trainer):
             with among_processes("Training resumes from the last whole checkpoint."):
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self.pruner.end()  # also where training died
+            self.pruner.end()  # also if training failed
 
     def _inner_training_loop(self, *args, **kwargs):
-        # Here, because a try of `auto_find_batch_size` that ran out of memory begins again here.
+        # Here, because `auto_find_batch_size` starts again here after running out of memory.
         self._trained, self.loss_means = 0, {}
         if self._surgery:
-            self._surgery = GradientSurgery()  # a step that died may have left gradients in the old one
+            self._surgery = GradientSurgery()  # a failed step may have left gradients in the old one
         return super()._inner_training_loop(*args, **kwargs)
 
     def call_model_init(self, trial=None) -> nn.Module:
-        """As in Trainer; a model of a later trial is made ready for pruning as the first one was."""
+        """As in Trainer; also prepares the models of later trials for pruning."""
         model = super().call_model_init(trial)
         if hasattr(self, "pruner"):
             self.pruner.prepare(model)
@@ -333,12 +337,12 @@ class DisparseTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         if self._resumed and folder.resolve() == Path(self._resumed).resolve():
-            return  # no step was taken since: it would be torn down to be written again
+            return  # no step was taken since, and rewriting would delete it first
         with checkpointing(self, folder):
             super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """The last thing that all processes write, before the one that saves writes `trainer_state.json`."""
+        """As in Trainer, then seals the checkpoint: all that processes still write is `trainer_state.json`."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -355,7 +359,7 @@ class DisparseTrainer(Trainer):
             self.pruner.scorer.backward_passes = (
                 0  # the total includes these; here are those of a try that ran out of memory
             )
-            self._earlier = state.get("seconds", 0.0)  # of an earlier version none
+            self._earlier = state.get("seconds", 0.0)  # an earlier version did not write them
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_multitask and self.model.adapters:
@@ -370,7 +374,7 @@ class DisparseTrainer(Trainer):
             super()._load_best_model()
 
     def create_model_card(self, language=None, license=None, tags=None, model_name=None, **kwargs) -> None:
-        """Writes the card of a MultitaskModel that was saved in `output_dir`; of another model as in Trainer."""
+        """Writes the card of a MultitaskModel saved in `output_dir`; for other models as in Trainer."""
         if not self.is_multitask:
             super().create_model_card(language, license, tags, model_name, **kwargs)
         elif self.is_world_process_zero():
@@ -380,13 +384,11 @@ class DisparseTrainer(Trainer):
             write_card(self.args.output_dir, self.hub_model_id or model_name, license, results)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in Trainer, with the scores that `keep_scores` asks for; checkpoints go without. Of FSDP a whole model."""
+        """As in Trainer, plus the scores of `keep_scores`, which checkpoints omit; with FSDP, saves the full model."""
         with contextlib.nullcontext() if _internal_call else whole_weights(self):
             super().save_model(output_dir, _internal_call)
-        scores, target = (
-            Path(self.args.output_dir, SCORES_FOLDER),
-            Path(output_dir or self.args.output_dir, SCORES_FOLDER),
-        )
+        scores = Path(self.args.output_dir, SCORES_FOLDER)
+        target = Path(output_dir or self.args.output_dir, SCORES_FOLDER)
         kept = self.pruning_config is not None and self.pruning_config.keep_scores and scores.is_dir()
         if kept and self.args.should_save and not _internal_call and scores.resolve() != target.resolve():
             shutil.copytree(scores, target, dirs_exist_ok=True)

@@ -96,7 +96,7 @@ def test_masks_that_differ_are_refused_on_all_processes_with_the_rank(of_two):
 
 def test_other_rows_on_a_process_are_refused_with_its_rank(of_two):
     for said in of_two["other_data"]:
-        assert "expected the same rows on all processes" in said and "rank 1 has other numbers" in said
+        assert "expected the same rows on all processes" in said and "rank 1 has other tasks or numbers" in said
 
 
 def test_a_fingerprint_knows_every_bit_name_and_shape_and_no_order():

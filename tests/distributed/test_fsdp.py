@@ -106,7 +106,7 @@ def test_a_whole_tensor_is_its_own_part_and_a_mask_goes_to_its_weight():
 def test_what_fsdp_cannot_do_is_refused(tmp_path, monkeypatch):
     trainer = multitask_trainer(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="fsdp: expected GPUs, got processes on CPUs, where Accelerate leaves FSDP out"):
+    with pytest.raises(UserError, match="fsdp: needs GPUs, because Accelerate ignores it on CPUs"):
         check_fsdp(trainer)
     trainer.is_fsdp_enabled = True
     trainer.accelerator.state.fsdp_plugin = type("Plugin", (), {"fsdp_version": 2})()

@@ -143,8 +143,8 @@ def test_accelerate_reads_its_recipes_and_their_headers_name_them(path):
 def test_deepspeed_is_refused_in_one_line_with_the_alternative(tmp_path, monkeypatch):
     from hf_disparse import DisparseTrainingArguments, UserError
 
-    with pytest.raises(UserError, match=r"expected no DeepSpeed, .* start with torchrun or accelerate launch"):
+    with pytest.raises(UserError, match=r"deepspeed: not supported, .* start with torchrun or accelerate launch"):
         DisparseTrainingArguments(output_dir=str(tmp_path), use_cpu=True, deepspeed={"zero_optimization": {"stage": 2}})
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # what accelerate launch does
-    with pytest.raises(UserError, match="expected no DeepSpeed"):
+    with pytest.raises(UserError, match="deepspeed: not supported"):
         DisparseTrainingArguments(output_dir=str(tmp_path), use_cpu=True)

@@ -266,7 +266,9 @@ def test_a_merge_that_would_fill_zeros_is_refused_and_that_of_a_dense_encoder_is
     model = adapted("lora", ["only"], tasks=one)
     before = state(model)
     filled = sum(int((p == 0).sum()) for n, p in model.named_parameters() if n.endswith("base_layer.weight"))
-    with pytest.raises(UserError, match=rf"LORA would fill {filled:,} of {filled:,} zeros of the encoder; keep .* IA3, HiRA, or SHiRA"):
+    with pytest.raises(
+        UserError, match=rf"LORA would fill {filled:,} of {filled:,} zeros of the encoder; keep .* IA3, HiRA, or SHiRA"
+    ):
         model.merge_adapter()
     assert_unchanged(model, before)
     dense = adapted("lora", ["only"], tasks=one, sparsity=0)

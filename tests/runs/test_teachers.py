@@ -66,7 +66,7 @@ def test_a_run_learns_from_the_teacher_of_one_task_and_its_dense_model_for_the_o
         (
             {"num_hidden_layers": 3},
             "distillation_hidden",
-            ("training.distillation_hidden", "our hidden states", "got 4"),
+            ("training.distillation_hidden", "match the model", "got 4"),
         ),
         ({"hidden_size": 32}, "distillation_hidden", ("training.distillation_hidden", "width 32")),
         ({"vocab_size": 9}, "distillation", ("teachers.two", "index out of range")),

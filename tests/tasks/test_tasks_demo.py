@@ -86,5 +86,5 @@ def test_wrong_demo_task_names_the_closest():
     task = TaskConfig(name="t", columns="text", labels=("a", "b"))
     with pytest.raises(UserError, match=r"^tasks\.t\.data: there is no demo task 'topics'; did you mean 'topic'\?$"):
         load_task(task, DataConfig(data="demo:topics"))
-    with pytest.raises(UserError, match=r"^tasks\.t\.subset: expected nothing with demo:topic, got 'x'$"):
+    with pytest.raises(UserError, match=r"^tasks\.t\.subset: must not be set with demo:topic, got 'x'$"):
         load_task(task, DataConfig(data="demo:topic", subset="x"))

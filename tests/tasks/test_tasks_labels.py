@@ -121,7 +121,7 @@ def test_unlabelled_examples_are_left_out_and_counted(values, problem, labels, k
 
 
 def test_no_labelled_example_at_all_is_a_user_error():
-    assert refused(encode, [-1, -1, None]) == "tasks.t: expected labelled examples, got 3 without a label in 'label'"
+    assert refused(encode, [-1, -1, None]) == "tasks.t: none of 3 examples has a label in 'label'"
 
 
 # several classes, numbers
@@ -149,7 +149,7 @@ def test_multi_label_is_read_from_names_zeros_and_ones_or_class_label_ids(values
     ("value", "text"),
     [
         (["a", "d"], "expected a list with some of a, b, c, or 3 zeros and ones"),
-        ([0, 1], "(a CSV file holds no lists: use JSON lines) in column 'label', got [0, 1]"),
+        ([0, 1], "(CSV files cannot hold lists; use JSON lines) in column 'label', got [0, 1]"),
         ([0, 1, 2], "3 zeros and ones"),
         ([["a"], ["b"], ["c"]], "3 zeros and ones"),
         ([1.0, NAN, 0.0], "3 zeros and ones"),
@@ -319,4 +319,4 @@ def test_words_are_the_tokens_that_they_are_in_a_text(add_prefix_space):
         assert tokenize(rows, task_of(problem=TOKENS), tokenizer, 16)[0]["input_ids"][:] == [[3, 3]]
     else:
         said = refused(tokenize, rows, task_of(problem=TOKENS), tokenizer, 16)
-        assert said == "tokenizer: expected add_prefix_space=True for token_classification, got one without it"
+        assert said == "tokenizer: token_classification needs a tokenizer with add_prefix_space=True"

@@ -146,12 +146,12 @@ def test_evaluation_and_scores_are_of_the_labels(tmp_path):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: None, "expected a teacher of task 'two', got none; pass teachers="),
-        (lambda: {"three": bert(3), "real": bert(1)}, "expected a teacher of task 'two', got none"),
-        (lambda: tiny_model(three_tasks()[:2]), "expected a teacher of task 'real', got none"),
+        (lambda: None, "there is no teacher for task 'two'; pass teachers="),
+        (lambda: {"three": bert(3), "real": bert(1)}, "there is no teacher for task 'two'"),
+        (lambda: tiny_model(three_tasks()[:2]), "there is no teacher for task 'real'"),
         (
             lambda: tiny_model(relabelled(["yes", "no"])),
-            r"teachers.two: expected a teacher with the labels .*'no', 'yes'",
+            r"teachers.two: expected a teacher with the task's labels, .*'no', 'yes'",
         ),
         (lambda: {"two": tiny_model(relabelled(["a", "b"])), "three": bert(3), "real": bert(1)}, "teachers.two: "),
         (lambda: dict.fromkeys(("two", "three", "real"), bert(5)), r"classes of task '\w+', got logits of \(4, 5\)"),
@@ -220,9 +220,9 @@ def test_what_a_plain_model_or_lone_batches_cannot_follow_is_refused(tmp_path, m
     def plain(**changes):
         DisparseTrainer(plain_model(), arguments(tmp_path, **changes), train_dataset=tokenized_rows(BINARY, 8))
 
-    with pytest.raises(UserError, match=r"training\.distillation: expected a MultitaskModel"):
+    with pytest.raises(UserError, match=r"training\.distillation: only a MultitaskModel"):
         plain(distillation=0.5)
-    words = "pcgrad expects several tasks in a step, .* gradient_accumulation_steps of at least 2, in one process"
+    words = "pcgrad needs several tasks in a step, .* gradient_accumulation_steps of at least 2, in one process"
     with pytest.raises(UserError, match=words):
         plain(loss_weighting="pcgrad", gradient_accumulation_steps=2)
     with pytest.raises(UserError, match=words):

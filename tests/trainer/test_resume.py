@@ -112,7 +112,7 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path, nine_steps, tear):
     assert last_whole_checkpoint(folder) == str(folder / "checkpoint-9")
     (TEARS | SEALED_TEARS)[tear](folder / "checkpoint-9")
     assert last_whole_checkpoint(folder) == str(folder / "checkpoint-6")
-    with pytest.raises(UserError, match=r"expected a whole checkpoint, got .*checkpoint-9: .*; True takes the last"):
+    with pytest.raises(UserError, match=r"checkpoint-9 is not whole: .*; True takes the last whole checkpoint"):
         multitask_trainer(folder, **STEPS).train(resume_from_checkpoint=str(folder / "checkpoint-9"))
 
 

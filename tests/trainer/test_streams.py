@@ -110,8 +110,8 @@ def test_a_model_of_one_task_is_scored_on_its_stream(tmp_path):
             {"train_sampling_strategy": "group_by_length"},
             "training.train_sampling_strategy: expected random with streams",
         ),
-        ({"max_steps": -1}, "training.max_steps: expected a number of steps with streams"),
-        ({"dataloader_num_workers": 2}, "training.dataloader_num_workers: expected 0 with streams"),
+        ({"max_steps": -1}, "training.max_steps: must be set with streams"),
+        ({"dataloader_num_workers": 2}, "training.dataloader_num_workers: must be 0 with streams"),
         ({"rows": {**streams(), "two": three_datasets()["two"]}}, "expected streams for all tasks or for none"),
     ],
 )

@@ -141,9 +141,9 @@ def test_adapters_are_not_taken_for_weights(tmp_path):
     ("changes", "words"),
     [
         ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy: expected random or group_by_length"),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: expected 0 with task 'real'"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: must be 0 with task 'real'"),
         ({"batch_eval_metrics": True}, "leave batch_eval_metrics"),
-        ({"dataloader_drop_last": True}, "dataloader_drop_last: expected false"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last: must be false"),
     ],
 )
 def test_arguments_that_several_tasks_cannot_follow_are_refused(tmp_path, changes, words):
@@ -181,7 +181,7 @@ def test_what_is_refused_before_training_began_is_said_as_it_is(tmp_path, config
 
 def test_training_without_data_is_refused(tmp_path):
     trainer = DisparseTrainer(tiny_model(), arguments(tmp_path), processing_class=tiny_tokenizer())
-    with pytest.raises(UserError, match="train_dataset: training expects a dict of task -> Dataset, got none"):
+    with pytest.raises(UserError, match="train_dataset: training needs a dict of task -> Dataset"):
         trainer.train()
 
 
@@ -240,7 +240,7 @@ def test_a_label_smoother_leaves_scoring_the_labels(tmp_path, monkeypatch):
     losses = []
     for processes in (1, 2):
         monkeypatch.setattr("hf_disparse.trainer.trainer.processes", lambda processes=processes: processes)
-        monkeypatch.setattr("hf_disparse.trainer.trainer.average_over_processes", lambda own: [(own[0] + 1) / 2])
+        monkeypatch.setattr("hf_disparse.trainer.trainer.mean_over_processes", lambda own: [(own[0] + 1) / 2])
         args = arguments(tmp_path, label_smoothing_factor=0.1)
         trainer = DisparseTrainer(
             tiny_model(tasks), args, train_dataset={"tags": rows}, processing_class=tiny_tokenizer()
@@ -263,13 +263,13 @@ def test_an_encoder_that_returns_its_hidden_states_is_evaluated_as_any(tmp_path)
 
 def test_evaluation_says_what_it_lacks(tmp_path):
     trainer = multitask_trainer(tmp_path)
-    with pytest.raises(UserError, match=r"eval_dataset: there are no rows of a task 'tow'; did you mean 'two'\?"):
+    with pytest.raises(UserError, match=r"eval_dataset: there are no rows for a task 'tow'; did you mean 'two'\?"):
         trainer.evaluate("tow")
     with pytest.raises(UserError, match=r"expected the rows of one task, got two, three, real"):
         trainer.get_eval_dataloader()
     trainer.eval_dataset = None
     for call in (trainer.evaluate, trainer.get_eval_dataloader, lambda: trainer.evaluate("two")):
         with pytest.raises(
-            UserError, match=r"eval_dataset: expected a dict of task -> Dataset to evaluate on, got none"
+            UserError, match=r"eval_dataset: expected a dict of task -> Dataset to evaluate on, got None"
         ):
             call()
