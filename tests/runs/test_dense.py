@@ -143,4 +143,4 @@ def test_a_dense_model_of_tasks_in_another_order_is_another_one(recipe, first, t
 
 def test_the_equal_budget_protocol_trains_its_own(recipe, first, tmp_path):
     path = write_recipe(tmp_path, {**recipe, "seed": 3, "dense_from": str(first)})
-    refused("compare", path, "--protocol", "equal-budget", names=("dense_from: expected nothing with --protocol",))
+    refused("compare", path, "--protocol", "equal-budget", names=("dense_from: must not be set at equal budget",))
