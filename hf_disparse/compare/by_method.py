@@ -13,7 +13,7 @@ from hf_disparse.compare.tables import held_out, over_seeds, shown, span, write_
 from hf_disparse.config import CRITERIA, PruningConfig, UserError, closest, require
 from hf_disparse.distributed.processes import on_main
 from hf_disparse.files import read_json, writing
-from hf_disparse.methods import METHODS as IMPLEMENTED
+from hf_disparse.methods import method_class
 from hf_disparse.recipes.recipe import Recipe, parse_recipe
 from hf_disparse.report.values import method_name
 from hf_disparse.report.write import missing_libraries, write_comparison
@@ -204,7 +204,7 @@ def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
 
 def scoring_batches(config: PruningConfig, max_steps: int) -> int:
     """Batches per task that are scored in a training of so many steps."""
-    return config.score_batches * IMPLEMENTED[config.method].scorings(config, max_steps)
+    return config.score_batches * method_class(config).scorings(config, max_steps)
 
 
 @dataclass(frozen=True)

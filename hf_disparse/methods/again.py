@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hf_disparse.config import PruningConfig, UserError
-from hf_disparse.methods import Saliency, Update
+from hf_disparse.methods.base import Update
+from hf_disparse.methods.saliency import Saliency
 from hf_disparse.model.multitask import MultitaskModel
 from hf_disparse.model.prunable import gone_layers, prunable_parameters, prunable_sites
 from hf_disparse.model.unshared import shared_name

@@ -1,4 +1,4 @@
-"""What a pruning method is to the trainer: it decides masks, and may look at every gradient on the way."""
+"""The interface between a pruning method and training: it decides masks, and may look at every gradient on the way."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ Stream = Iterator[tuple[str, dict[str, Tensor]]]
 
 @dataclass(frozen=True)
 class Update:
-    """What a method may ask for when it changes the masks.
+    """What a method is given to change the masks.
 
     Args:
         step: the optimizer step that is about to begin.
         parameters: the prunable weights by name; they hold +0.0 where they are pruned.
-        masks: those in force, by the same names; all True before the first pruning.
-        sites: the parts that go as a whole, empty where weights do.
+        masks: the masks in force, by the same names; all True before the first pruning.
+        sites: the parts that are pruned as a whole; empty where single weights are.
         score: (criterion) -> (task, scores) one task at a time, on batches of its own; (criterion, True) -> one pair
-            "joint", of the summed losses. Every call takes backward passes.
-        optimizer: None in a loop that hides it.
-        gradients: () -> (task, its gradients batch by batch) one task at a time; (True) -> one pair "joint". As `score`.
+            "joint", by the summed losses. Every call takes backward passes.
+        optimizer: None if the training loop hides it.
+        gradients: () -> (task, its gradients batch by batch) one task at a time; (True) -> one pair "joint", as `score`.
     """
 
     step: int
@@ -40,16 +40,17 @@ class Update:
 
 
 class Method:
-    """A pruning method in training. Between steps the weights of the model are the effective ones, pruned ones zero.
+    """A pruning method in training. Between steps the model holds the effective weights, with pruned ones at zero.
 
     Args:
-        config: of the subclass of PruningConfig that names this method.
+        config: an instance of the subclass of PruningConfig that names this method.
 
     Attributes:
-        sees_gradients: whether `gradient` is to be called.
-        keeps_state: whether a training cannot go on without what `state` returned, until the last update is done.
-        max_steps, steps, last: of the training that began, the steps before which `update` is called, and that of the end of the
-            schedule.
+        sees_gradients: whether `gradient` has to be called.
+        keeps_state: whether training can only resume with what `state` returned, until the last update is done.
+        max_steps: length of the current training.
+        steps: the steps before which `update` is called.
+        last: the step at which the schedule ends.
     """
 
     sees_gradients = False
@@ -61,48 +62,48 @@ class Method:
         self.steps: Sequence[int] = range(0)
 
     def prepare(self, model: nn.Module, optimizer: Optimizer | None) -> None:
-        """Before there is an optimizer: the method may put new modules into the model. Called again once there is one."""
+        """Called before there is an optimizer, when the method may put new modules into the model, and again once there is."""
 
     def check(self, parameters: Mapping[str, Tensor], sites: Sites) -> None:
-        """Refuses before the first step what `update` could not do."""
+        """Raises UserError before the first step if `update` would fail."""
         for kind, places in sites.items():
             parts_to_prune(kind, [site.parts for site in places.values()], self.config.sparsity)
 
     def begin(self, parameters: Mapping[str, nn.Parameter], tasks: Iterable[str], max_steps: int) -> None:
-        """Before the first step of a training, also of one that goes on: the state of that comes by `load_state`."""
+        """Called before the first step of a training; one that resumes then gets its state by `load_state`."""
         self.max_steps, self.last = max_steps, end_of(self.config, max_steps)
         self.steps = update_steps(self.config, max_steps)
 
     def sparsity_at(self, step: int, masks: Masks, sites: Sites) -> float:
-        """How far a model has to be pruned, as `count_pruned_parts` counts it, once `step` has updated its masks."""
+        """Returns the sparsity of a model, as `count_pruned_parts` counts it, after the update at `step`."""
         return sparsity_at(self.config, step, self.max_steps)
 
     @staticmethod
     def scorings(config: PruningConfig, max_steps: int) -> int:
-        """How often a training of so many steps scores by gradients, at most: each takes `score_batches` batches per task."""
+        """Returns how often a training of `max_steps` scores by gradients, at most; each time takes `score_batches` per task."""
         return 0
 
     def update(self, now: Update) -> Masks | None:
-        """The masks from this step on, of all prunable weights; None leaves them."""
+        """Returns the masks of all prunable weights from this step on; None leaves them as they are."""
         raise NotImplementedError
 
     def gradient(self, name: str, weight: Tensor, gradient: Tensor, task: str) -> Tensor | None:
-        """Sees the gradient of one backward pass, before it is added to others; what it returns is put in its place."""
+        """Sees the gradient of one backward pass before it is added to others; a returned tensor replaces it."""
 
     def before_step(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:
-        """Before the first forward pass of a step, after `update`."""
+        """Called before the first forward pass of a step, after `update`."""
 
     def before_optimizer(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Once a step's gradients are complete and clipped."""
+        """Called once a step's gradients are complete and clipped."""
 
     def after_optimizer(self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer | None) -> None:
-        """Once the optimizer has moved the weights; pruned ones are zeroed afterwards."""
+        """Called once the optimizer has moved the weights; pruned ones are zeroed afterwards."""
 
     def end(self) -> None:
-        """Once training has ended or died, maybe within a step; may be called again."""
+        """Called once training has ended or failed, possibly within a step; may be called again."""
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint has to hold for the next step to have the same bits."""
+        """Returns what a checkpoint has to hold so that the next step has the same bits."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What movement pruning and PLATON share: buffers of every task, fed by the gradients of its own batches."""
+"""Methods that keep buffers for every task, fed by the gradients of its own training batches."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -15,15 +15,15 @@ from hf_disparse.pruning.rules import decide_by
 class ByTask(Method):
     """Keeps one float32 buffer of each of its `kinds` per task and prunable weight, until the last update.
 
-    A backward pass of a task's batch goes to the buffers of that task; with `decision: joint` there is one task of that
-    name, which sees all of them. A task that has had no batch yet has no say, and a quorum is of those that have. Of several
-    processes, which work on one task at a time, the buffers see the mean gradient of every backward pass.
+    The backward pass of a task's batch goes to the buffers of that task; with `decision: joint` there is one task of that
+    name, which sees all of them. A task without a batch so far has no vote, and a quorum counts only tasks that have one. With
+    several processes, which all work on the same task, the buffers see the mean gradient of every backward pass.
     """
 
     sees_gradients = True
     keeps_state = True
     kinds: tuple[str, ...] = ()
-    first = 0.0  # what a buffer holds before the first batch
+    first = 0.0  # the value of a buffer before the first batch
 
     def begin(self, parameters: Mapping[str, nn.Parameter], tasks: Iterable[str], max_steps: int) -> None:
         super().begin(parameters, tasks, max_steps)
@@ -33,19 +33,19 @@ class ByTask(Method):
         self.over = False
 
     def before_step(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:
-        """Lets go of the memory once the last update is done."""
+        """Frees the memory once the last update is done."""
         if step >= self.last:
             self.over = True
-            self.forget()
+            self.release()
 
-    def forget(self) -> None:
-        """Drops what only further updates need."""
+    def release(self) -> None:
+        """Drops what only further updates would need."""
         self.buffers = {}
 
     def gradient(self, name: str, weight: Tensor, gradient: Tensor, task: str) -> None:
         if self.over:
             return
-        if processes() > 1:  # before torch makes it the mean, once the whole pass is done
+        if processes() > 1:  # DDP averages only once the whole pass is done
             gradient = mean_over_processes(
                 [gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)]
             )[0]
@@ -61,15 +61,15 @@ class ByTask(Method):
         }
 
     def ordered_buffers(self) -> dict[str, dict[str, dict[str, Tensor]]]:
-        """The buffers in the order of the tasks, whichever had the first batch."""
+        """Returns the buffers in the order of the tasks, whichever task had the first batch."""
         return {task: self.buffers[task] for task in self._tasks if task in self.buffers}
 
     def see(self, task: str, name: str, weight: Tensor, gradient: Tensor, *buffers: Tensor) -> None:
-        """Brings the buffers of one weight tensor up to date, in place."""
+        """Updates the buffers of one weight tensor, in place."""
         raise NotImplementedError
 
     def decide(self, scores: Mapping[str, Mapping[str, Tensor]], sparsity: float, live: Masks) -> Masks:
-        """The masks by `config.decision` over the tasks there are; what is not `live` stays pruned and counts."""
+        """Returns the masks by `config.decision` over the tasks with buffers; what is not `live` stays pruned and counts."""
         size, left = (sum(count(mask) for mask in live.values()) for count in (Tensor.numel, Tensor.sum))
         if size - round(sparsity * size) >= left:
             return dict(live)
@@ -92,7 +92,7 @@ class ByTask(Method):
                 self.buffers[task] = {kind: self.loaded(state, f"{kind}/{task}/") for kind in self.kinds}
 
     def loaded(self, state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-        """The tensors of the prunable weights below a prefix, each beside its weight."""
+        """Returns the tensors of the prunable weights below a prefix, each on the device of its weight."""
         return {
             name: state[prefix + name].to(p.device) for name, p in self._parameters.items() if prefix + name in state
         }

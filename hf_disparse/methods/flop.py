@@ -1,80 +1,60 @@
-"""Ranks by hard-concrete gates and a Lagrangian over parameters: `method: flop`."""
+"""FLOP: a hard-concrete gate for every component of a matrix in two factors, W = up diag(z) down: `method: flop`.
+
+The sparsity that the Lagrangian holds is a fraction of the parameters of the dense matrices; a gate stands for out + in of them.
+Source: Wang et al. 2020 (arXiv 1910.04732), sections 3.1 and 3.2. The equations of gates are in `hf_disparse.methods.gates`,
+those of the budget in `hf_disparse.methods.rank`.
+"""
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_disparse.methods.base import Update
-from hf_disparse.methods.l0 import L0, ascend, open_probability, pull, slope
+from hf_disparse.methods.gates import Gates
+from hf_disparse.methods.l0 import L0
 from hf_disparse.methods.rank import Rank
 from hf_disparse.pruning.decision import Masks
 from hf_disparse.pruning.parts import parameters_saved
-from hf_disparse.pruning.schedule import linear_sparsity
+from hf_disparse.pruning.rules import Sites
 
 _UP, _DOWN = ".up.weight", ".down.weight"
 
 
-class Flop(L0, Rank):
-    """As `L0`, but a gate is of a component: W = up diag(z) down. At the end the largest log_alpha that fit the budget stay.
+class Flop(L0):
+    """`L0` with a gate for each column of `up`; at the end the components of the largest log_alpha that fit the budget stay."""
 
-    The sparsity that the Lagrangian holds is of the parameters of the dense matrices; a gate counts for out + in of them.
-    """
+    def __init__(self, config):
+        super().__init__(config)
+        self.rank = Rank(config)  # whose budget it is, and which makes the factors
+
+    def prepare(self, model: nn.Module, optimizer: Optimizer | None) -> None:
+        self.rank.prepare(model, optimizer)
+
+    def check(self, parameters: Mapping[str, Tensor], sites: Sites) -> None:
+        self.rank.check(parameters, sites)
+
+    def sparsity_at(self, step: int, masks: Masks, sites: Sites) -> float:
+        return self.rank.sparsity_at(step, masks, sites)
 
     def begin(self, parameters: Mapping[str, nn.Parameter], tasks: Iterable[str], max_steps: int) -> None:
-        super().begin(_gated(parameters), tasks, max_steps)
-        down = {name: parameters[name.removesuffix(_UP) + _DOWN] for name in self._parameters}
-        shapes = {name: (p.shape[0], down[name].shape[1]) for name, p in self._parameters.items()}
-        self._sizes = {name: sum(shape) for name, shape in shapes.items()}  # of a component
-        self._dense = sum(rows * columns for rows, columns in shapes.values())
+        super().begin(parameters, tasks, max_steps)
+        self.rank.begin(parameters, tasks, max_steps)
 
-    def _open(self, log_alpha: Mapping[str, Tensor], latent: Mapping[str, Tensor]) -> None:
-        rows = {name: a if a.ndim == 1 else a[0].clone() for name, a in log_alpha.items()}  # (r,): one for each column
-        super()._open(rows, latent)
+    def _new_gates(self, parameters: Mapping[str, nn.Parameter]) -> Gates:
+        """Gates the columns of every `up`; there are none before the matrices are in two factors."""
+        ups = {n: p for n, p in parameters.items() if n.endswith(_UP) and n.removesuffix(_UP) + _DOWN in parameters}
+        shapes = {n: (len(p), parameters[n.removesuffix(_UP) + _DOWN].shape[1]) for n, p in ups.items()}
+        sizes, dense = {n: sum(shape) for n, shape in shapes.items()}, sum(out * ins for out, ins in shapes.values())
+        return Gates(self.config, ups, self.last, sizes=sizes, dense=dense, by_column=True)
 
-    def before_step(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:
-        super().before_step(_gated(parameters), step)
-
-    @torch.no_grad()
-    def before_optimizer(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Turns gradients of up z into those of up and of the gates; moves the gates and the multipliers."""
-        if not self._drawn:
-            return
-        square, kept, full = 0.0, 0.0, 0
-        gates = sum(len(log_alpha) for log_alpha in self.log_alpha.values())
-        mean = sum(self._sizes[name] * len(a) for name, a in self.log_alpha.items()) / gates
-        for name, p in _gated(parameters).items():
-            z, log_alpha, latent, size = self._drawn[name], self.log_alpha[name], self.latent[name], self._sizes[name]
-            gradient = torch.zeros_like(p) if p.grad is None else p.grad
-            self._drawn[name] = slope(z).mul_((latent * gradient).sum(0))  # dL/dz of (r,)
-            gradient.mul_(z)
-            self._lend(name, p)
-            chance = open_probability(log_alpha)
-            square, kept = square + self._drawn[name].square().sum(), kept + size * chance.sum()
-            full += size * len(log_alpha)
-            log_alpha.grad = chance.addcmul_(chance, chance, value=-1).mul_(size / mean)
-        config, sparsity, first = self.config, 1 - float(kept) / self._dense, 1 - full / self._dense
-        share = linear_sparsity(self._step + 1, config.start_step, self.risen, 1.0)
-        target = first + (config.sparsity - first) * share
-        force, unit = pull(sparsity, target, self.multipliers), max(float(square) / gates, 1e-60) ** 0.5
-        self._move(force, unit)
-        self.multipliers = ascend(sparsity, target, self.multipliers, config.multiplier_learning_rate)
-
-    def after_optimizer(self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer | None) -> None:
-        super().after_optimizer(_gated(parameters), optimizer)
-
-    @torch.no_grad()
-    def update(self, now: Update) -> Masks:
-        """The masks by log_alpha, once and for all; what was pruned before training stays pruned and counts."""
-        masks, sites = dict(now.masks), now.sites["rank"]
+    def _masks(self, now: Update) -> Masks:
+        sites = now.sites["rank"]
         saved, dense = parameters_saved(now.masks, sites)
-        if dense - saved > self.allowed(now.step, now.masks, now.sites):
-            masks = self.decide([("joint", {name: self.log_alpha[name + _UP] for name in sites})], now)
-        self._fold()
-        return masks
+        if dense - saved <= self.rank.allowed(now.step, now.masks, now.sites):
+            return dict(now.masks)
+        log_alpha = {name: self.gates.log_alpha[name + _UP] for name in sites}
+        return self.rank.decide([("joint", log_alpha)], now)
 
 
-def _gated(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """The factors whose columns have gates; none before the matrices are in two."""
-    return {n: p for n, p in parameters.items() if n.endswith(_UP) and n.removesuffix(_UP) + _DOWN in parameters}
+METHOD = Flop

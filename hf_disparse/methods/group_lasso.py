@@ -1,12 +1,13 @@
-"""Group sparsity by proximal descent: the penalty lambda sum_g sqrt(|g|) ||w_g|| drives whole groups of weights to zero.
+"""Group lasso: the penalty lambda sum_g sqrt(|g|) ||w_g|| drives whole groups of weights to zero: `method: group_lasso`.
 
-Sources: the penalty on the shared layers of a multitask network, Upadhyay et al. 2023 (arXiv 2308.12114); its proximal step
-after AdamW's, Deleu and Bengio 2021 (arXiv 2102.03869), here the unweighted one, which has a closed form:
+Sources: the penalty on the shared layers of a multitask network is from Upadhyay et al. 2023 (arXiv 2308.12114), its proximal
+step after AdamW's from Deleu and Bengio 2021 (arXiv 2102.03869), here unweighted, so that it has a closed form:
 
     w_g <- w_g max(0, 1 - lr lambda sqrt(|g|) / ||w_g||)
 
-With the root mean square of a group, rms_g = ||w_g|| / sqrt(|g|), that is max(0, 1 - lr lambda / rms_g): every group loses
-lr lambda of its rms, and those that have no more are zero. A group is a part of a `Site`, parts share no weight.
+With the root mean square of a group, rms_g = ||w_g|| / sqrt(|g|), the factor is max(0, 1 - lr lambda / rms_g): every group
+loses lr lambda of its rms, and a group with no more than that becomes zero. A group is a part of a `Site`; no two groups share
+a weight.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from hf_disparse.pruning.parts import Site, masks_of_parts
 from hf_disparse.pruning.rules import Sites, keep_parts, parts_to_prune
 
 
-def sizes(tensors: Mapping[str, Tensor], site: Site) -> Tensor:
+def group_sizes(tensors: Mapping[str, Tensor], site: Site) -> Tensor:
     """|g|, the number of weights of each group. Shapes: {parameter name: (rows, columns)} -> (parts,) float64."""
     total = 0
     for module, (dim, owner) in site.members.items():
@@ -37,25 +38,25 @@ def rms(tensors: Mapping[str, Tensor], site: Site, size: Tensor) -> Tensor:
         weight = tensors[f"{module}.weight"]
         wide = torch.promote_types(weight.dtype, torch.float32)
         lines = torch.linalg.vector_norm(weight, dim=1 - dim, dtype=wide)
-        squares.index_add_(0, owner, lines.double().square_())  # in float64: the order of the sum does not show
+        squares.index_add_(0, owner, lines.double().square_())  # float64 hides the order of the sum
     return (squares / size).sqrt()
 
 
 def shrinkage(rms_: Tensor, lr: Tensor, penalty: Tensor) -> Tensor:
-    """max(0, 1 - lr lambda / rms_g), the factor of the proximal step, 0 of a group that is zero.
+    """max(0, 1 - lr lambda / rms_g), the factor of the proximal step; 0 for a group that is zero.
 
     Shapes: rms_ and lr (groups,), penalty () -> (groups,) float64 in [0, 1].
     """
-    reach = rms_ / lr  # the penalty at which the group is gone, as in `penalty_in_time` to the last bit
+    reach = rms_ / lr  # the penalty at which the group is gone, in the same bits as in `penalty_in_time`
     return torch.where(reach > penalty, 1 - penalty / reach, 0.0)
 
 
 def penalty_in_time(rms_: Tensor, lr: Tensor, count: int, steps: int) -> Tensor:
-    """The lambda of this step for `count` groups to be zero in `steps` steps, this one included.
+    """Returns the lambda of this step that makes `count` groups zero within `steps` steps, this one included.
 
-    The count-th smallest group is to lose the same each time, so lambda = rms_(count) / (lr steps), where rms / lr is what is
-    sorted. Taken anew at each step, it answers to what the loss does to the groups meanwhile, and at the last step zeroes
-    exactly those that are left over.
+    The count-th smallest group should lose the same amount at each step, so lambda = rms_(count) / (lr steps), with groups
+    sorted by rms / lr. Computed anew at each step, it follows what the loss does to the groups, and the last step zeroes
+    exactly the groups that are left.
 
     Shapes: rms_ and lr (groups,) -> () float64.
     """
@@ -64,7 +65,7 @@ def penalty_in_time(rms_: Tensor, lr: Tensor, count: int, steps: int) -> Tensor:
     return torch.kthvalue(rms_ / lr, count).values / steps
 
 
-def shrink(tensors: Mapping[str, Tensor], site: Site, factor: Tensor) -> None:
+def scale_groups(tensors: Mapping[str, Tensor], site: Site, factor: Tensor) -> None:
     """Multiplies the weights of every group by its factor, in place.
 
     Shapes: {parameter name: (rows, columns)}, factor (parts,).
@@ -74,14 +75,14 @@ def shrink(tensors: Mapping[str, Tensor], site: Site, factor: Tensor) -> None:
         weight.mul_(factor[owner].to(weight.dtype).unsqueeze(1 - dim))
 
 
-_NO_LR = 1e-30  # a warm-up begins at 0
+_NO_LR = 1e-30  # stands for 0, where a warm-up begins
 
 
 class GroupLasso(Method):
-    """After every optimizer step the proximal one; at `end_step` the groups with the smallest norms are pruned.
+    """Takes a proximal step after every optimizer step; at `end_step` it prunes the groups with the smallest norms.
 
-    In between there are no masks: a group at zero comes back if its gradient is stronger than the penalty. All is in the
-    weights, so that there is no state to resume.
+    There are no masks in between: a group at zero comes back if its gradient is stronger than the penalty. The weights are
+    the whole state, so a checkpoint needs nothing else.
 
     Attributes:
         penalty: kind of group -> the lambda of the last step, (); empty before the first.
@@ -95,21 +96,21 @@ class GroupLasso(Method):
         self._step = 0
 
     def check(self, parameters: Mapping[str, Tensor], sites: Sites) -> None:
-        """As for all that prune parts; remembers the groups, on the device of their weights."""
+        """Checks as every method that prunes parts; remembers the groups, on the device of their weights."""
         super().check(parameters, sites)
         device = next(iter(parameters.values())).device
         self._sites = {
             kind: {name: _on(device, site) for name, site in places.items()} for kind, places in sites.items()
         }
-        self._size = {n: sizes(parameters, site) for places in self._sites.values() for n, site in places.items()}
+        self._size = {n: group_sizes(parameters, site) for places in self._sites.values() for n, site in places.items()}
 
     def before_step(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:
-        """Which step it is, for the penalty."""
+        """Remembers the step, which the penalty depends on."""
         self._step = step
 
     @torch.no_grad()
     def after_optimizer(self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer | None) -> None:
-        """The proximal step."""
+        """Takes the proximal step."""
         if not self.config.start_step <= self._step < self.last:
             return
         rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
@@ -127,11 +128,11 @@ class GroupLasso(Method):
                 penalty = torch.tensor(self.config.penalty, dtype=flat.dtype, device=flat.device)
             factors = shrinkage(flat, rate, penalty).split([site.parts for site in places.values()])
             for site, factor in zip(places.values(), factors, strict=True):
-                shrink(parameters, site, factor)
+                scale_groups(parameters, site, factor)
             self.penalty[kind] = penalty
 
     def update(self, now: Update) -> Masks:
-        """Exactly `round(sparsity * groups)` groups of each kind, those with the smallest rms, and fixed from here on."""
+        """Prunes exactly `round(sparsity * groups)` groups of each kind, those with the smallest rms, for good."""
         masks = dict(now.masks)
         for kind, places in self._sites.items():
             norms = {name: rms(now.parameters, site, self._size[name]).detach() for name, site in places.items()}
@@ -146,5 +147,8 @@ def _on(device: torch.device, site: Site) -> Site:
 
 
 def _first(parameters: Mapping[str, nn.Parameter], site: Site) -> nn.Parameter:
-    """The matrix whose learning rate is that of the site."""
+    """Returns the matrix whose learning rate counts as that of the site."""
     return parameters[f"{next(iter(site.members))}.weight"]
+
+
+METHOD = GroupLasso

@@ -1,4 +1,4 @@
-"""Movement pruning: what moves away from zero stays. Pure functions on tensors.
+"""Movement pruning: what moves away from zero stays: `method: movement`.
 
 w is a weight's latent value, M in {0, 1} its mask, g the gradient of one task's loss with respect to the effective weight
 w M, S the weight's score for that task. Source: Sanh et al. 2020 (arXiv 2005.07683).
@@ -17,8 +17,8 @@ from hf_disparse.pruning.masks import count_pruned
 from hf_disparse.pruning.schedule import sparsity_at
 
 
-def accumulate(score: Tensor, weight: Tensor, gradient: Tensor, held: Tensor | None = None) -> None:
-    """S <- S - w g, in place: the straight-through gradient step on S. Section 4, without its constant rate.
+def hard_step(score: Tensor, weight: Tensor, gradient: Tensor, held: Tensor | None = None) -> None:
+    """S <- S - w g, in place: a straight-through gradient step on S. Section 4, without its constant rate.
 
     Shapes: all alike; `weight` is the effective weight, +0.0 where pruned, and `held` the latent value there, 0 elsewhere.
     """
@@ -37,8 +37,10 @@ def soft_step(score: Tensor, movement: Tensor, rate: float, penalty: float) -> N
     score.sub_(falls.mul_(penalty).add_(movement), alpha=rate)
 
 
-def above(task_scores: Mapping[str, Mapping[str, Tensor]], threshold: float, quorum: int = 1) -> dict[str, Tensor]:
-    """The masks that keep {w : sigmoid(S_t(w)) > threshold for at least `quorum` tasks}; one task gives the paper's.
+def above_threshold(
+    task_scores: Mapping[str, Mapping[str, Tensor]], threshold: float, quorum: int = 1
+) -> dict[str, Tensor]:
+    """Returns masks that keep {w : sigmoid(S_t(w)) > threshold for at least `quorum` tasks}; the paper has one task.
 
     Args:
         task_scores: task -> parameter name -> scores, weight-shaped.
@@ -46,21 +48,18 @@ def above(task_scores: Mapping[str, Mapping[str, Tensor]], threshold: float, quo
     """
     limit = math.log(threshold / (1 - threshold))
     first = next(iter(task_scores.values()))
-    return {name: _votes(scores[name] > limit for scores in task_scores.values()) >= quorum for name in first}
-
-
-def _votes(opinions: Iterable[Tensor]) -> Tensor:
-    return sum(opinion.to(torch.int16) for opinion in opinions)
+    votes = {name: sum((scores[name] > limit).to(torch.int16) for scores in task_scores.values()) for name in first}
+    return {name: count >= quorum for name, count in votes.items()}
 
 
 _SOFT_START = 1.0  # S before the first batch: above any threshold below 0.73
 
 
 class Movement(ByTask):
-    """Prunes what moves towards zero, by every task's own batches; a weight comes back with the value it went with.
+    """Prunes what moves towards zero on every task's own batches; a weight that comes back has the value it had before.
 
-    Until the last update, `held` has the latent values of pruned weights and 0 elsewhere: they see neither gradients nor
-    weight decay, but their scores go on. What was pruned before training has no value to come back with, and stays pruned.
+    Until the last update, `held` has the latent values of pruned weights and 0 elsewhere. Neither gradients nor weight decay
+    change them, but their scores go on. Weights pruned before training have no value to come back with and stay pruned.
     """
 
     kinds = ("score",)
@@ -74,7 +73,7 @@ class Movement(ByTask):
 
     def see(self, task: str, name: str, weight: Tensor, gradient: Tensor, *buffers: Tensor) -> None:
         if not self.soft:
-            accumulate(*buffers, weight, gradient, self.held.get(name))
+            hard_step(*buffers, weight, gradient, self.held.get(name))
             return
         moved = torch.mul(weight + self.held[name] if name in self.held else weight, gradient).float()
         squares = self._squares.setdefault(task, torch.zeros(2, dtype=torch.float64, device=moved.device))
@@ -91,21 +90,23 @@ class Movement(ByTask):
             masks = self.decide(scores, sparsity, live)
         with torch.no_grad():
             for name, p in now.parameters.items():
-                # One of the two is 0, so that no bit is lost.
+                # One of the two is 0, so the sum is exact.
                 latent = p + self.held[name] if name in self.held else p.clone()
                 p.copy_(latent.where(masks[name], 0.0))
                 self.held[name] = latent.masked_fill_(masks[name], 0.0)
         return masks
 
     def _soft_masks(self, scores: Mapping[str, Mapping[str, Tensor]], live: Masks) -> Masks | None:
-        """What the threshold keeps; None if that is less than the final sparsity leaves."""
+        """Returns what the threshold keeps, or None if that is less than the final sparsity leaves."""
         quorum = min(self.config.quorum, len(scores))
-        masks = {name: mask & live[name] for name, mask in above(scores, self.config.threshold, quorum).items()}
+        masks = {
+            name: mask & live[name] for name, mask in above_threshold(scores, self.config.threshold, quorum).items()
+        }
         pruned, size = count_pruned(masks)
         return masks if pruned <= round(self.config.sparsity * size) else None
 
-    def forget(self) -> None:
-        super().forget()
+    def release(self) -> None:
+        super().release()
         self.held, self._squares = {}, {}
 
     def state(self) -> dict[str, Tensor]:
@@ -119,3 +120,6 @@ class Movement(ByTask):
         self._squares = {
             task: state[f"squares/{task}"].to(device) for task in self.buffers if f"squares/{task}" in state
         }
+
+
+METHOD = Movement

@@ -1,4 +1,4 @@
-"""PLATON: importance times its uncertainty, both smoothed over batches. Pure functions on tensors.
+"""PLATON: importance times its uncertainty, both smoothed over batches: `method: platon`.
 
 w is a weight, g the gradient of one task's loss on one batch. Source: Zhang et al. 2022 (arXiv 2206.12562).
 """
@@ -24,7 +24,7 @@ def smooth(
     uncertainty.lerp_(now.sub(importance).abs_(), 1 - beta2)
 
 
-def score(importance: Tensor, uncertainty: Tensor) -> Tensor:
+def upper_confidence(importance: Tensor, uncertainty: Tensor) -> Tensor:
     """Ibar * Ubar: high for what matters and for what may matter, an upper confidence bound. Shapes alike -> the same."""
     return importance * uncertainty
 
@@ -39,7 +39,12 @@ class Platon(ByTask):
 
     def update(self, now: Update) -> Masks:
         scores = {
-            task: {name: score(kinds["importance"][name], kinds["uncertainty"][name]) for name in now.parameters}
+            task: {
+                name: upper_confidence(kinds["importance"][name], kinds["uncertainty"][name]) for name in now.parameters
+            }
             for task, kinds in self.ordered_buffers().items()
         }
         return self.decide(scores, sparsity_at(self.config, now.step, self.max_steps), now.masks)
+
+
+METHOD = Platon

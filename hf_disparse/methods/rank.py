@@ -1,8 +1,8 @@
-"""Pruning the rank of matrices under one budget of parameters: which components of W = up @ down stay.
+"""Pruning the rank of matrices under one budget of parameters: which components of W = up @ down stay: `method: rank`.
 
-A component of a matrix (out, in) takes out + in parameters, so that components of unlike matrices compete by their score per
-parameter. Sources: FLOP, Wang et al. 2020 (arXiv 1910.04732), the gated factorisation; Xia and Shin 2021 (arXiv 2112.05705)
-prune ranks under a multitask objective with one budget of parameters for all matrices.
+A component of a matrix (out, in) takes out + in parameters, so components of different matrices compete by their score per
+parameter. Sources: the factorisation is that of FLOP, Wang et al. 2020 (arXiv 1910.04732); Xia and Shin 2021 (arXiv
+2112.05705) prune ranks under a multitask objective with one budget of parameters for all matrices.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_disparse.config import UserError
+from hf_disparse.config import PruningConfig, UserError
 from hf_disparse.methods.base import Method, Update
 from hf_disparse.methods.saliency import Saliency
 from hf_disparse.model.factorise import factorise, is_factorised
@@ -23,13 +23,13 @@ from hf_disparse.pruning.schedule import sparsity_at
 
 
 def parameter_budget(shapes: Iterable[tuple[int, int]], sparsity: float) -> int:
-    """How many parameters all factors may have: D - round(sparsity * D), D = sum of out * in over the dense matrices."""
+    """Returns how many parameters all factors may have: D - round(sparsity * D), D = sum of out * in over the dense matrices."""
     dense = sum(rows * columns for rows, columns in shapes)
     return dense - round(sparsity * dense)
 
 
 def score_per_parameter(scores: Mapping[str, Tensor], site: Site) -> Tensor:
-    """Score of each component per parameter that it takes: sum of those of its weights / (out + in).
+    """Returns the score of each component per parameter: the sum of its weights' scores / (out + in).
 
     Shapes: {parameter name: weight-shaped} -> (r,) float64.
     """
@@ -37,15 +37,15 @@ def score_per_parameter(scores: Mapping[str, Tensor], site: Site) -> Tensor:
 
 
 def fill_budget(cost: Tensor, sizes: Tensor, budget: int) -> Tensor:
-    """Goes through the components from the smallest cost, ties by position, and keeps each that still fits.
+    """Goes through the components from the smallest cost, ties by position, and keeps each one that still fits.
 
-    The budget is missed by less than the largest component unless everything is kept, and no component that was left out
+    The budget is missed by less than the largest component unless everything is kept, and none of the components left out
     would fit. Shapes: cost (N,), sizes (N,) int64 -> (N,) bool.
     """
     order = torch.sort(cost, stable=True).indices
     fits = torch.cumsum(sizes.to(order.device)[order], 0) <= budget
     keep = torch.zeros(len(cost), dtype=torch.bool, device=cost.device)
-    keep[order[fits]] = True  # a cumulative sum of positive sizes only grows: a prefix
+    keep[order[fits]] = True  # a prefix, since a cumulative sum of positive sizes only grows
     left = budget - int(sizes.to(cost.device)[keep].sum())
     rest = order[~fits].tolist()
     for i, size in zip(rest, sizes.cpu()[rest].tolist(), strict=True):
@@ -54,24 +54,33 @@ def fill_budget(cost: Tensor, sizes: Tensor, budget: int) -> Tensor:
     return keep
 
 
-class Rank(Method):
-    """Scores every task on the factors as they are and decides over components; what is pruned stays pruned."""
+def _take_live(cost: Tensor, sizes: Tensor, live: Tensor, budget: int) -> Tensor:
+    """Applies `fill_budget` to the components that are not pruned yet."""
+    sizes = torch.where(live.cpu(), sizes, budget + 1)  # does not fit
+    return fill_budget(cost, sizes, budget)
 
-    scorings = Saliency.scorings
+
+class Rank(Method):
+    """Scores the factors as they are, task by task, and decides over components; what is pruned stays pruned."""
+
+    @staticmethod
+    def scorings(config: PruningConfig, max_steps: int) -> int:
+        """Scores by the same criteria and as often as pruning by scores."""
+        return Saliency.scorings(config, max_steps)
 
     def prepare(self, model: nn.Module, optimizer: Optimizer | None) -> None:
-        """Puts two factors in place of every matrix that is to be pruned."""
+        """Replaces every matrix to be pruned by two factors."""
         if is_factorised(model, self.config):
             return
         if optimizer is not None:
             raise UserError(
-                "pruning.method: rank puts new modules in place of matrices, got an optimizer that holds the old ones; call "
-                "factorise(model, config) before you make it, and give the callback to the Trainer by callbacks=[...]"
+                "pruning.method: rank replaces matrices by new modules, but the optimizer already holds the old ones; call "
+                "factorise(model, config) before you create it, and pass the callback to the Trainer by callbacks=[...]"
             )
         factorise(model, self.config)
 
     def check(self, parameters: Mapping[str, Tensor], sites: Sites) -> None:
-        """Refuses a budget that does not hold a component of every matrix."""
+        """Raises UserError if the budget does not hold one component of every matrix."""
         places = sites.get("rank", {})
         factors = {f"{module}.weight" for site in places.values() for module in site.members}
         shapes = [matrix_shape(parameters, site) for site in places.values()]
@@ -79,14 +88,14 @@ class Rank(Method):
         dense, least = sum(rows * columns for rows, columns in shapes), sum(rows + columns for rows, columns in shapes)
         if parameter_budget(shapes, self.config.sparsity) < least:
             raise UserError(
-                f"pruning.sparsity: expected at most {1 - least / dense:.3f}, for one component of each of {len(shapes)} "
-                f"matrices stays, got {self.config.sparsity}"
+                f"pruning.sparsity: expected at most {1 - least / dense:.3f}, because one component of each of the "
+                f"{len(shapes)} matrices stays, got {self.config.sparsity}"
             )
 
     def allowed(self, step: int, masks: Mapping[str, Tensor], sites: Sites) -> int:
-        """How many parameters the factors may have from this step on.
+        """Returns how many parameters the factors may have from this step on.
 
-        A gradual schedule leads there from what they have at full rank, which is more than the dense matrices do.
+        A gradual schedule starts from their number at full rank, which is larger than that of the dense matrices.
         """
         places = sites["rank"].values()
         shapes = [matrix_shape(masks, site) for site in places]
@@ -96,12 +105,12 @@ class Rank(Method):
         return last + int(max(full - last, 0) * (1 - share))
 
     def sparsity_at(self, step: int, masks: Masks, sites: Sites) -> float:
-        """What `allowed` saves of the dense matrices; below 0 while the factors are larger."""
+        """Returns the fraction of the dense matrices that `allowed` saves; below 0 while the factors are larger."""
         dense = sum(rows * columns for rows, columns in (matrix_shape(masks, site) for site in sites["rank"].values()))
         return 1 - self.allowed(step, masks, sites) / dense
 
     def update(self, now: Update) -> Masks | None:
-        """None for a model that is as small already."""
+        """Returns None if the model is that small already."""
         sites = now.sites["rank"]
         saved, dense = parameters_saved(now.masks, sites)
         if dense - saved <= self.allowed(now.step, now.masks, now.sites):
@@ -114,9 +123,9 @@ class Rank(Method):
         return self.decide(scores, now)
 
     def decide(self, scores: list[tuple[str, dict[str, Tensor]]], now: Update) -> Masks:
-        """The masks that hold what is allowed, by the (r,) scores of the components of each matrix, task by task.
+        """Returns the masks that fill the budget, by the (r,) scores of the components of each matrix, task by task.
 
-        The best component of each matrix stays; of the others, in the order that `config.decision` makes, what fits.
+        The best component of each matrix stays, and of the others whatever fits, in the order that `config.decision` gives.
         """
         config, sites = self.config, now.sites["rank"]
         allowed = self.allowed(now.step, now.masks, now.sites)
@@ -130,7 +139,4 @@ class Rank(Method):
         return now.masks | masks_of_parts(now.masks, sites, keep_of_the_rest(config, scores, keep, live, cut=cut))
 
 
-def _take_live(cost: Tensor, sizes: Tensor, live: Tensor, budget: int) -> Tensor:
-    """`fill_budget` among those that are not pruned yet."""
-    sizes = torch.where(live.cpu(), sizes, budget + 1)  # does not fit
-    return fill_budget(cost, sizes, budget)
+METHOD = Rank

@@ -39,3 +39,6 @@ class Saliency(Method):
             return [("joint", agreement_score(*agreement(now.parameters, now.gradients(), now.sites)))]
         stream = now.gradients(self.config.decision == "joint")
         return [(task, taylor(now.parameters, gradients, now.sites)) for task, gradients in stream]
+
+
+METHOD = Saliency

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from hf_disparse import DynamicConfig, PruningConfig, UserError, score
-from hf_disparse.methods.dynamic import allocate, drop_counts, erdos_renyi, forget, grow, round_to, select, uniform
+from hf_disparse.methods.dynamic import (
+    allocate,
+    drop_counts,
+    erdos_renyi,
+    grow,
+    reset_optimizer_state,
+    round_to,
+    select,
+    uniform,
+)
 from hf_disparse.pruning.schedule import cosine_decay
 from tests.helpers.dynamic import brute_force
 from tests.helpers.training import assert_same, multitask_trainer
@@ -197,12 +206,12 @@ def test_the_optimizer_forgets_grown_weights_and_nothing_else(make):
     before = {k: v.clone() for k, v in optimizer.state[weight].items()}
     rest = {k: v.clone() for k, v in optimizer.state[other].items()}
     grown = torch.rand(5, 6) < 0.5
-    forget(optimizer, weight, grown)
+    reset_optimizer_state(optimizer, weight, grown)
     for key, value in optimizer.state[weight].items():
         expected = torch.where(grown, 0.0, before[key]) if value.shape == grown.shape else before[key]
         assert torch.equal(value, expected), key
     assert_same(rest, optimizer.state[other])
-    forget(None, weight, grown)
+    reset_optimizer_state(None, weight, grown)
 
 
 # The config

@@ -18,7 +18,7 @@ from hf_disparse import (
 )
 from hf_disparse.config import GroupLassoConfig
 from hf_disparse.export.card import write_card
-from hf_disparse.methods.group_lasso import penalty_in_time, rms, shrink, shrinkage, sizes
+from hf_disparse.methods.group_lasso import group_sizes, penalty_in_time, rms, scale_groups, shrinkage
 from hf_disparse.model.prunable import prunable_sites
 from hf_disparse.pruning.parts import Site, channels, sum_by_part
 from tests.helpers.resuming import DieAt, Died
@@ -44,15 +44,15 @@ def group(tensors: dict[str, torch.Tensor], which: int) -> np.ndarray:
 
 
 def step(tensors: dict[str, torch.Tensor], lr: float, penalty: float) -> None:
-    size = sizes(tensors, SITE)
+    size = group_sizes(tensors, SITE)
     norms = rms(tensors, SITE, size)
     factor = shrinkage(norms, torch.full_like(norms, lr), torch.tensor(penalty, dtype=torch.float64))
-    shrink(tensors, SITE, factor)
+    scale_groups(tensors, SITE, factor)
 
 
 def test_sizes_and_norms_are_those_of_the_concatenated_group():
     tensors = two_matrices()
-    size = sizes(tensors, SITE)
+    size = group_sizes(tensors, SITE)
     assert size.tolist() == [16.0, 16.0]
     expected = [np.linalg.norm(group(tensors, g)) / 4 for g in (0, 1)]
     np.testing.assert_allclose(rms(tensors, SITE, size).numpy(), expected, rtol=1e-14)
@@ -226,7 +226,7 @@ def test_channels_are_the_columns_of_every_matrix():
     parameters = {"a.weight": torch.ones(2, 3), "b.weight": torch.ones(4, 5)}
     sites = channels(parameters)
     assert {name: site.parts for name, site in sites.items()} == {"a": 3, "b": 5}
-    assert sizes(parameters, sites["b"]).tolist() == [4.0] * 5
+    assert group_sizes(parameters, sites["b"]).tolist() == [4.0] * 5
     narrow = GroupLassoConfig(granularity="channel", target_modules=["query"])
     assert len(prunable_sites(tiny_model(), narrow)["channel"]) == 2
 

@@ -6,8 +6,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_disparse import L0Config, MultitaskModel, UserError, prunable_parameters
-from hf_disparse.methods import L0
-from hf_disparse.methods.l0 import (
+from hf_disparse.methods.gates import (
     ascend,
     expected_gate,
     initial,
@@ -18,6 +17,7 @@ from hf_disparse.methods.l0 import (
     sample,
     slope,
 )
+from hf_disparse.methods.l0 import L0
 from hf_disparse.trainer.checkpoints import PRUNING_STATE_NAME
 from tests.helpers.resuming import STEPS, DieAt, Died, killed_and_resumed
 from tests.helpers.training import Watch, assert_same, multitask_trainer, weights
@@ -109,11 +109,11 @@ def test_two_steps_of_two_batches_are_those_of_autograd_and_torch_optimizers():
             optimizer.zero_grad()
         multipliers = (multipliers.detach() + up).requires_grad_()
         for name in start:
-            torch.testing.assert_close(method.latent[name], w[name].detach())
-            torch.testing.assert_close(method.log_alpha[name], alpha[name].detach(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(method.gates.latent[name], w[name].detach())
+            torch.testing.assert_close(method.gates.log_alpha[name], alpha[name].detach(), rtol=1e-4, atol=1e-5)
             open_share = (torch.sigmoid(alpha[name]) * 1.2 - 0.1).clamp(0, 1)
             torch.testing.assert_close(parameters[name].detach(), (w[name] * open_share).detach())
-        assert method.multipliers == pytest.approx(multipliers.tolist(), rel=1e-4)
+        assert method.gates.multipliers == pytest.approx(multipliers.tolist(), rel=1e-4)
 
 
 class Effective(TrainerCallback):
@@ -124,11 +124,11 @@ class Effective(TrainerCallback):
 
     def check(self, model) -> bool:
         method = self.trainer.pruner.method
-        for name, p in prunable_parameters(model).items() if method.latent else ():
-            s = torch.sigmoid(method.log_alpha[name]) * 1.2 - 0.1
-            torch.testing.assert_close(p.detach(), method.latent[name] * s.clamp(0, 1))
+        for name, p in prunable_parameters(model).items() if method.gates.latent else ():
+            s = torch.sigmoid(method.gates.log_alpha[name]) * 1.2 - 0.1
+            torch.testing.assert_close(p.detach(), method.gates.latent[name] * s.clamp(0, 1))
             assert not torch.signbit(p[p == 0]).any()
-        return bool(method.latent)
+        return bool(method.gates.latent)
 
     def on_step_end(self, args, state, control, *, model, **kwargs):
         self.steps.append(self.check(model))
@@ -151,7 +151,7 @@ def test_between_steps_the_weights_are_the_effective_ones_and_the_end_is_exact(t
     assert watch.zeros[14:] == [round(0.8 * total)] * 6
     assert all(watch.agree)
     method = trainer.pruner.method
-    assert method.latent == method.log_alpha == method.state() == {}, "memory is held for nothing"
+    assert method.gates.latent == method.gates.log_alpha == method.state() == {}, "memory is held for nothing"
     trainer.save_model()
     saved = prunable_parameters(MultitaskModel.from_pretrained(tmp_path))
     assert sum(int((p == 0).sum()) for p in saved.values()) == round(0.8 * total)
@@ -166,7 +166,7 @@ def test_at_the_end_the_largest_log_alphas_stay_with_their_gates(tmp_path):
         def on_step_begin(self, args, state, control, *, model, **kwargs):
             if state.global_step == 14:
                 method = trainer.pruner.method
-                found["alpha"] = {n: a.clone() for n, a in method.log_alpha.items()}
+                found["alpha"] = {n: a.clone() for n, a in method.gates.log_alpha.items()}
                 found["weights"] = {n: p.detach().clone() for n, p in prunable_parameters(model).items()}
 
     class Stop(TrainerCallback):
@@ -195,7 +195,7 @@ def test_the_lagrangian_brings_the_expected_sparsity_to_its_target(tmp_path):
 
     class Gap(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            gates = trainer.pruner.method.log_alpha.values()
+            gates = trainer.pruner.method.gates.log_alpha.values()
             if gates:
                 s = 1 - float(torch.cat([open_probability(a).flatten() for a in gates]).mean())
                 gaps.append(s - 0.7 * min(1, state.global_step / 64))

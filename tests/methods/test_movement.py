@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_disparse import DisparseTrainer, MovementConfig, MultitaskModel, UserError, decide, prunable_parameters
-from hf_disparse.methods.movement import above, accumulate, soft_step
+from hf_disparse.methods.movement import above_threshold, hard_step, soft_step
 from hf_disparse.pruning.schedule import sparsity_at, update_steps
 from hf_disparse.trainer.checkpoints import PRUNING_STATE_NAME
 from tests.helpers.resuming import STEPS, DieAt, Died, killed_and_resumed
@@ -19,7 +19,7 @@ HARD = dict(sparsity=0.8, end_step=16, update_every=4)
 SOFT = dict(mode="soft", score_learning_rate=0.5, penalty=4.0)
 
 
-def test_accumulate_is_the_gradient_by_the_mask_times_minus_one():
+def test_hard_step_is_the_gradient_by_the_mask_times_minus_one():
     torch.manual_seed(0)
     latent, mask = torch.randn(5, 4), torch.rand(5, 4) > 0.5
     m = mask.float().requires_grad_()  # dL/dM = w dL/dw', for masked weights, too
@@ -27,7 +27,7 @@ def test_accumulate_is_the_gradient_by_the_mask_times_minus_one():
     effective.retain_grad()
     (torch.randn(3, 5) @ effective).tanh().square().sum().backward()
     score = torch.ones(5, 4)
-    accumulate(score, latent * mask, effective.grad, latent * ~mask)
+    hard_step(score, latent * mask, effective.grad, latent * ~mask)
     torch.testing.assert_close(score, 1 - m.grad)
 
 
@@ -45,7 +45,7 @@ def test_above_keeps_what_so_many_tasks_have_over_the_threshold(quorum):
     generator = np.random.default_rng(0)
     scores = {task: {"w": torch.tensor(generator.normal(size=(7, 5)))} for task in "abc"}
     over = sum((1 / (1 + np.exp(-s["w"].numpy())) > 0.4).astype(int) for s in scores.values())
-    assert np.array_equal(above(scores, 0.4, quorum)["w"].numpy(), over >= quorum)
+    assert np.array_equal(above_threshold(scores, 0.4, quorum)["w"].numpy(), over >= quorum)
 
 
 class After(TrainerCallback):
@@ -180,7 +180,7 @@ def test_soft_scores_move_in_units_that_no_scale_of_the_loss_changes():
     class Spy:
         config = MovementConfig(**SOFT, end_step=9)
 
-    from hf_disparse.methods import Movement
+    from hf_disparse.methods.movement import Movement
 
     def run(scale):
         torch.manual_seed(0)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hf_disparse import DisparseTrainer, MultitaskModel, PlatonConfig, UserError, decide, prunable_parameters
-from hf_disparse.methods.platon import score, smooth
+from hf_disparse.methods.platon import smooth, upper_confidence
 from hf_disparse.pruning.schedule import sparsity_at, update_steps
 from tests.helpers.resuming import STEPS, killed_and_resumed
 from tests.helpers.tiny import three_datasets, tiny_model, tiny_tokenizer
@@ -14,7 +14,7 @@ from tests.helpers.training import Watch, arguments, assert_same, multitask_trai
 CUBIC = dict(sparsity=0.8, end_step=16, update_every=4)
 
 
-def test_smooth_and_score_are_the_formulas_in_numpy():
+def test_smooth_and_upper_confidence_are_the_formulas_in_numpy():
     generator = np.random.default_rng(0)
     importance, uncertainty = torch.zeros(4, 3), torch.zeros(4, 3)
     mean, spread = np.zeros((4, 3)), np.zeros((4, 3))
@@ -24,13 +24,13 @@ def test_smooth_and_score_are_the_formulas_in_numpy():
         now = np.abs(w * g)
         mean = 0.85 * mean + 0.15 * now
         spread = 0.95 * spread + 0.05 * np.abs(now - mean)
-    np.testing.assert_allclose(score(importance, uncertainty).numpy(), mean * spread, rtol=1e-4)
+    np.testing.assert_allclose(upper_confidence(importance, uncertainty).numpy(), mean * spread, rtol=1e-4)
 
 
 def test_smooth_takes_weights_in_bfloat16():
     importance, uncertainty = torch.zeros(4, 3), torch.zeros(4, 3)
     smooth(importance, uncertainty, torch.ones(4, 3).bfloat16(), torch.ones(4, 3).bfloat16(), 0.5, 0.5)
-    assert torch.equal(score(importance, uncertainty), torch.full((4, 3), 0.5 * 0.25))
+    assert torch.equal(upper_confidence(importance, uncertainty), torch.full((4, 3), 0.5 * 0.25))
 
 
 class Referee(DisparseTrainer):
@@ -105,14 +105,17 @@ def test_the_count_is_exact_at_every_update_and_in_the_file(tmp_path, decision):
 
 
 def test_a_task_without_a_batch_has_no_say_and_does_not_stop_a_quorum():
-    from hf_disparse.methods import Platon
+    from hf_disparse.methods.platon import Platon
 
     config = PlatonConfig(**CUBIC, decision="quorum", quorum=3)
     method = Platon(config)
     parameters = {"w": torch.nn.Parameter(torch.ones(4))}
     method.begin(parameters, ["a", "b", "c"], 20)
     method.gradient("w", parameters["w"].detach(), torch.tensor([1.0, 4, 3, 2]), "b")
-    scores = {t: {"w": score(k["importance"]["w"], k["uncertainty"]["w"])} for t, k in method.ordered_buffers().items()}
+    scores = {
+        t: {"w": upper_confidence(k["importance"]["w"], k["uncertainty"]["w"])}
+        for t, k in method.ordered_buffers().items()
+    }
     masks = method.decide(scores, 0.5, {"w": torch.ones(4, dtype=torch.bool)})
     assert masks["w"].tolist() == [False, True, True, False]
 

@@ -28,7 +28,7 @@ def test_what_is_no_number_of_points_is_refused(value):
 
 
 def test_a_schedule_without_growing_sparsity_is_refused():
-    from hf_disparse.config.methods import DynamicConfig
+    from hf_disparse import DynamicConfig
 
     with pytest.raises(
         UserError, match="max_drop: expected nothing with schedule constant, whose sparsity does not grow"

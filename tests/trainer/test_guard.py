@@ -213,7 +213,7 @@ def test_pruned_layers_run_again(tmp_path, monkeypatch):
 
 def test_weights_that_movement_pruning_holds_back_are_not_lost_to_the_undone_step(tmp_path, monkeypatch):
     """The method is out afterwards: the weights are the effective ones, and what was pruned then is pruned."""
-    from hf_disparse.config.methods import MovementConfig
+    from hf_disparse import MovementConfig
 
     plant(monkeypatch, {12: {"three": 6.5}})
     fields = {key: FIELDS[key] for key in ("sparsity", "start_step", "end_step", "update_every")}
