@@ -120,7 +120,7 @@ def test_a_foreign_trainer_is_made_ready_and_resumes_with_its_zeros(tmp_path):
     report = sparsity_report(again.model, again.model.bert, prunable_parameters(again.model))
     assert 0.6 - 1e-3 <= report["prunable"] < 0.6 + 48 / DENSE
     optimizer = torch.optim.AdamW(plain_model().parameters())
-    with pytest.raises(UserError, match="an optimizer that holds the old ones; call factorise"):
+    with pytest.raises(UserError, match="the optimizer already holds the old ones; call factorise"):
         trainer(optimizers=(optimizer, None))
 
 
