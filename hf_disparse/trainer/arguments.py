@@ -103,8 +103,8 @@ def check_fsdp(trainer: Trainer) -> None:
     whole = not {"layer", "channel"} & set(config.granularity)
     require(whole, "pruning.granularity", "weights, patterns, heads or neurons with FSDP", config.granularity)
     for key in ("max_drop", "reconstruct", "reinitialise"):
-        value = getattr(config, key)
-        require(value is None or value is False, f"pruning.{key}", "nothing with FSDP; use DDP (torchrun)", value)
+        if (value := getattr(config, key)) is not None and value is not False:
+            raise UserError(f"pruning.{key}: not supported with FSDP, got {value!r}; use DDP (torchrun)")
 
 
 def check_arguments(trainer: Trainer) -> None:

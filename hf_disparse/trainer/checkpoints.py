@@ -110,7 +110,7 @@ def _content(path: Path) -> list[int]:
 def checkpointing(trainer: Trainer, folder: Path) -> Iterator[None]:
     """Wraps the writing of one checkpoint: deletes an older one first, and what is incomplete if writing fails."""
     mine = trainer.args.should_save
-    with writing(folder, "Once that is mended, training resumes from the last whole checkpoint, which stays."):
+    with writing(folder, "Once this is fixed, training resumes from the last whole checkpoint."):
         try:
             if mine and folder.exists():  # left by an earlier training, and must not be mixed with this one
                 shutil.rmtree(folder)

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hf_disparse.config import UserError, closest, require
+from hf_disparse.config import UserError, closest
 from hf_disparse.model.prunable import prunable_parameters
 from hf_disparse.model.sparsity import masked_share
 from hf_disparse.pruning.masks import MASKS_NAME, load_masks, save_masks
@@ -177,9 +177,8 @@ class Guard:
         points = self._measure()
         if self.before is None:
             for task, value in points.items():
-                require(
-                    np.isfinite(value), "pruning.max_drop", f"a finite metric of task '{task}' before pruning", value
-                )
+                if not np.isfinite(value):
+                    raise UserError(f"pruning.max_drop: task '{task}' has a metric of {value} before pruning")
             self.before = points
         elif worst := worst_drop(self.before, points, self.most):
             self._stop(*worst, masks)
