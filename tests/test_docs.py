@@ -43,6 +43,20 @@ def test_papers_name_functions_and_tests_that_exist():
             assert callable(getattr(importlib.import_module(place), name))
 
 
+def test_the_walkthrough_names_functions_that_exist():
+    names = re.findall(r"`(\w+(?:\.\w+)+)`", DOCS["walkthrough.md"])
+    names = [name for name in names if (ROOT / "hf_disparse" / name.split(".")[0]).exists() or name.startswith("files.")]
+    names = [name for name in names if not name.endswith(".json")]
+    assert len(names) > 30
+    for name in names:
+        parts = name.split(".")
+        depth = 1 if parts[0] == "files" else 2
+        place = importlib.import_module(".".join(["hf_disparse", *parts[:depth]]))
+        for part in parts[depth:]:
+            place = getattr(place, part)
+        assert callable(place), name
+
+
 def test_links_between_pages_lead_somewhere():
     for page, text in DOCS.items():
         folder = ROOT if page == "README.md" else ROOT / "docs"
