@@ -1,80 +1,30 @@
 """Prune one shared Transformer encoder with several task heads: every task judges, and what all can spare goes.
 
-Importing this registers `MultitaskModel` with transformers' Auto classes, and the form of packed checkpoints.
+Names load when they are used (`__init__.pyi` lists them), so that importing this costs next to nothing. Once transformers loads its
+Auto classes, `MultitaskModel` and the form of packed and compact checkpoints are registered with them.
 """
 
-from hf_disparse.config import (
-    DataConfig,
-    DynamicConfig,
-    FlopConfig,
-    GroupLassoConfig,
-    L0Config,
-    MovementConfig,
-    PlatonConfig,
-    PruningConfig,
-    RankConfig,
-    TaskConfig,
-    UserError,
-)
-from hf_disparse.config.version import __version__ as __version__
-from hf_disparse.export import compact, save_compact, save_onnx, save_packed, save_tasks, task_model
-from hf_disparse.methods.again import decide_again, prune_again, vote_masks
-from hf_disparse.model.factorise import factorise
-from hf_disparse.model.multitask import MultitaskConfig, MultitaskModel
-from hf_disparse.model.pipeline import MultitaskPipeline
-from hf_disparse.model.prunable import prunable_parameters
-from hf_disparse.model.sparsity import sparsity_report
-from hf_disparse.model.unshared import unshare
-from hf_disparse.pruning.decision import decide, decide_max, decide_mean_rank, decide_sum
-from hf_disparse.pruning.masks import MaskHooks, apply_masks, find_masks, load_masks, save_masks
-from hf_disparse.pruning.scores import score
-from hf_disparse.tasks import TaskMetric, load_task, resolve, tokenize
-from hf_disparse.trainer import DisparseTrainer, DisparseTrainingArguments, PruningCallback, last_whole_checkpoint
+from importlib import import_module
 
-__all__ = [
-    "DataConfig",
-    "DisparseTrainer",
-    "DisparseTrainingArguments",
-    "DynamicConfig",
-    "FlopConfig",
-    "GroupLassoConfig",
-    "L0Config",
-    "MaskHooks",
-    "MovementConfig",
-    "MultitaskConfig",
-    "MultitaskModel",
-    "MultitaskPipeline",
-    "PlatonConfig",
-    "PruningCallback",
-    "PruningConfig",
-    "RankConfig",
-    "TaskConfig",
-    "TaskMetric",
-    "UserError",
-    "apply_masks",
-    "compact",
-    "decide",
-    "decide_again",
-    "decide_max",
-    "decide_mean_rank",
-    "decide_sum",
-    "factorise",
-    "find_masks",
-    "last_whole_checkpoint",
-    "load_masks",
-    "load_task",
-    "prunable_parameters",
-    "prune_again",
-    "resolve",
-    "save_compact",
-    "save_masks",
-    "save_onnx",
-    "save_packed",
-    "save_tasks",
-    "score",
-    "sparsity_report",
-    "task_model",
-    "tokenize",
-    "unshare",
-    "vote_masks",
-]
+import lazy_loader
+from wrapt import register_post_import_hook
+
+from hf_disparse.config.version import __version__ as __version__
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+# What is imported once a module of transformers has loaded, no matter who loads it: ours register themselves with transformers there.
+# Importing them here would cost seconds, which `hf-disparse --help` does not need.
+_IMPORTED_AFTER = {
+    "transformers.models.auto.configuration_auto": ("transformers.modeling_utils",),  # the Auto classes load without it
+    "transformers.modeling_utils": ("hf_disparse.model.multitask", "hf_disparse.export.loading"),
+}
+
+
+def _import_after(module) -> None:
+    for name in _IMPORTED_AFTER[module.__name__]:
+        import_module(name)
+
+
+for _name in _IMPORTED_AFTER:
+    register_post_import_hook(_import_after, _name)

@@ -45,7 +45,9 @@ def test_papers_name_functions_and_tests_that_exist():
 
 def test_the_walkthrough_names_functions_that_exist():
     names = re.findall(r"`(\w+(?:\.\w+)+)`", DOCS["walkthrough.md"])
-    names = [name for name in names if (ROOT / "hf_disparse" / name.split(".")[0]).exists() or name.startswith("files.")]
+    names = [
+        name for name in names if (ROOT / "hf_disparse" / name.split(".")[0]).exists() or name.startswith("files.")
+    ]
     names = [name for name in names if not name.endswith(".json")]
     assert len(names) > 30
     for name in names:

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import BertModel
 
 from hf_disparse import PruningConfig, TaskConfig
-from hf_disparse.tasks import MultitaskCollator, TaskDataset
+from hf_disparse.tasks.batches import MultitaskCollator, TaskDataset
 from tests.helpers.commands import hf_disparse, write_recipe
 from tests.helpers.docs import blocks
 from tests.helpers.tiny import tiny_bert_config, tiny_model, tiny_tokenizer, tokenized_rows

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+from wrapt import register_post_import_hook
 
 from hf_disparse.cli.tables import (
     close_bars,
@@ -25,7 +26,7 @@ from hf_disparse.cli.tables import (
     print_results,
     print_sparsity,
 )
-from hf_disparse.tasks import average_name
+from hf_disparse.tasks.averages import average_name
 
 app = typer.Typer(
     add_completion=False,
@@ -88,10 +89,11 @@ def train(
     """Train dense, prune, train sparse, evaluate and analyze both; the same command again goes on where it stopped."""
     _quiet()
     from hf_disparse.recipes.recipe import read_recipe
+
+    parsed = read_recipe(recipe, overrides, output_dir)  # before the libraries load: a mistyped key is answered at once
     from hf_disparse.runs import analyze
     from hf_disparse.runs import train as run
 
-    parsed = read_recipe(recipe, overrides, output_dir)
     if dry_run:
         print_plan(run.plan(parsed))
         return
@@ -168,13 +170,14 @@ def compare(
     The same command again goes on where it stopped; other methods, sparsities and seeds add rows to the folder.
     """
     _quiet()
-    from hf_disparse.compare.by_method import ByMethod, default_criterion, grid
-    from hf_disparse.compare.equal_budget import EqualBudget
-    from hf_disparse.compare.runner import progress
     from hf_disparse.config import UserError
     from hf_disparse.recipes.recipe import read_recipe
 
-    parsed = read_recipe(recipe, overrides, output_dir)
+    parsed = read_recipe(recipe, overrides, output_dir)  # before the libraries load: a mistyped key is answered at once
+    from hf_disparse.compare.by_method import ByMethod, default_criterion, grid
+    from hf_disparse.compare.equal_budget import EqualBudget
+    from hf_disparse.compare.runner import progress
+
     if output_dir is None:
         parsed = read_recipe(recipe, overrides, parsed.output_dir.rstrip("/") + "-compare")
     points = _list(str(parsed.pruning.sparsity) if sparsities is None else sparsities, "--sparsities", float)
@@ -286,8 +289,9 @@ def export(
 def _with_card(output_dir: str) -> Iterator[Path]:
     """A new folder for a model, to which its card is added; it is there with both or not at all."""
     from hf_disparse import export
+    from hf_disparse.files import new_folder
 
-    with export.new_folder(output_dir) as folder:
+    with new_folder(output_dir) as folder:
         yield folder
         if export.is_multitask(folder):
             export.write_card(folder, Path(output_dir).resolve().name)
@@ -343,17 +347,27 @@ def _list(text: str, where: str, kind) -> list:
 
 
 def _quiet() -> None:
-    """Our own words and training's bars; the libraries speak up for errors only, and draw bars on a terminal only."""
-    import datasets
-    import huggingface_hub
-    import transformers
+    """Prints our own words and training's bars; lets libraries log errors only, and draw bars only on a terminal.
 
-    huggingface_hub.logging.set_verbosity_error()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()  # of loading and saving weights; training has its own
-    datasets.logging.set_verbosity_error()
+    Each library is silenced when it loads, so that none loads for that.
+    """
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without the line of code it came from
     if _rank():
         warnings.simplefilter("ignore")
+    for name, silence in (
+        ("datasets", _silence_datasets),
+        ("huggingface_hub", lambda hub: hub.logging.set_verbosity_error()),
+        ("transformers", _silence_transformers),
+    ):
+        register_post_import_hook(silence, name)
+
+
+def _silence_datasets(datasets) -> None:
+    datasets.logging.set_verbosity_error()
     if _rank() or not sys.stderr.isatty():
         datasets.disable_progress_bars()
+
+
+def _silence_transformers(transformers) -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # of loading and saving weights; training has its own

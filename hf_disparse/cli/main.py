@@ -42,7 +42,7 @@ def with_flags(message: str) -> str:
 
     The keys of a recipe stay as they are, even where the command has an option of the same name.
     """
-    from hf_disparse.recipes.recipe import SECTIONS
+    from hf_disparse.recipes.keys import SECTIONS
 
     command = typer.main.get_command(app).commands.get(sys.argv[1])
     for option in command.params if command else ():

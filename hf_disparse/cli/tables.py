@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from hf_disparse.tasks import average_name
+from hf_disparse.tasks.averages import average_name
 
 
 def close_bars() -> None:

@@ -19,7 +19,7 @@ from hf_disparse.report.values import method_name
 from hf_disparse.report.write import missing_libraries, write_comparison
 from hf_disparse.runs.folder import DELETE, refuse_others
 from hf_disparse.runs.setup import environment
-from hf_disparse.tasks import average_name
+from hf_disparse.tasks.averages import average_name
 
 # name -> fields of PruningConfig beside the recipe's; the criterion is one of `criteria`
 _OPEN_CRITERION = {

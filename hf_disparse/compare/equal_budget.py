@@ -22,7 +22,7 @@ from hf_disparse.files import read_json
 from hf_disparse.recipes.recipe import Recipe, parse_recipe
 from hf_disparse.runs.folder import DELETE, refuse_others
 from hf_disparse.runs.setup import environment
-from hf_disparse.tasks import average, average_name, counted_tasks
+from hf_disparse.tasks.averages import average, average_name, counted_tasks
 
 _STRETCHED = (
     "max_steps",

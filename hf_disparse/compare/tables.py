@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_disparse.distributed.processes import on_main
 from hf_disparse.files import write_whole, writing
-from hf_disparse.tasks import average
+from hf_disparse.tasks.averages import average
 
 
 @on_main

@@ -18,7 +18,7 @@ from hf_disparse.export.measurements import size_and_speed
 from hf_disparse.export.results import read_results, using_results
 from hf_disparse.model.loading import load_as_saved
 from hf_disparse.model.multitask import MultitaskModel
-from hf_disparse.tasks import average, average_name
+from hf_disparse.tasks.averages import average, average_name
 
 CARD_NAME = "README.md"
 _LOG_ROWS = 12

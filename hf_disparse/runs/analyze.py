@@ -29,7 +29,7 @@ from hf_disparse.runs.evaluate import judge_as, open_run
 from hf_disparse.runs.folder import RECIPE_NAME
 from hf_disparse.runs.setup import Splits, new_model, new_trainer, prepare
 from hf_disparse.runs.train import load_model
-from hf_disparse.tasks import average
+from hf_disparse.tasks.averages import average
 from hf_disparse.trainer import DisparseTrainer
 
 ANALYSIS_NAME, VERSION = "analysis.json", 1

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PrinterCallback
 
 from hf_disparse.config import UserError, require
+from hf_disparse.files import resolve
 from hf_disparse.model.loading import load_pretrained
 from hf_disparse.model.multitask import MultitaskModel
 from hf_disparse.model.prunable import prunable_parameters
@@ -15,7 +16,7 @@ from hf_disparse.model.sparsity import sparsity_report
 from hf_disparse.recipes.recipe import Recipe, read_recipe
 from hf_disparse.runs.folder import RECIPE_NAME
 from hf_disparse.runs.setup import Splits, new_trainer, prepare
-from hf_disparse.tasks import average, resolve
+from hf_disparse.tasks.averages import average
 from hf_disparse.trainer import DisparseTrainer
 
 

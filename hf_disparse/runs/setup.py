@@ -14,10 +14,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from hf_disparse.config import UserError, one_line, require
 from hf_disparse.config.version import __version__
+from hf_disparse.files import resolve
 from hf_disparse.model.loading import load_pretrained
 from hf_disparse.model.multitask import MultitaskModel
 from hf_disparse.recipes.recipe import Recipe
-from hf_disparse.tasks import load_task, resolve, tokenize
+from hf_disparse.tasks.data import load_task, tokenize
 from hf_disparse.trainer import DisparseTrainer
 
 Splits = dict[str, dict[str, Dataset]]

@@ -6,10 +6,10 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_disparse.config import UserError, one_line
+from hf_disparse.files import resolve
 from hf_disparse.model.loading import load_pretrained
 from hf_disparse.model.multitask import MultitaskModel
 from hf_disparse.recipes.recipe import Recipe
-from hf_disparse.tasks import resolve
 from hf_disparse.trainer import DisparseTrainer
 
 

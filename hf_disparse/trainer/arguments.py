@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_disparse.config import PART_CRITERIA, TaskConfig, UserError, closest, is_number, require
 from hf_disparse.distributed.processes import differing_ranks
-from hf_disparse.tasks import TaskBatchSampler
+from hf_disparse.tasks.batches import TaskBatchSampler
 
 _TRUE = ("1", "true", "yes", "on")
 LOSS_WEIGHTINGS = ("fixed", "uncertainty", "pcgrad")

@@ -4,8 +4,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from hf_disparse.config import UserError
-from hf_disparse.tasks import TaskBatchSampler, TaskDataset
-from hf_disparse.tasks.batches import TaskStream
+from hf_disparse.tasks.batches import TaskBatchSampler, TaskDataset, TaskStream
 from hf_disparse.trainer.arguments import DisparseTrainingArguments, is_streamed, lengths_by_task
 
 _FAR = 1_000_000_000  # an epoch of a stream that training never reaches

@@ -30,8 +30,7 @@ from hf_disparse.pruning.scores import (
     score,
 )
 from hf_disparse.pruning.stored_scores import keep_scores
-from hf_disparse.tasks import TaskBatchSampler
-from hf_disparse.tasks.batches import blocks_of
+from hf_disparse.tasks.batches import TaskBatchSampler, blocks_of
 from hf_disparse.trainer.arguments import lengths_by_task
 from hf_disparse.trainer.batches import _FAR
 

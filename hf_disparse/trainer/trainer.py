@@ -20,7 +20,9 @@ from hf_disparse.export.results import results_of_log
 from hf_disparse.model.multitask import MultitaskModel
 from hf_disparse.model.sparsity import masked_share
 from hf_disparse.pruning.stored_scores import SCORES_FOLDER
-from hf_disparse.tasks import MultitaskCollator, TaskDataset, average, compute_metrics
+from hf_disparse.tasks.averages import average
+from hf_disparse.tasks.batches import MultitaskCollator, TaskDataset
+from hf_disparse.tasks.metrics import compute_metrics
 from hf_disparse.trainer.arguments import check_arguments, check_datasets, check_same_rows
 from hf_disparse.trainer.batches import Resuming, training_batches
 from hf_disparse.trainer.callback import PruningCallback

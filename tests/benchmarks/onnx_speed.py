@@ -18,7 +18,7 @@ from timing import inference, side_by_side
 from transformers import logging
 
 from hf_disparse import MultitaskModel, TaskConfig, save_onnx
-from hf_disparse.tasks import resolve
+from hf_disparse.files import resolve
 
 ROUNDS = 25
 TASK = TaskConfig(name="task", columns="text", labels=["no", "yes"])

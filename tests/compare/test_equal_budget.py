@@ -13,7 +13,7 @@ from hf_disparse import UserError
 from hf_disparse.compare.equal_budget import EqualBudget, ModelCell, best_ensemble
 from hf_disparse.compare.tables import markdown
 from hf_disparse.recipes.recipe import parse_recipe
-from hf_disparse.tasks import average
+from hf_disparse.tasks.averages import average
 from tests.helpers.commands import changed, refused, snapshot, write_recipe
 from tests.helpers.comparing import CELLS, write_equal_budget
 

@@ -25,9 +25,9 @@ from hf_disparse import (
     sparsity_report,
     task_model,
 )
-from hf_disparse.export import multiply_out
 from hf_disparse.methods import Update
 from hf_disparse.methods.rank import Rank, fill_budget, parameter_budget, score_per_parameter
+from hf_disparse.model.factorise import multiply_out
 from hf_disparse.model.low_rank import LowRankLinear, factors, low_rank_modules, rank_sites
 from hf_disparse.model.sparsity import dense_size
 from hf_disparse.pruning.masks import apply_masks

@@ -12,7 +12,7 @@ from hf_disparse.analysis import agreement, footprint, knee, watershed
 from hf_disparse.model.prunable import prunable_parameters
 from hf_disparse.recipes.recipe import read_recipe
 from hf_disparse.runs import train as run
-from hf_disparse.tasks import average
+from hf_disparse.tasks.averages import average
 from tests.helpers.commands import hf_disparse, refused, snapshot, write_recipe
 from tests.helpers.training import multitask_trainer
 

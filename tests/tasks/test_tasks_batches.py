@@ -16,15 +16,10 @@ from scipy.stats import binom
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
 
 from hf_disparse.config import METRICS, TaskConfig, UserError
-from hf_disparse.tasks import (
-    MultitaskCollator,
-    TaskBatchSampler,
-    TaskDataset,
-    TaskMetric,
-    average,
-    average_name,
-    compute_metrics,
-)
+from hf_disparse.tasks.averages import average, average_name
+from hf_disparse.tasks.batches import MultitaskCollator, TaskBatchSampler, TaskDataset
+from hf_disparse.tasks.metrics import compute_metrics
+from hf_disparse.tasks.task_metric import TaskMetric
 from tests.helpers.tiny import tiny_tokenizer
 
 SAMPLINGS = ("proportional", "temperature", "round_robin")

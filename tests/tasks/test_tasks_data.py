@@ -10,7 +10,8 @@ import pytest
 from datasets import Dataset
 
 from hf_disparse.config import DataConfig, TaskConfig, UserError
-from hf_disparse.tasks import load_task, resolve, tokenize
+from hf_disparse.files import resolve
+from hf_disparse.tasks.data import load_task, tokenize
 from tests.helpers.glue import GLUE, needs_glue
 from tests.helpers.tiny import tiny_tokenizer
 

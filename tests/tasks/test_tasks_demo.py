@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 
 from hf_disparse.config import DataConfig, TaskConfig, UserError
-from hf_disparse.tasks import load_task
+from hf_disparse.tasks.data import load_task
 from hf_disparse.tasks.demo import TOPICS, load
 from tests.helpers.tiny import needs_demo
 

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from hf_disparse.config import TaskConfig, UserError
-from hf_disparse.tasks import tokenize
+from hf_disparse.tasks.data import tokenize
 from tests.helpers.tiny import VOCABULARY, tiny_tokenizer
 
 MULTI, TOKENS = "multi_label_classification", "token_classification"
