@@ -4,6 +4,7 @@ Names load when they are used (`__init__.pyi` lists them), so that importing thi
 Auto classes, `MultitaskModel` and the form of packed and compact checkpoints are registered with them.
 """
 
+import sys
 from importlib import import_module
 
 import lazy_loader
@@ -13,18 +14,24 @@ from hf_disparse.config.version import __version__ as __version__
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
-# What is imported once a module of transformers has loaded, no matter who loads it: ours register themselves with transformers there.
-# Importing them here would cost seconds, which `hf-disparse --help` does not need.
-_IMPORTED_AFTER = {
-    "transformers.models.auto.configuration_auto": ("transformers.modeling_utils",),  # the Auto classes load without it
-    "transformers.modeling_utils": ("hf_disparse.model.multitask", "hf_disparse.export.loading"),
-}
+# Our classes register themselves when they are imported, once these modules of transformers have loaded, no matter who loads them.
+# Importing our classes here would cost seconds, which `hf-disparse --help` does not need.
+_REGISTERS_WITH = (
+    "transformers.models.auto.configuration_auto",
+    "transformers.models.auto.modeling_auto",
+    "transformers.modeling_utils",
+    "transformers.quantizers",
+)
+_loaded = set()
 
 
-def _import_after(module) -> None:
-    for name in _IMPORTED_AFTER[module.__name__]:
-        import_module(name)
+def _register(module) -> None:
+    """Imports our classes unless one of these modules, which import one another, is still half loaded: then its turn comes."""
+    _loaded.add(module.__name__)
+    if all(name in _loaded for name in _REGISTERS_WITH if name in sys.modules):
+        import_module("hf_disparse.model.multitask")
 
 
-for _name in _IMPORTED_AFTER:
-    register_post_import_hook(_import_after, _name)
+for _name in _REGISTERS_WITH:
+    register_post_import_hook(_register, _name)
+register_post_import_hook(lambda _: import_module("hf_disparse.export.loading"), "hf_disparse.model.multitask")

@@ -109,13 +109,23 @@ def test_auto_classes_know_our_models_in_whatever_order_they_are_imported(first)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "module",
-    ["model.multitask", "model.structure", "export.packed", "export.compact", "methods", "tasks.batches", "runs.train"],
+    "first",
+    [
+        "import hf_disparse.model.structure",
+        "import hf_disparse.export.packed",
+        "import hf_disparse.methods",
+        "import hf_disparse.tasks.batches",
+        "import peft",
+        "from transformers import PrinterCallback",
+        "from transformers import Trainer, pipeline",
+        "import transformers.quantizers.auto",
+        "import transformers.models.bert.modeling_bert",
+    ],
 )
-def test_a_module_may_be_the_first_that_loads_transformers(module):
-    """What is registered once transformers has loaded must not meet a module of ours that is half imported."""
+def test_whatever_loads_transformers_first_our_classes_register_once_it_is_whole(first):
+    """Modules of transformers import one another in circles: ours must meet none that is half loaded, nor the other way round."""
     shown = fresh(
-        f"import hf_disparse.{module}\nfrom transformers.models.auto.configuration_auto import CONFIG_MAPPING\n"
+        f"import hf_disparse\n{first}\nfrom transformers.models.auto.configuration_auto import CONFIG_MAPPING\n"
         "show(known='hf_disparse_multitask' in CONFIG_MAPPING, reads='hf_disparse.export.loading' in sys.modules)"
     )
     assert shown == {"known": True, "reads": True}
