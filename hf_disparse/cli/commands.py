@@ -26,6 +26,7 @@ from hf_disparse.cli.tables import (
     print_results,
     print_sparsity,
 )
+from hf_disparse.config.rows import help_text
 from hf_disparse.tasks.averages import average_name
 
 app = typer.Typer(
@@ -140,11 +141,7 @@ def compare(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file; its budget is every method's budget.")],
     methods: Annotated[
         str | None,
-        typer.Option(
-            help="dense, random, magnitude, joint, sum, max, mean, quorum2 (or another number), unanimous, reinitialise, "
-            "2:4, block16x16, parts, agreement, dynamic, rigl, movement, movement_joint, movement_soft, platon, platon_joint, l0, "
-            "rank, flop, group_lasso. Default: dense,random,magnitude,joint,unanimous."
-        ),
+        typer.Option(help=f"{help_text()}. Default: dense,random,magnitude,joint,unanimous."),
     ] = None,
     criteria: Annotated[
         str | None,

@@ -1,6 +1,5 @@
 """Compares methods on one recipe, each at the same number of backward passes, and writes one table."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count
@@ -10,7 +9,8 @@ from typing import Any, ClassVar
 
 from hf_disparse.compare.runner import run_cells
 from hf_disparse.compare.tables import held_out, over_seeds, shown, span, write_tables
-from hf_disparse.config import CRITERIA, PruningConfig, UserError, closest, require
+from hf_disparse.config import CRITERIA, PruningConfig, UserError, closest, require, without_ignored
+from hf_disparse.config.rows import NAMES, find_row, has_open_criterion
 from hf_disparse.distributed.processes import on_main
 from hf_disparse.files import read_json, writing
 from hf_disparse.methods import method_class
@@ -21,42 +21,8 @@ from hf_disparse.runs.folder import DELETE, refuse_others
 from hf_disparse.runs.setup import environment
 from hf_disparse.tasks.averages import average_name
 
-# name -> fields of PruningConfig beside the recipe's; the criterion is one of `criteria`
-_OPEN_CRITERION = {
-    "joint": {"decision": "joint"},
-    "sum": {"decision": "sum"},
-    "max": {"decision": "max"},
-    "mean": {"decision": "mean_rank"},
-    "quorum2": {"decision": "quorum", "quorum": 2},  # as any other number
-    "unanimous": {"decision": "unanimous"},
-    "reinitialise": {"decision": "unanimous", "reinitialise": True, "reconstruct": False},
-    "rank": {"method": "rank", "decision": "unanimous"},
-    "parts": {"decision": "unanimous", "granularity": ["head", "neuron"]},
-}
-# name -> fields with a criterion of their own, to which `criteria` does not apply
-_OWN_CRITERION = {
-    "random": {"criterion": "random"},
-    "magnitude": {"criterion": "magnitude"},
-    "agreement": {"criterion": "agreement", "decision": "joint", "granularity": ["head", "neuron"]},
-    "dynamic": {"method": "dynamic"},
-    "rigl": {"method": "dynamic", "decision": "joint"},
-    "movement": {"method": "movement", "mode": "hard"},
-    "movement_joint": {"method": "movement", "mode": "hard", "decision": "joint"},
-    "movement_soft": {"method": "movement", "mode": "soft"},
-    "platon": {"method": "platon"},
-    "platon_joint": {"method": "platon", "decision": "joint"},
-    "l0": {"method": "l0"},
-    "flop": {"method": "flop"},
-    "group_lasso": {"method": "group_lasso"},
-}
-# In the order of tables.
-METHODS = ("dense", *dict.fromkeys((*list(_OWN_CRITERION)[:2], *_OPEN_CRITERION, *_OWN_CRITERION)))
 # What a row takes from a recipe of another method.
-_MODULES = ("target_modules", "exclude_modules")
-_OF_ANY_METHOD = (*_MODULES, "score_batches")
-# Except: dynamic training scores at every exchange, so that the recipe's number of batches would be too many; the group lasso
-# prunes whole heads and neurons, which take no names of modules.
-_NOT_TAKEN_BY = {"dynamic": ("score_batches",), "group_lasso": _MODULES}
+_OF_ANY_METHOD = ("target_modules", "exclude_modules", "score_batches")
 
 
 @dataclass(frozen=True)
@@ -64,8 +30,8 @@ class Cell:
     """One run of the grid.
 
     Args:
-        method: one of METHODS, `quorum` with another number, or a pattern, such as `2:4` or `block16x16`.
-        criterion: of the methods that leave it open; empty for the others.
+        method: a row of `hf_disparse.config.rows`, such as `dense`, `unanimous`, `quorum3` or `2:4`.
+        criterion: the criterion of a row that leaves it open; empty for the others.
         sparsity: 0 for the dense row.
     """
 
@@ -76,52 +42,38 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """What its files are called."""
+        """The name of its files."""
         method = self.method.replace(":", "of")
         parts = [method, self.criterion, str(self.sparsity) if self.sparsity else "", f"seed{self.seed}"]
         return "-".join(part for part in parts if part)
 
     @property
     def start(self) -> str:
-        """What the dense model is called that it starts from."""
+        """The name of the dense model that it starts from."""
         return f"dense-seed{self.seed}"
 
     def pruning(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The section `pruning` of the cell, `values` being that of the recipe, whose settings are for rows of its method."""
+        """Returns the section `pruning` of the cell.
+
+        A row of the recipe's method takes all settings from the recipe's section, `values`, others take modules and
+        `score_batches`. None takes a setting that it would ignore.
+        """
         own = {"sparsity": self.sparsity, "keep_scores": False}
         of_any_method = {key: values[key] for key in _OF_ANY_METHOD if key in values}
         if self.method == "dense":
             return of_any_method | own
-        fields = _OWN_CRITERION.get(self.method) or _fields(self.method) | {"criterion": self.criterion}
-        method, of_recipe = (section.get("method", PruningConfig.method) for section in (fields, values))
-        if method == of_recipe:
-            source, not_taken = values, ("decision", "quorum", "reinitialise")  # those are the row's
+        config, row = find_row(self.method)
+        if config.method == values.get("method", PruningConfig.method):
+            source, not_taken = values, ("decision", "quorum", "reinitialise")  # each row has its own
         else:
-            source, not_taken = of_any_method, _NOT_TAKEN_BY.get(method, ())
-        kept = {key: value for key, value in source.items() if key not in (*_not_of(fields), *not_taken)}
-        return kept | fields | own
-
-
-def _not_of(fields: dict[str, Any]) -> tuple[str, ...]:
-    """Settings of a recipe that a row of its method with these fields cannot have."""
-    granularity = fields.get("granularity")
-    if isinstance(granularity, list):  # heads and neurons go as a whole
-        return _MODULES
-    return ("schedule", "end_step", "update_every") if ":" in (granularity or "") else ()  # N:M is all there at once
-
-
-def _fields(method: str) -> dict[str, Any] | None:
-    """Of a method whose criterion is open; None if there is none of that name."""
-    if re.fullmatch(r"quorum[1-9]\d*", method):
-        number = int(method.removeprefix("quorum"))
-        return {"decision": "quorum" if number > 1 else "unanimous", "quorum": number}
-    if re.fullmatch(r"\d+:\d+|block\d+x\d+", method):
-        return {"granularity": method}
-    return _OPEN_CRITERION.get(method)
+            source, not_taken = of_any_method, config.row_defaults
+        taken = {key: value for key, value in source.items() if key not in not_taken}
+        criterion = {"criterion": self.criterion} if self.criterion else {}
+        return without_ignored({"method": config.method, **taken, **row, **criterion, **own})
 
 
 def default_criterion(config: PruningConfig) -> str:
-    """Of rows that have none of their own: the recipe's, where a row of any decision can have it."""
+    """Returns the criterion of rows that leave it open: the recipe's, unless only some decisions can have it."""
     of_any_decision = config.criterion in CRITERIA and config.criterion != "agreement"
     return config.criterion if of_any_decision else PruningConfig.criterion
 
@@ -129,13 +81,13 @@ def default_criterion(config: PruningConfig) -> str:
 def grid(
     methods: Sequence[str], criteria: Sequence[str], sparsities: Sequence[float], seeds: Sequence[int]
 ) -> list[Cell]:
-    """The cells of a comparison, one seed after the other; methods without a criterion stand once for all criteria.
+    """Returns the cells of a comparison, seed by seed; a row with its own criterion appears once for all criteria.
 
-    An N:M pattern has the one sparsity that it has.
+    A pattern N:M has its own sparsity, whatever `sparsities` says.
     """
     for method in methods:
-        if method not in METHODS and _fields(method) is None:
-            raise UserError(f"methods: unknown method {method!r}{closest(method, METHODS)}")
+        if method != "dense" and find_row(method) is None:
+            raise UserError(f"methods: unknown method {method!r}{closest(method, NAMES)}")
     for criterion in criteria:
         if criterion not in CRITERIA:
             raise UserError(f"criteria: unknown criterion {criterion!r}{closest(criterion, CRITERIA)}")
@@ -144,7 +96,7 @@ def grid(
     cells = [
         Cell(
             method,
-            "" if method == "dense" or method in _OWN_CRITERION else criterion,
+            criterion if has_open_criterion(method) else "",
             _sparsity(method, sparsity),
             seed,
         )
@@ -164,11 +116,11 @@ def _sparsity(method: str, sparsity: float) -> float:
 
 
 def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
-    """The recipe that is this cell: as many steps as make its backward passes, scoring included, those of the recipe.
+    """Returns the recipe of a cell, with as many steps as give it the recipe's backward passes, scoring included.
 
-    The budget is the recipe's own steps and its scoring batches; of a recipe that prunes by scores these count even where its
-    criterion needs no gradients. The dense row goes on at the dense phase's learning rate: one that pruned weights need throws
-    a finished model back.
+    The budget is the recipe's own steps and its scoring batches; if it prunes by scores, these count even if its criterion
+    needs no gradients. The dense row continues at the dense phase's learning rate: the one that pruned weights need would set a
+    finished model back.
     """
     values, arguments = recipe.values, recipe.sparse
     recovery = dict(values.get("recovery") or {})
@@ -188,8 +140,8 @@ def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
     least = votes * scoring_batches(own, 1)
     if least > budget:
         raise UserError(
-            f"recovery.max_steps: expected at least the passes of {cell.name} for scoring alone, {least}, got a budget of {budget}; "
-            "raise it or lower pruning.score_batches"
+            f"recovery.max_steps: scoring alone takes {cell.name} {least} backward passes, but the budget is {budget}; "
+            "raise it, or set pruning.score_batches lower in a recipe that prunes by scores"
         )
     steps = next(n for n in count(1) if n * every + votes * scoring_batches(own, n) >= budget)
     return parse_recipe(
@@ -203,7 +155,7 @@ def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
 
 
 def scoring_batches(config: PruningConfig, max_steps: int) -> int:
-    """Batches per task that are scored in a training of so many steps."""
+    """Returns how many batches per task are scored in a training of `max_steps`."""
     return config.score_batches * method_class(config).scorings(config, max_steps)
 
 
@@ -297,7 +249,7 @@ def _finished(folder: Path) -> dict[Cell, dict[str, Any]]:
             results[Cell(**result.pop("cell"))] = result
         except (KeyError, TypeError):
             raise UserError(f"{path}: expected a cell of this comparison, got something else.\n{DELETE}") from None
-    place = {method: i for i, method in enumerate(METHODS)}  # another quorum than 2 comes last
+    place = {method: i for i, method in enumerate(NAMES)}  # another quorum than 2 comes last
 
     def order(cell: Cell) -> tuple:
         return cell.sparsity, place.get(cell.method, len(place)), cell.method, cell.criterion, cell.seed

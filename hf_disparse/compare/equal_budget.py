@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from hf_disparse.compare.runner import cell_file, run_cells
 from hf_disparse.compare.tables import held_out, over_seeds, shown, write_tables
-from hf_disparse.config import UserError, require
+from hf_disparse.config import UserError, require, without_ignored
 from hf_disparse.files import read_json
 from hf_disparse.recipes.recipe import Recipe, parse_recipe
 from hf_disparse.runs.folder import DELETE, refuse_others
@@ -144,7 +144,7 @@ class EqualBudget:
                 "helpers": [],
                 "teachers": teachers,
                 "seed": cell.seed,
-                "pruning": {**(values.get("pruning") or {}), **fields},
+                "pruning": without_ignored({**(values.get("pruning") or {}), **fields}),
             }
         )
 

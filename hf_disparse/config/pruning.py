@@ -1,10 +1,11 @@
-"""How an encoder is made sparse: what all methods have in common."""
+"""How an encoder is made sparse: pruning by scores, and what all methods have in common."""
 
 import dataclasses
 import json
 import math
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,53 +17,78 @@ from hf_disparse.config.base import Config, UserError, closest, is_count, is_num
 PRUNING_CONFIG_NAME = "pruning_config.json"
 FORMAT_VERSION = 1
 
-TASK_CRITERIA = ("snip", "disparse", "fisher")  # by gradients of a loss, so that they tell tasks apart
+TASK_CRITERIA = ("snip", "disparse", "fisher")  # by gradients of a loss, so they differ between tasks
 WEIGHT_CRITERIA = ("magnitude", *TASK_CRITERIA, "random")
-PART_CRITERIA = ("taylor", "agreement")  # they judge a part as one, and no weight
+PART_CRITERIA = ("taylor", "agreement")  # score parts as a whole, not weights
 CRITERIA = (*WEIGHT_CRITERIA, *PART_CRITERIA)
 DECISIONS = ("unanimous", "quorum", "joint", "sum", "max", "mean_rank")
-SCHEDULES = ("one_shot", "cubic")  # from no sparsity to all of it, so that a step can be undone
+SCHEDULES = ("one_shot", "cubic")  # sparsity grows from 0 in steps, so a step can be undone
+_PARTS = ("head", "neuron", "layer")
 GRANULARITIES = ("weight", "head", "neuron", "layer", "channel", "rank")
 _PATTERN = re.compile(r"(?P<n>[1-9]\d{0,4}):(?P<m>[1-9]\d{0,4})|block(?P<rows>[1-9]\d{0,4})x(?P<columns>[1-9]\d{0,4})")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruningConfig(Config):
-    """How a shared encoder is made sparse by scores: criterion, decision, schedule.
+    """How a shared encoder is made sparse by scores: criterion, decision, schedule. Other methods have subclasses.
+
+    A setting that would be ignored must stay at its default; a file that an earlier version wrote loads without it.
 
     Args:
-        sparsity: fraction of the prunable weights that ends up zero, in [0, 1); of the parts with another granularity.
-        granularity: what goes: `weight`, or one or several of `head` (of attention), `neuron` (of the FFN) and `layer`, of
-            each of which `sparsity` is pruned, but for the best one of its layer. Or a pattern of weights: `"2:4"` keeps 2
-            of every 4 consecutive weights of a row (any N:M with sparsity 1 - N/M), `block16x16` prunes whole blocks.
-        criterion: how one task scores a weight: `magnitude`, `snip` |w g|, `disparse` |g| w^2, `fisher` g^2 w^2 / 2, or
-            `random`; of parts only also `taylor`, (sum of w g over the part)^2, and `agreement` of the tasks' gradients.
-        decision: how the tasks' scores become one mask: `unanimous` (a weight goes only if all tasks spare it),
+        sparsity: fraction of the prunable weights that ends up zero, in [0, 1); with another granularity, of its parts.
+        granularity: what is pruned: `weight`, or one or several of `head` (of attention), `neuron` (of the FFN) and `layer`.
+            `sparsity` then applies to each of these kinds, and the best part of each layer always stays. Or a pattern of
+            weights: `"2:4"` keeps 2 of every 4 consecutive weights of a row (any N:M with sparsity 1 - N/M), `block16x16`
+            prunes whole blocks.
+        criterion: how a task scores a weight: `magnitude`, `snip` |w g|, `disparse` |g| w^2, `fisher` g^2 w^2 / 2, or
+            `random`. For parts also `taylor`, (sum of w g over the part)^2, and `agreement` of the tasks' gradients.
+        decision: how the tasks' scores become one mask: `unanimous` (a weight is pruned only if all tasks can spare it),
             `quorum` (it stays if at least `quorum` tasks want it), `sum` and `max` of the normalised scores,
-            `mean_rank`, or `joint` (the losses are summed first: the control without disentangling).
+            `mean_rank`, or `joint` (scores of the summed losses: the control without disentangling).
         quorum: how many tasks must want a weight; only with `decision="quorum"`.
-        schedule: `one_shot` at `start_step`, or `cubic` from `start_step` to `end_step`, scoring anew at each step.
-        start_step, end_step, update_every: in optimizer steps; the last two only with `schedule="cubic"`.
-        score_batches: batches per task behind each scoring.
-        target_modules, exclude_modules: which Linear modules of the encoder to prune, with PEFT's meaning: a string is
-            a regular expression for the whole name, a list holds names or their endings. Default: all in its layers.
-        seed: of the random criterion and of the order of the scoring batches.
-        max_drop: how many points (0 to 100, the mean of its metrics) pruning may cost a task, one number for all or task
-            -> number. A step that costs more is undone and pruning ends. For a `DisparseTrainer` with evaluation data.
-        reconstruct: after each change of the masks, fit what is left of every matrix (and its bias) by least squares to what
-            the matrix did before, on the scoring batches, up to 8 of a task.
+        schedule: `one_shot` at `start_step`, or `cubic` from `start_step` to `end_step` with new scores at each update.
+        start_step, end_step: first and last update, in optimizer steps; `end_step` only with `schedule="cubic"`.
+        update_every: optimizer steps between updates; only with `schedule="cubic"`.
+        score_batches: batches per task for each scoring. `magnitude` and `random` need none, but `hf-disparse compare` gives
+            every method as many backward passes as the recipe's scoring would take.
+        target_modules, exclude_modules: which Linear modules of the encoder to prune, with PEFT's meaning: a string is a
+            regular expression for the whole name, a list holds names or their endings. Default: all in its layers. Not with
+            heads, neurons and layers, which are pruned as a whole.
+        seed: seed of the random criterion, of the order of the scoring batches and of `reinitialise`.
+        max_drop: how many points (0 to 100, the mean of its metrics) pruning may cost a task: one number for all, or a mapping
+            of tasks to numbers. A step that costs more is undone and ends pruning. Needs a `DisparseTrainer` with evaluation
+            data.
+        reconstruct: after each change of the masks, fit the remaining weights of every matrix, and its bias, by least squares
+            to the outputs before it, on up to 8 scoring batches per task.
         reinitialise: draw the encoder's weights anew after the last update and train them within its masks: a control.
-        keep_scores: store every task's scores of the last update in `scores/` of the Trainer's folder, 4 bytes a prunable
+        keep_scores: store every task's scores of the last update in `scores/` of the Trainer's folder, 4 bytes per prunable
             weight and task, for `decide_again`.
     """
 
     method: ClassVar[str] = "saliency"
-    # What a method knows of; its subclass narrows them, so that what cannot go together is refused at birth.
+    # The values that a method accepts; subclasses narrow them.
     criteria: ClassVar[tuple[str, ...]] = CRITERIA
     decisions: ClassVar[tuple[str, ...]] = DECISIONS
     schedules: ClassVar[tuple[str, ...]] = SCHEDULES
-    granularities: ClassVar[tuple[str, ...]] = ("weight", "head", "neuron", "layer")
-    end_share: ClassVar[float | None] = None  # of training, where `end_step` is left open
+    granularities: ClassVar[tuple[str, ...]] = ("weight", *_PARTS)
+    end_share: ClassVar[float | None] = None  # fraction of training after which pruning ends if `end_step` is None
+    unused: ClassVar[tuple[str, ...]] = ()  # settings that the method ignores
+    # Rows of `hf-disparse compare`: name -> settings beside the recipe's.
+    rows: ClassVar[dict[str, dict[str, Any]]] = {
+        "random": {"criterion": "random"},
+        "magnitude": {"criterion": "magnitude"},
+        "joint": {"decision": "joint"},
+        "sum": {"decision": "sum"},
+        "max": {"decision": "max"},
+        "mean": {"decision": "mean_rank"},
+        "quorum2": {"decision": "quorum", "quorum": 2},
+        "unanimous": {"decision": "unanimous"},
+        "reinitialise": {"decision": "unanimous", "reinitialise": True, "reconstruct": False},
+        "parts": {"decision": "unanimous", "granularity": ["head", "neuron"]},
+        "agreement": {"criterion": "agreement", "decision": "joint", "granularity": ["head", "neuron"]},
+    }
+    open_criterion: ClassVar[bool] = True  # whether a row that names no criterion has one for each of `--criteria`
+    row_defaults: ClassVar[tuple[str, ...]] = ()  # settings that a row does not take from a recipe of another method
 
     sparsity: float = 0.8
     granularity: str | tuple[str, ...] = "weight"
@@ -95,35 +121,50 @@ class PruningConfig(Config):
                 raise UserError(f"{key}: unknown value {value!r}{closest(value, known)}")
         for key, least in (("quorum", 1), ("start_step", 0), ("update_every", 1), ("score_batches", 1), ("seed", 0)):
             value = getattr(self, key)
-            good = is_count(value, least) and value < 2**32
-            require(good, key, f"a whole number of at least {least} and below 2^32", value)
-        fits = self.quorum == 1 or self.decision == "quorum"
-        require(fits, "quorum", f"1 with decision '{self.decision}' (set decision: quorum)", self.quorum)
-        self._check_schedule()
+            if not (is_count(value, least) and value < 2**32):
+                raise UserError(f"{key}: expected a whole number of at least {least} and below 2^32, got {value!r}")
+        if self.quorum != 1 and self.decision != "quorum":
+            raise UserError(
+                f"quorum: must be 1 with decision '{self.decision}', got {self.quorum}; set decision: quorum"
+            )
         self._check_granularity()
+        self._check_unused()
+        self._check_end_step()
         require(is_number(self.sparsity) and 0 <= self.sparsity < 1, "sparsity", "a number in [0, 1)", self.sparsity)
         self._check_pattern()
         self._check_modules()
         self._check_max_drop()
-        self._check_keep_scores()
-        for key in ("reconstruct", "reinitialise"):
-            value = getattr(self, key)
-            require(isinstance(value, bool), key, "true or false", value)
-            fits = not value or self.method == PruningConfig.method
-            require(fits, key, f"false with method {self.method}", True)
-        fits = not self.reconstruct or "layer" not in self.granularity
-        require(fits, "reconstruct", "false where layers are pruned, which leaves nothing to fit", True)
-        if self.reinitialise:
-            require(not self.reconstruct, "reconstruct", "false with reinitialise, which draws the weights anew", True)
-            require(self.max_drop is None, "reinitialise", "false with max_drop, which measures trained weights", True)
+        self._check_flags()
 
-    def _check_schedule(self) -> None:
-        if self.schedule == "one_shot":
-            require(self.end_step is None, "end_step", "nothing with schedule one_shot", self.end_step)
+    def _check_unused(self) -> None:
+        """Refuses settings that would be ignored."""
+        why = self.ignored(vars(self))
+        for field in dataclasses.fields(self):
+            if field.name in why and getattr(self, field.name) != field.default:
+                raise UserError(f"{field.name}: not used {why[field.name]}; remove it")
+
+    @classmethod
+    def ignored(cls, settings: Mapping[str, Any]) -> dict[str, str]:
+        """Returns the settings that a config with all these `settings` would ignore -> why, as in "by method l0"."""
+        why = {}
+        kinds = settings["granularity"]
+        for kind in kinds if isinstance(kinds, (list, tuple)) else (kinds,):
+            if kind in _PARTS:
+                why |= dict.fromkeys(("target_modules", "exclude_modules"), f"where a {kind} is pruned as a whole")
+        if settings["schedule"] in ("one_shot", "linear"):
+            why["update_every"] = f"with schedule {settings['schedule']}"
+        if settings["schedule"] == "one_shot":
+            why["end_step"] = "with schedule one_shot"
+        return why | dict.fromkeys(cls.unused, f"by method {cls.method}")
+
+    def _check_end_step(self) -> None:
+        if self.schedule == "one_shot" or (self.end_step is None and self.end_share):
             return
-        good = is_count(self.end_step, self.start_step + 1) or (self.end_step is None and self.end_share)
-        expected = f"a step after start_step {self.start_step} for schedule {self.schedule}"
-        require(bool(good), "end_step", expected, self.end_step)
+        if not is_count(self.end_step, self.start_step + 1):
+            raise UserError(
+                f"end_step: expected a step after start_step {self.start_step} for schedule {self.schedule}, got "
+                f"{self.end_step!r}"
+            )
 
     def _check_granularity(self) -> None:
         strings(self, "granularity", allow_empty=False)
@@ -132,50 +173,19 @@ class PruningConfig(Config):
                 with_method = f" with method {self.method}" if kind in GRANULARITIES else ""
                 known = (*self.granularities, *(("2:4", "block16x16") if self.method == PruningConfig.method else ()))
                 raise UserError(f"granularity: unknown value {kind!r}{with_method}{closest(kind, known)}")
-        alone = len(self.granularity) == 1 or all(kind in ("head", "neuron", "layer") for kind in self.granularity)
-        require(alone, "granularity", "one alone, or several of head, neuron and layer", list(self.granularity))
+        if len(self.granularity) > 1 and not set(self.granularity) <= set(_PARTS):
+            got = list(self.granularity)
+            raise UserError(f"granularity: expected a single one, or several of head, neuron and layer, got {got}")
         n, m = self.n_of_m or (0, 1)
         require(n < m, "granularity", "N below M in a pattern N:M", self.granularity[0])
-        if self.criterion in PART_CRITERIA:
-            require(self.prunes_parts, "granularity", f"parts with criterion {self.criterion}", self.granularity[0])
-        if self.criterion == "agreement":
-            fits = self.decision == "joint"
-            require(fits, "decision", "joint with criterion agreement, which is of all tasks together", self.decision)
-
-    def _check_modules(self) -> None:
-        for key in ("target_modules", "exclude_modules"):
-            value = getattr(self, key)
-            fits = value is None or not self.prunes_parts or self.granularity in (("rank",), ("channel",))
-            require(fits, key, "nothing where parts are pruned, which go as a whole", value)
-            if isinstance(value, str):
-                _check_expression(value, key)
-            elif value is not None:
-                strings(self, key, allow_empty=False)
-
-    def _check_keep_scores(self) -> None:
-        require(isinstance(self.keep_scores, bool), "keep_scores", "true or false", self.keep_scores)
-        if self.keep_scores:
-            for key, why in (
-                ("method", "" if self.method == PruningConfig.method else ", which has no scores of weights"),
-                ("criterion", ", which has no scores of weights" if self.criterion in PART_CRITERIA else ""),
-                ("decision", ", whose scores are of no single task" if self.decision == "joint" else ""),
-                ("max_drop", ", which may undo the update they are of" if self.max_drop is not None else ""),
-            ):
-                require(not why, "keep_scores", f"false with {key} {getattr(self, key)}{why}", True)
-
-    def _check_max_drop(self) -> None:
-        drops = self.max_drop
-        if drops is None:
-            return
-        fits = self.schedule in SCHEDULES
-        require(
-            fits, "max_drop", f"nothing with schedule {self.schedule}, whose sparsity does not grow in steps", drops
-        )
-        points = list(drops.values()) if isinstance(drops, dict) else [drops]
-        good = bool(points) and all(is_number(value) and 0 <= value <= 100 for value in points)
-        require(good, "max_drop", "points in 0 to 100, one number or a mapping of tasks to them", drops)
-        if isinstance(drops, dict):
-            object.__setattr__(self, "max_drop", dict(drops))
+        if self.criterion in PART_CRITERIA and not self.prunes_parts:
+            raise UserError(
+                f"granularity: criterion {self.criterion} scores parts such as head or neuron, got '{self.granularity[0]}'"
+            )
+        if self.criterion == "agreement" and self.decision != "joint":
+            raise UserError(
+                f"decision: expected joint with criterion agreement, which is one score of all tasks, got '{self.decision}'"
+            )
 
     def _check_pattern(self) -> None:
         kind = self.granularity[0]
@@ -187,35 +197,107 @@ class PruningConfig(Config):
         if self.n_of_m is not None:
             n, m = self.n_of_m
             share = 1 - n / m
-            fits = abs(self.sparsity - share) < 1e-9
-            require(fits, "sparsity", f"{share:.10g} with granularity {kind}", self.sparsity)
-            fits = self.schedule == "one_shot"
-            require(fits, "schedule", f"one_shot with granularity {kind}, which has no steps", self.schedule)
+            if abs(self.sparsity - share) >= 1e-9:
+                raise UserError(f"sparsity: expected {share:.10g} with granularity {kind}, got {self.sparsity}")
+            if self.schedule != "one_shot":
+                raise UserError(
+                    f"schedule: expected one_shot with granularity {kind}, which has no steps, got '{self.schedule}'"
+                )
+
+    def _check_modules(self) -> None:
+        for key in ("target_modules", "exclude_modules"):
+            value = getattr(self, key)
+            if isinstance(value, str):
+                _check_expression(value, key)
+            elif value is not None:
+                strings(self, key, allow_empty=False)
+
+    def _check_max_drop(self) -> None:
+        drops = self.max_drop
+        if drops is None:
+            return
+        if self.schedule not in SCHEDULES:
+            raise UserError(
+                f"max_drop: must not be set with schedule {self.schedule}, whose sparsity does not grow in steps"
+            )
+        points = list(drops.values()) if isinstance(drops, dict) else [drops]
+        if not points or not all(is_number(value) and 0 <= value <= 100 for value in points):
+            raise UserError(
+                f"max_drop: expected points in 0 to 100, one number or a mapping of tasks to numbers, got {drops!r}"
+            )
+        if isinstance(drops, dict):
+            object.__setattr__(self, "max_drop", dict(drops))
+
+    def _check_flags(self) -> None:
+        """Refuses `reconstruct`, `reinitialise` and `keep_scores` where they cannot work."""
+        by_scores = self.method == PruningConfig.method
+        refused = {
+            "reconstruct": {
+                f"method {self.method}": not by_scores,
+                "granularity layer, which leaves no weights to fit": "layer" in self.granularity,
+                "reinitialise, which draws the weights anew": self.reinitialise is True,
+            },
+            "reinitialise": {
+                f"method {self.method}": not by_scores,
+                "max_drop, which measures trained weights": self.max_drop is not None,
+            },
+            "keep_scores": {
+                f"method {self.method}, which does not score weights": not by_scores,
+                f"criterion {self.criterion}, which does not score weights": self.criterion in PART_CRITERIA,
+                "decision joint, whose scores belong to no single task": self.decision == "joint",
+                "max_drop, which may undo the update that is scored": self.max_drop is not None,
+            },
+        }
+        for key, reasons in refused.items():
+            value = getattr(self, key)
+            require(isinstance(value, bool), key, "true or false", value)
+            for reason, holds in reasons.items():
+                if value and holds:
+                    raise UserError(f"{key}: must be false with {reason}")
+
+    def chosen_by(self) -> str:
+        """Returns how the pruned weights or parts were chosen, as the end of a sentence of the model card."""
+        if self.criterion == "agreement":
+            return "by the agreement of the tasks' gradients on them"
+        if self.criterion in ("magnitude", "random"):
+            return f"by the criterion `{self.criterion}`, which is the same for all tasks"
+        if self.decision == "joint":
+            return f"by the criterion `{self.criterion}` of {self._decided_by()}"
+        return f"by {self._decided_by()}, each task judging by the criterion `{self.criterion}`"
+
+    def _decided_by(self) -> str:
+        """Returns the decision in words, as in "by ..."."""
+        return {
+            "unanimous": "what all tasks can spare",
+            "quorum": f"what fewer than {self.quorum} tasks want",
+            "joint": "the summed loss of all tasks",
+            "mean_rank": "the mean rank over the tasks",
+        }.get(self.decision, f"the {self.decision} of the tasks' scores")
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:
-        """(N, M) if the granularity is a pattern N:M."""
+        """Returns (N, M) if the granularity is a pattern N:M."""
         match = _PATTERN.fullmatch(self.granularity[0])
         return (int(match["n"]), int(match["m"])) if match and match["n"] else None
 
     @property
     def block(self) -> tuple[int, int] | None:
-        """(rows, columns) if the granularity is blocks."""
+        """Returns (rows, columns) if the granularity is a block."""
         match = _PATTERN.fullmatch(self.granularity[0])
         return (int(match["rows"]), int(match["columns"])) if match and match["rows"] else None
 
     @property
     def prunes_parts(self) -> bool:
-        """True if heads, neurons or layers go as a whole."""
+        """Whether parts are pruned as a whole: heads, neurons, layers, channels or ranks."""
         return self.granularity != ("weight",) and self.n_of_m is None and self.block is None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, the method's name and the version of the format."""
+        """Returns the fields, the method's name and the version of the format."""
         return {"method": self.method, "version": FORMAT_VERSION, **super().to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "") -> "PruningConfig":
-        """The config of the method that `values` names; fields unknown to this version warn if a newer one wrote them."""
+        """Returns the config of the method that `values` names; fields of a newer version are ignored with a warning."""
         values = dict(values) if isinstance(values, dict) else values
         if isinstance(values, dict):
             method, version = values.pop("method", cls.method), values.pop("version", FORMAT_VERSION)
@@ -231,13 +313,16 @@ class PruningConfig(Config):
         return super().from_dict(values, where)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `pruning_config.json` into `folder`, which is made if need be."""
+        """Writes `pruning_config.json` into `folder`, creating it if needed."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         Path(folder, PRUNING_CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **hub_arguments) -> "PruningConfig":
-        """Reads `pruning_config.json` from a folder, or from the Hub (`hub_arguments` go to `hf_hub_download`)."""
+        """Reads `pruning_config.json` from a folder or the Hub (`hub_arguments` go to `hf_hub_download`).
+
+        Settings that an earlier version accepted and ignored are dropped.
+        """
         path = Path(name_or_path, PRUNING_CONFIG_NAME)
         if not Path(name_or_path).is_dir():
             from huggingface_hub import hf_hub_download
@@ -249,29 +334,51 @@ class PruningConfig(Config):
             values = json.loads(path.read_text())
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: expected JSON, got a file that does not parse ({error})") from None
-        return cls.from_dict(values, where=PRUNING_CONFIG_NAME)
+        return cls.from_dict(without_ignored(values), where=PRUNING_CONFIG_NAME)
+
+
+def ignored_settings(values: Any) -> dict[str, str]:
+    """Returns the settings that the config of a section `pruning` would ignore -> why; none if its method is unknown."""
+    if not isinstance(values, Mapping) or values.get("method", PruningConfig.method) not in list(_methods()):
+        return {}
+    cls = _methods()[values.get("method", PruningConfig.method)]
+    return cls.ignored({field.name: field.default for field in dataclasses.fields(cls)} | dict(values))
+
+
+def without_ignored(values: Any) -> Any:
+    """Returns the section without the settings that its config would ignore; what is no section comes back as it is."""
+    why = ignored_settings(values)
+    return {key: value for key, value in values.items() if key not in why} if why else values
 
 
 def _check_expression(text: str, key: str) -> None:
-    """Refuses what is no regular expression, or one whose compilation alone takes long: configs come from strangers."""
+    """Refuses an invalid regular expression, or one that takes long to compile: configs come from strangers."""
     require(len(text) <= 1000, key, "a regular expression of at most 1,000 characters", text[:100])
     counts = [max(map(int, re.findall(r"\d+", braces)), default=1) for braces in re.findall(r"\{[\d, ]*\}", text)]
-    fits = math.prod(max(count, 1) for count in counts) <= 10_000
-    require(fits, key, "a regular expression whose counts, such as {2}, multiply to at most 10,000", text)
+    if math.prod(max(count, 1) for count in counts) > 10_000:
+        raise UserError(
+            f"{key}: expected a regular expression whose counts, such as {{2}}, multiply to at most 10,000, got {text!r}"
+        )
     try:
-        re.compile(text)  # whose syntax it is to be; `regex` knows more, such as recursion
+        re.compile(text)  # defines the syntax; `regex` accepts more, such as recursion
         regex.compile(text)
     except (re.error, regex.error, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{key}: not a regular expression: {one_line(error)}") from None
 
 
-def _method_class(method: str, where: str) -> type[PruningConfig]:
-    """PruningConfig or the subclass whose `method` is the one asked for."""
+def _methods() -> dict[str, type[PruningConfig]]:
+    """Returns the method's name -> its config class, for PruningConfig and all its subclasses."""
     classes, todo = {}, [PruningConfig]
     while todo:
         one = todo.pop()
         classes[one.method] = one
         todo += one.__subclasses__()
-    if method not in list(classes):  # a list, for what JSON gives may not be hashable
+    return classes
+
+
+def _method_class(method: str, where: str) -> type[PruningConfig]:
+    """Returns the config class of a method; raises UserError if there is none."""
+    classes = _methods()
+    if method not in list(classes):  # a list, as a value from JSON may not be hashable
         raise UserError(f"{where}.method: unknown value {method!r}{closest(method, classes)}")
     return classes[method]

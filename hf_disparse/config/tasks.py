@@ -1,4 +1,4 @@
-"""What a task is and where its examples are."""
+"""What a task is and where its data is."""
 
 import dataclasses
 import re
@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_disparse.config.base import Config, UserError, closest, is_count, is_number, require, strings
 
-# The metrics that make sense for a problem type; the first one is the default.
+# The metrics of each problem type; the first one is the default.
 METRICS = {
     "single_label_classification": ("accuracy", "f1", "matthews_correlation"),
     "multi_label_classification": ("f1", "accuracy"),
@@ -18,17 +18,17 @@ METRICS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig(Config):
-    """One task of a multitask model: what its examples look like and how it is judged.
+    """One task of a multitask model: the shape of its examples and its metrics.
 
     Args:
-        name: letters, digits, `_` and `-`; prefixes the metrics (`eval_<name>_accuracy`).
-        columns: the one or two text columns; for token classification the one column of word lists.
+        name: letters, digits, `_` and `-`; it prefixes the metrics (`eval_<name>_accuracy`).
+        columns: one or two text columns; for token classification, one column with lists of words.
         label_column: the column that holds the label.
         problem_type: transformers' own `single_label_classification`, `multi_label_classification` or `regression`,
             or `token_classification`.
-        labels: the names of the classes, in the order of their ids. None for regression.
-        metric: one metric or several; a task's value is their mean. Default: the first of `METRICS[problem_type]`.
-        weight: factor on this task's loss in training and in the joint score.
+        labels: names of the classes in the order of their ids; empty for regression.
+        metric: one or several metrics, whose mean is the task's value. Default: the first of `METRICS[problem_type]`.
+        weight: factor of this task's loss in training and in joint scores.
     """
 
     name: str
@@ -42,16 +42,15 @@ class TaskConfig(Config):
     def __post_init__(self):
         good_name = isinstance(self.name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name)
         require(bool(good_name), "name", "letters, digits, '_' and '-'", self.name)
-        require(
-            self.name != "average", "name", "another name, for that is what the mean over tasks is called", self.name
-        )
-        if self.problem_type not in list(METRICS):  # a list, for what YAML gives may not be hashable
+        if self.name == "average":
+            raise UserError("name: 'average' is reserved for the mean over tasks; choose another name")
+        if self.problem_type not in list(METRICS):  # a list, as a value from YAML may not be hashable
             raise UserError(f"problem_type: unknown value {self.problem_type!r}{closest(self.problem_type, METRICS)}")
         strings(self, "columns", allow_empty=False)
         most = 1 if self.problem_type == "token_classification" else 2
         require(len(self.columns) <= most, "columns", f"at most {most} for {self.problem_type}", list(self.columns))
         good_column = isinstance(self.label_column, str) and self.label_column
-        require(bool(good_column), "label_column", "a column's name", self.label_column)
+        require(bool(good_column), "label_column", "the name of a column", self.label_column)
         strings(self, "labels", allow_empty=True)
         if self.problem_type == "regression":
             require(not self.labels, "labels", "none for regression", list(self.labels))
@@ -68,22 +67,22 @@ class TaskConfig(Config):
 
     @property
     def num_labels(self) -> int:
-        """Width of the head: the number of classes, 1 for regression."""
+        """Number of outputs of the head: the number of classes, or 1 for regression."""
         return len(self.labels) or 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Config):
-    """Where the examples of one task are.
+    """Where the data of one task is.
 
     Args:
         data: a Hub id or a folder that `datasets` reads, a CSV, JSON or Parquet file, `package:NAME/path` for a file
-            that an installed package carries, or `demo:NAME` (see the docs on the quickstart's data).
+            in an installed package, or `demo:NAME` (see the docs on the quickstart's data).
         subset: name of the data set's configuration, such as `rte` of `nyu-mll/glue`.
-        train_split, validation_split: names of the splits, in the slicing syntax of `datasets`.
-        validation_fraction: instead of a validation split, hold out this seeded random part of the training split.
-        max_train_rows, max_validation_rows: cap on the labelled rows, applied after a seeded shuffle.
-        options: further arguments of `datasets.load_dataset`, such as `{encoding: latin-1}` for a CSV file.
+        train_split, validation_split: names of the splits; the slicing syntax of `datasets` works.
+        validation_fraction: fraction of the training split to hold out, drawn with a seed, in place of a validation split.
+        max_train_rows, max_validation_rows: largest number of labelled rows to use, after a seeded shuffle.
+        options: more arguments of `datasets.load_dataset`, such as `{encoding: latin-1}` for a CSV file.
     """
 
     data: str
@@ -96,9 +95,8 @@ class DataConfig(Config):
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        require(
-            isinstance(self.data, str) and bool(self.data), "data", "a Hub id, a path or package:NAME/path", self.data
-        )
+        good = isinstance(self.data, str) and self.data
+        require(bool(good), "data", "a Hub id, a path or package:NAME/path", self.data)
         require(self.subset is None or isinstance(self.subset, str), "subset", "a name", self.subset)
         for key in ("train_split", "validation_split"):
             require(isinstance(getattr(self, key), str), key, "the name of a split", getattr(self, key))

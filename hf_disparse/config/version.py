@@ -1,3 +1,3 @@
-"""The version of the package, for results and cards."""
+"""The version of the package."""
 
 __version__ = "0.1.0"

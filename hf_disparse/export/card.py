@@ -103,12 +103,12 @@ def _summary(name: str, model: MultitaskModel, results: Mapping[str, Any], pruni
     how = ""
     if pruning and pruning.sparsity:
         what = _pruned_things(pruning)
-        judged = _judged(pruning)
-        how = f"{100 * pruning.sparsity:g} % of the {what} of its layers are pruned, {judged}."
+        chosen = pruning.chosen_by()
+        how = f"{100 * pruning.sparsity:g} % of the {what} of its layers are pruned, {chosen}."
         if stopped := results.get("guard", {}).get("stopped"):
             undone, kept = (f"{100 * stopped[key]:.1f} %" for key in ("undone", "kept"))
             how = (
-                f"{kept} of the prunable weights are pruned, {judged}. The target was {100 * pruning.sparsity:g} % of the "
+                f"{kept} of the prunable weights are pruned, {chosen}. The target was {100 * pruning.sparsity:g} % of the "
                 f"{what}, but at {undone} the task {stopped['task']} lost {stopped['drop']:.1f} points, more than allowed."
             )
         if pruning.reconstruct:
@@ -117,37 +117,6 @@ def _summary(name: str, model: MultitaskModel, results: Mapping[str, Any], pruni
     if apart:
         how += f" These tasks have their own PEFT adapters on the frozen encoder: {', '.join(apart)}."
     return f"# {name}\n\nOne shared encoder ({base}) with one head for each of these tasks: {tasks}. {how.strip()}".rstrip()
-
-
-def _judged(pruning: PruningConfig) -> str:
-    """By what the pruned things were chosen, as the end of a sentence."""
-    rule = {
-        "unanimous": "what all tasks can spare",
-        "quorum": f"what fewer than {pruning.quorum} tasks want",
-        "joint": "the summed loss of all tasks",
-        "mean_rank": "the mean rank over the tasks",
-    }.get(pruning.decision, f"the {pruning.decision} of the tasks' scores")
-    if pruning.method == "dynamic":
-        grown = {"unanimous": "any task wants", "joint": "the summed loss wants"}
-        wanted = grown.get(pruning.decision, f"at least {pruning.quorum} tasks want")
-        dropped = "magnitude" if pruning.drop == "magnitude" else rule
-        return f"in dynamic sparse training: dropped by {dropped}, grown where {wanted} it most"
-    of_method = {
-        "group_lasso": "those of the smallest norms after training with a penalty on them (group lasso)",
-        "l0": "by the hard-concrete gates that all tasks trained together (L0)",
-        "flop": "by the hard-concrete gates that all tasks trained together (FLOP)",
-        "movement": f"by movement pruning: {rule}",
-        "platon": f"by PLATON's sensitivity: {rule}",
-    }
-    if pruning.method in of_method:
-        return of_method[pruning.method]
-    if pruning.criterion == "agreement":
-        return "by the agreement of the tasks' gradients on them"
-    if pruning.criterion in ("magnitude", "random"):
-        return f"by the criterion `{pruning.criterion}`, which is the same for all tasks"
-    if pruning.decision == "joint":
-        return f"by the criterion `{pruning.criterion}` of {rule}"
-    return f"by {rule}, each task judging by the criterion `{pruning.criterion}`"
 
 
 def _pruned_things(pruning: PruningConfig) -> str:

@@ -15,9 +15,11 @@ from hf_disparse.config import (
     TaskConfig,
     UserError,
     closest,
+    ignored_settings,
     is_count,
     one_line,
     require,
+    without_ignored,
 )
 from hf_disparse.recipes.keys import SECTIONS, check_sections, check_training_keys
 from hf_disparse.recipes.yaml_text import KINDS, parse_yaml
@@ -110,12 +112,16 @@ def public(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def read_recipe(path: str | Path, overrides: Sequence[str] = (), output_dir: str | None = None) -> Recipe:
+def read_recipe(
+    path: str | Path, overrides: Sequence[str] = (), output_dir: str | None = None, *, of_run: bool = False
+) -> Recipe:
     """Reads and checks a recipe.
 
     Args:
         overrides: each `section.key=value` with the value in YAML; `tasks.*.key` sets the key of every task.
         output_dir: replaces the recipe's.
+        of_run: whether nothing is to be trained: settings of `pruning` that its method ignores, as in the recipe of a run by
+            an earlier version, are dropped.
 
     Raises:
         UserError: the file is missing or not YAML, a key is unknown or missing, or a value is refused.
@@ -133,10 +139,10 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = (), output_dir: str
         _override(values, override)
     if output_dir is not None:
         values["output_dir"] = output_dir
-    return parse_recipe(values)
+    return parse_recipe(values, of_run=of_run)
 
 
-def parse_recipe(values: dict[str, Any]) -> Recipe:
+def parse_recipe(values: dict[str, Any], *, of_run: bool = False) -> Recipe:
     """Checks the values of a recipe and builds both phases' training arguments; raises UserError as `read_recipe`."""
     check_sections(values)
     sections = {key: {} if values.get(key) is None else values[key] for key in ("training", "recovery", "pruning")}
@@ -150,7 +156,9 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
     for section in ("training", "recovery"):
         check_training_keys(sections[section], section)
     model = ModelConfig.from_dict(values["model"], "model")
-    pruning = PruningConfig.from_dict({"seed": seed, **sections["pruning"]}, "pruning")
+    asked = without_ignored(sections["pruning"]) if of_run else sections["pruning"]
+    default = {} if "seed" in ignored_settings(asked) else {"seed": seed}
+    pruning = PruningConfig.from_dict({**default, **asked}, "pruning")
     tasks = _tasks(values["tasks"])
     helpers, teachers = _helpers(values.get("helpers"), tasks), _teachers(values.get("teachers"), tasks)
     votes = len(tasks) - len(helpers)

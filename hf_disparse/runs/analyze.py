@@ -154,16 +154,16 @@ def write(analysis: Mapping[str, Any], folder: str | Path) -> None:
 
 def _plain(recipe: Recipe) -> Recipe:
     """Returns the recipe with its weights, batches and seed, but scoring single weights, without teachers or reporting."""
-    own = recipe.pruning
+    own, asked = recipe.pruning, recipe.values.get("pruning") or {}  # its method may ignore what scoring here needs
     pruning = PruningConfig(
         sparsity=own.sparsity or 0.5,
         criterion=own.criterion if own.criterion in TASK_CRITERIA else "disparse",
         decision="sum" if own.decision == "joint" else own.decision,  # joint scores do not belong to a task
         quorum=own.quorum,
-        score_batches=own.score_batches,
+        score_batches=asked.get("score_batches", own.score_batches),
         target_modules=own.target_modules,
         exclude_modules=own.exclude_modules,
-        seed=own.seed,
+        seed=asked.get("seed", recipe.seed),
     )
     quiet = {"report_to": "none", "distillation": 0.0, "distillation_hidden": 0.0}
     return replace(recipe, pruning=pruning, sparse=replace(recipe.sparse, **quiet))

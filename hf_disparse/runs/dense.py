@@ -41,7 +41,7 @@ def _find(recipe: Recipe) -> Path:
     source = Path(recipe.dense_from).expanduser()
     if not (source / RECIPE_NAME).is_file():
         raise UserError(f"dense_from: expected the folder of a run or a comparison, but {source} has no {RECIPE_NAME}")
-    theirs = read_recipe(source / RECIPE_NAME)
+    theirs = read_recipe(source / RECIPE_NAME, of_run=True)
     taught = {"teachers"} if recipe.dense.distils else set()
     may_differ = dict.fromkeys(_MAY_DIFFER - taught)
     others = differing_settings({**theirs.values, **may_differ}, {**recipe.values, **may_differ})

@@ -48,7 +48,7 @@ def open_run(model_name: str, recipe_path: str | None, overrides=()) -> tuple[st
         raise UserError(
             f"{model_name}: expected the folder of a run, which holds {RECIPE_NAME}, got {got}; give a `recipe_path`"
         )
-    return source, read_recipe(path, overrides)
+    return source, read_recipe(path, overrides, of_run=True)
 
 
 def judge_as(recipe: Recipe, model: MultitaskModel) -> None:

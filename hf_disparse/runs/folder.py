@@ -14,7 +14,7 @@ import yaml
 from datasets import Dataset
 from filelock import FileLock, Timeout
 
-from hf_disparse.config import UserError, one_line
+from hf_disparse.config import UserError, one_line, without_ignored
 from hf_disparse.distributed.processes import on_main
 from hf_disparse.files import PART, read_json, write_whole, writing
 from hf_disparse.recipes.recipe import Recipe
@@ -44,12 +44,16 @@ def refuse_others(folder: Path, recipe: Recipe) -> None:
         )
     mine = recipe.values
     theirs = theirs or mine
-    # A run may be moved and continued elsewhere: its folder's name does not make it another run.
-    if keys := differing_settings({**theirs, "output_dir": None}, {**mine, "output_dir": None}):
+    if keys := differing_settings(_comparable(theirs), _comparable(mine)):
         raise UserError(
             f"output_dir: {folder} holds another run, which differs in {', '.join(keys)}.\n"
             "Give this one its own `output_dir`, or delete that folder to start over."
         )
+
+
+def _comparable(values: dict) -> dict:
+    """Returns a recipe without what does not make it another run: its folder, which may move, and settings without effect."""
+    return {**values, "output_dir": None, "pruning": without_ignored(values.get("pruning"))}
 
 
 def _holds_others(folder: Path) -> bool:

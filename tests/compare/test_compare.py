@@ -13,8 +13,9 @@ import torch
 from hf_disparse import DisparseTrainer
 from hf_disparse.compare import by_method
 from hf_disparse.compare import runner as compare
-from hf_disparse.compare.by_method import METHODS, Cell
+from hf_disparse.compare.by_method import Cell
 from hf_disparse.compare.tables import markdown
+from hf_disparse.config.rows import NAMES
 from hf_disparse.methods import saliency
 from hf_disparse.recipes.recipe import parse_recipe
 from hf_disparse.report import sentences
@@ -26,7 +27,7 @@ from tests.helpers.tiny import VOCABULARY
 torch.set_num_threads(1)
 
 FIRST, LATER = list(ASKS)[:6], list(ASKS)[6:]
-ORDER = ["dense", *(method for method in METHODS if method in FIRST[1:])]  # of a table
+ORDER = ["dense", *(method for method in NAMES if method in FIRST[1:])]  # of a table
 COMMAND = ("--methods", ",".join(FIRST), "--seeds", "1,2")
 FEW = ("--methods", "dense,joint,magnitude", "--seeds", "2")
 FEW_CELLS = ("dense-seed2", "joint-fisher-0.7-seed2", "magnitude-0.7-seed2")

@@ -240,7 +240,7 @@ def test_the_config_round_trips_and_is_chosen_by_its_method(tmp_path):
         ({"decision": "sum"}, "decision: expected one of unanimous, quorum, joint with method dynamic, got 'sum'"),
         ({"granularity": "head"}, "granularity: unknown value 'head' with method dynamic"),
         ({"start_step": 5, "end_step": 5}, "end_step: expected a step after start_step 5"),
-        ({"reinitialise": True}, "reinitialise: expected false with method dynamic"),
+        ({"reinitialise": True}, "reinitialise: must be false with method dynamic"),
     ],
 )
 def test_what_cannot_go_together_is_refused_at_birth(values, words):

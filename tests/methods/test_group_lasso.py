@@ -234,21 +234,24 @@ def test_channels_are_the_columns_of_every_matrix():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"penalty": 0}, "penalty: expected a number above 0, or nothing, got 0"),
+        ({"penalty": 0}, "penalty: expected a number above 0, or none at all, got 0"),
         ({"penalty": "1"}, "penalty: expected a number above 0"),
         ({"granularity": "weight"}, "granularity: unknown value 'weight' with method group_lasso"),
         (
             {"granularity": "2:4"},
             "expected one of head, neuron, channel with method group_lasso, got the pattern '2:4'",
         ),
-        ({"granularity": ["head", "channel"]}, "granularity: expected one alone, or several of head, neuron and layer"),
+        (
+            {"granularity": ["head", "channel"]},
+            "granularity: expected a single one, or several of head, neuron and layer",
+        ),
         ({"criterion": "snip"}, "criterion: expected one of magnitude with method group_lasso, got 'snip'"),
         ({"decision": "unanimous"}, "decision: expected one of joint with method group_lasso, got 'unanimous'"),
         ({"schedule": "cubic"}, "schedule: expected one of linear with method group_lasso, got 'cubic'"),
         ({"start_step": 5, "end_step": 5}, "end_step: expected a step after start_step 5"),
         (
             {"granularity": "neuron", "target_modules": ["query"]},
-            "target_modules: expected nothing where parts are pruned",
+            "target_modules: not used where a head is pruned as a whole; remove it",
         ),
     ],
 )

@@ -284,7 +284,7 @@ def test_what_was_pruned_before_training_stays_so(tmp_path):
         ({"drop_rate": 0}, r"drop_rate: expected a number in \(0, 1\), got 0"),
         ({"gate_learning_rate": 0}, "gate_learning_rate: expected a number above 0"),
         ({"multiplier_learning_rate": "1"}, "multiplier_learning_rate: expected a number above 0"),
-        ({"max_drop": 1.0}, "max_drop: expected nothing with schedule linear"),
+        ({"max_drop": 1.0}, "max_drop: must not be set with schedule linear"),
     ],
 )
 def test_what_does_not_go_together_is_refused_at_birth(values, words):

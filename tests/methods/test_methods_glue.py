@@ -2,7 +2,8 @@
 
 import pytest
 
-from hf_disparse.compare.by_method import METHODS, ByMethod, grid
+from hf_disparse.compare.by_method import ByMethod, grid
+from hf_disparse.config.rows import NAMES
 from hf_disparse.recipes.recipe import parse_recipe
 from tests.helpers.glue import glue_recipe, needs_glue
 from tests.helpers.tiny import needs_demo
@@ -18,7 +19,7 @@ def test_every_method_trains_on_glue(tmp_path):
         task["max_validation_rows"] = 200
     recipe = parse_recipe({**values, "recovery": {"max_steps": 20}})
     left_out = ("dense", "joint", "sum", "max", "mean", "quorum2", "movement_joint", "platon_joint", "rigl")
-    methods = [method for method in METHODS if method not in left_out]
+    methods = [method for method in NAMES if method not in left_out]
     report = ByMethod(recipe, grid([*methods, "2:4", "block16x16"], ["snip"], [0.5], [1])).run()
     assert not report["failed"]
     found = {cell["method"]: cell for cell in report["cells"]}

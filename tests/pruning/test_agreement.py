@@ -228,16 +228,20 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, criterion, decision):
 @pytest.mark.parametrize(
     ("cls", "values", "message"),
     [
-        (PruningConfig, {"criterion": "taylor"}, "granularity: expected parts with criterion taylor, got 'weight'"),
+        (
+            PruningConfig,
+            {"criterion": "taylor"},
+            "granularity: criterion taylor scores parts such as head or neuron, got 'weight'",
+        ),
         (
             PruningConfig,
             {"criterion": "agreement", "decision": "joint", "granularity": "2:4", "sparsity": 0.5},
-            "granularity: expected parts with criterion agreement, got '2:4'",
+            "granularity: criterion agreement scores parts such as head or neuron, got '2:4'",
         ),
         (
             PruningConfig,
             {"criterion": "agreement", "granularity": "head"},
-            "decision: expected joint with criterion agreement, which is of all tasks together, got 'unanimous'",
+            "decision: expected joint with criterion agreement, which is one score of all tasks, got 'unanimous'",
         ),
         (
             DynamicConfig,

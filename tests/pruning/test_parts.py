@@ -225,11 +225,11 @@ def batch_of(rows) -> dict[str, torch.Tensor]:
     ("values", "message"),
     [
         ({"granularity": "heads"}, "granularity: unknown value 'heads'; did you mean 'head'"),
-        ({"granularity": ["weight", "head"]}, "granularity: expected one alone, or several of"),
+        ({"granularity": ["weight", "head"]}, "granularity: expected a single one, or several of"),
         ({"granularity": []}, "granularity: expected a name or a list of names"),
         (
             {"granularity": "head", "target_modules": ["query"]},
-            "target_modules: expected nothing where parts are pruned",
+            "target_modules: not used where a head is pruned as a whole; remove it",
         ),
     ],
 )

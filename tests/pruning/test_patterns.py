@@ -264,9 +264,9 @@ def test_a_matrix_that_does_not_divide_is_named_before_the_first_step(tmp_path, 
         ({"granularity": "block16"}, "granularity: unknown value 'block16'; did you mean 'block16x16'"),
         (
             {"granularity": ["2:4", "head"], "sparsity": 0.5},
-            "granularity: expected one alone, or several of head, neuron and layer",
+            "granularity: expected a single one, or several of head, neuron and layer",
         ),
-        ({"granularity": ["block2x2", "2:4"], "sparsity": 0.5}, "granularity: expected one alone, or several of"),
+        ({"granularity": ["block2x2", "2:4"], "sparsity": 0.5}, "granularity: expected a single one, or several of"),
         (
             {"granularity": "2:4", "sparsity": 0.5, "schedule": "cubic", "end_step": 5},
             "schedule: expected one_shot with granularity 2:4, which has no steps, got 'cubic'",

@@ -262,8 +262,8 @@ def test_a_run_that_reconstructs_resumes_bit_for_bit(tmp_path):
     ("make", "words"),
     [
         (lambda: PruningConfig(reconstruct=1), "reconstruct: expected true or false, got 1"),
-        (lambda: PlatonConfig(reconstruct=True), "reconstruct: expected false with method platon"),
-        (lambda: PruningConfig(reconstruct=True, reinitialise=True), "reconstruct: expected false with reinitialise"),
+        (lambda: PlatonConfig(reconstruct=True), "reconstruct: must be false with method platon"),
+        (lambda: PruningConfig(reconstruct=True, reinitialise=True), "reconstruct: must be false with reinitialise"),
         (lambda: PruningConfig(reconstruct=True, granularity="layer"), "reconstruct: expected false where layers are"),
     ],
 )

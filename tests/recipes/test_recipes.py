@@ -11,10 +11,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_disparse.config import UserError
+from hf_disparse.config import L0Config, UserError
 from hf_disparse.recipes.keys import training_fields
 from hf_disparse.recipes.recipe import parse_recipe, public, read_recipe
 from hf_disparse.recipes.yaml_text import dump_yaml, parse_yaml
+from hf_disparse.runs.analyze import _plain
+from hf_disparse.runs.folder import refuse_others
 from hf_disparse.trainer.arguments import DisparseTrainingArguments, cpu_has_bfloat16
 from tests.helpers.commands import VALID
 from tests.helpers.commands import changed as replaced
@@ -414,3 +416,33 @@ def test_a_mutated_recipe_parses_or_is_refused_in_three_lines(data):
         assert 1 <= len(str(error).splitlines()) <= 3, str(error)
     else:
         assert parsed.values == recipe and parsed.tasks and 0 <= parsed.pruning.sparsity < 1
+
+
+def test_a_recipe_is_refused_for_an_ignored_setting_but_a_run_of_an_earlier_version_opens(tmp_path):
+    """Its recipe says what the user asked for then; analysis still scores that many batches."""
+    recipe = {**VALID, "output_dir": str(tmp_path / "run"), "seed": 3}
+    recipe["pruning"] = {"method": "l0", "sparsity": 0.5, "score_batches": 7}
+    assert refusal(parse_recipe, recipe) == "pruning.score_batches: not used by method l0; remove it"
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_yaml(recipe))
+    opened = read_recipe(path, of_run=True)
+    assert opened.pruning == L0Config(sparsity=0.5, seed=3)
+    assert read_recipe(path, ["pruning.score_batches=9"], of_run=True).values["pruning"]["score_batches"] == 9
+    plain = _plain(opened).pruning
+    assert (plain.score_batches, plain.seed) == (7, 3)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(dump_yaml(recipe))
+    refuse_others(tmp_path / "run", parse_recipe({**recipe, "pruning": {"method": "l0", "sparsity": 0.5}}))
+
+
+def test_the_recipes_seed_goes_to_methods_that_draw_numbers():
+    recipe = {**VALID, "seed": 3}
+    for method, seed in (
+        ("saliency", 3),
+        ("dynamic", 3),
+        ("l0", 3),
+        ("platon", 0),
+        ("movement", 0),
+        ("group_lasso", 0),
+    ):
+        assert parse_recipe({**recipe, "pruning": {"method": method, "sparsity": 0.5}}).pruning.seed == seed

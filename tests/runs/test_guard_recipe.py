@@ -31,7 +31,7 @@ def test_a_schedule_without_growing_sparsity_is_refused():
     from hf_disparse import DynamicConfig
 
     with pytest.raises(
-        UserError, match="max_drop: expected nothing with schedule constant, whose sparsity does not grow"
+        UserError, match="max_drop: must not be set with schedule constant, whose sparsity does not grow"
     ):
         DynamicConfig(end_step=100, max_drop=1.0)
 

@@ -107,9 +107,9 @@ def test_a_killed_run_draws_once_and_ends_in_the_bits_of_the_undisturbed_one(tmp
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: DynamicConfig(reinitialise=True), "reinitialise: expected false with method dynamic"),
+        (lambda: DynamicConfig(reinitialise=True), "reinitialise: must be false with method dynamic"),
         (lambda: PruningConfig(reinitialise=1), "reinitialise: expected true or false, got 1"),
-        (lambda: PruningConfig(reinitialise=True, max_drop=1.0), "reinitialise: expected false with max_drop"),
+        (lambda: PruningConfig(reinitialise=True, max_drop=1.0), "reinitialise: must be false with max_drop"),
     ],
 )
 def test_what_makes_no_sense_is_refused(make, words):
