@@ -251,7 +251,7 @@ def test_channels_are_the_columns_of_every_matrix():
         ({"start_step": 5, "end_step": 5}, "end_step: expected a step after start_step 5"),
         (
             {"granularity": "neuron", "target_modules": ["query"]},
-            "target_modules: not used where a head is pruned as a whole; remove it",
+            "target_modules: not used where a neuron is pruned as a whole; remove it",
         ),
     ],
 )
