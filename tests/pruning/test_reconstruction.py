@@ -264,7 +264,10 @@ def test_a_run_that_reconstructs_resumes_bit_for_bit(tmp_path):
         (lambda: PruningConfig(reconstruct=1), "reconstruct: expected true or false, got 1"),
         (lambda: PlatonConfig(reconstruct=True), "reconstruct: must be false with method platon"),
         (lambda: PruningConfig(reconstruct=True, reinitialise=True), "reconstruct: must be false with reinitialise"),
-        (lambda: PruningConfig(reconstruct=True, granularity="layer"), "reconstruct: must be false with granularity layer"),
+        (
+            lambda: PruningConfig(reconstruct=True, granularity="layer"),
+            "reconstruct: must be false with granularity layer",
+        ),
     ],
 )
 def test_what_leaves_nothing_to_fit_is_refused(make, words):
