@@ -34,7 +34,7 @@ def finished(inputs, tmp_path_factory) -> tuple[Path, str]:
     """The folder of a finished run and the path of its recipe. Tests that change it copy it first."""
     folder = tmp_path_factory.mktemp("finished")
     path = write_recipe(folder, {**inputs, "output_dir": str(folder / "run")})
-    status, out, err = hf_disparse("train", path)
+    status, out, err = hf_disparse("train", path, "--no-analysis")
     assert status == 0, err
     assert "dense against sparse" in out and "70.0 % of the prunable weights" in out
     return folder / "run", path
@@ -93,7 +93,7 @@ def test_the_same_command_again_trains_and_writes_nothing(finished, monkeypatch)
     folder, path = finished
     before = snapshot(folder)
     monkeypatch.setattr(run, "prepare", lambda *_: pytest.fail("a finished run loads no data"))
-    status, out, _ = hf_disparse("train", path)
+    status, out, _ = hf_disparse("train", path, "--no-analysis")
     assert status == 0 and "70.0 % of the prunable weights" in out
     assert snapshot(folder) == before
 
@@ -107,7 +107,7 @@ def _same_run(folder: Path, original: Path) -> None:
 
 
 def test_the_same_seed_gives_the_same_bits(finished, tmp_path):
-    assert hf_disparse("train", finished[1], "--output_dir", tmp_path / "again")[0] == 0
+    assert hf_disparse("train", finished[1], "--output_dir", tmp_path / "again", "--no-analysis")[0] == 0
     _same_run(tmp_path / "again", finished[0])
 
 
@@ -118,7 +118,7 @@ def test_a_run_killed_between_its_phases_goes_on_to_the_same_bits(copied, finish
     shutil.rmtree(folder / "sparse")
     for name in ("results.json", "model.safetensors"):
         (folder / name).unlink()
-    assert hf_disparse("train", path, "--output_dir", folder)[0] == 0
+    assert hf_disparse("train", path, "--output_dir", folder, "--no-analysis")[0] == 0
     assert snapshot(folder / "dense") == dense
     _same_run(folder, finished[0])
 
@@ -129,7 +129,7 @@ def test_a_run_killed_in_a_phase_goes_on_from_its_checkpoint_to_the_same_bits(co
         (folder / name).unlink()
     shutil.rmtree(folder / "sparse" / "checkpoint-4")
     kept = snapshot(folder / "sparse" / "checkpoint-2")
-    assert hf_disparse("train", path, "--output_dir", folder)[0] == 0
+    assert hf_disparse("train", path, "--output_dir", folder, "--no-analysis")[0] == 0
     assert snapshot(folder / "sparse" / "checkpoint-2") == kept
     _same_run(folder, finished[0])
 
@@ -142,7 +142,7 @@ def test_a_helper_trains_the_dense_model_and_is_gone(recipe, tmp_path):
         "helpers": ["third"],
         "output_dir": str(tmp_path / "helped"),
     }
-    status, out, err = hf_disparse("train", write_recipe(tmp_path, helped))
+    status, out, err = hf_disparse("train", write_recipe(tmp_path, helped), "--no-analysis")
     assert status == 0, err
     results = json.loads(Path(helped["output_dir"], "results.json").read_text())
     assert "third" in results["examples"]["train"] and "third" not in out
@@ -224,7 +224,7 @@ def test_an_interrupt_says_how_to_go_on(recipe, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "train", interrupted)
-    status, _, err = hf_disparse("train", write_recipe(tmp_path, recipe))
+    status, _, err = hf_disparse("train", write_recipe(tmp_path, recipe), "--no-analysis")
     assert status == 130 and "the same command goes on" in err
 
 
@@ -330,7 +330,7 @@ def with_label(recipe, tmp_path):
 
 def test_a_label_that_is_nan_is_no_label(with_label):
     path = with_label(math.nan)
-    assert hf_disparse("train", path)[0] == 0
+    assert hf_disparse("train", path, "--no-analysis")[0] == 0
     results = json.loads(Path(yaml.safe_load(Path(path).read_text())["output_dir"], "results.json").read_text())
     assert results["examples"]["train"]["real"] == 7
     assert math.isfinite(results["sparse"]["tasks"]["real"]["pearson"])

@@ -99,12 +99,12 @@ def test_the_end_of_a_process_ends_all_and_the_same_command_goes_on(tmp_path):
         "Trainer.training_step = step\n"
         "cli.main()\n"
     )
-    done = torchrun(2, script, "train", recipe)
+    done = torchrun(2, script, "train", recipe, "--no-analysis")
     assert done.returncode != 0 and not (tmp_path / "run" / "results.json").exists()
     assert Path(last_whole_checkpoint(tmp_path / "run" / "dense")).name == "checkpoint-4"
-    done = torchrun(2, "-m", "hf_disparse", "train", recipe)
+    done = torchrun(2, "-m", "hf_disparse", "train", recipe, "--no-analysis")
     assert done.returncode == 0 and "resumed from" in done.stderr, done.stderr[-3000:]
-    whole = torchrun(2, "-m", "hf_disparse", "train", recipe, "--output_dir", tmp_path / "whole")
+    whole = torchrun(2, "-m", "hf_disparse", "train", recipe, "--output_dir", tmp_path / "whole", "--no-analysis")
     assert whole.returncode == 0, whole.stderr[-3000:]
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
     assert set(one) == set(other) and all(torch.equal(tensor, other[name]) for name, tensor in one.items())

@@ -41,7 +41,7 @@ def test_scores_are_kept_only_where_they_are_asked_for(tmp_path):
 
 def test_a_run_of_a_recipe_has_them_on_top(tmp_path):
     recipe = changed(write_inputs(tmp_path), "pruning.keep_scores", True)
-    status, _, err = hf_disparse("train", write_recipe(tmp_path, recipe))
+    status, _, err = hf_disparse("train", write_recipe(tmp_path, recipe), "--no-analysis")
     assert status == 0, err
     run_folder = tmp_path / "run"
     assert not (run_folder / "sparse" / "scores").exists()

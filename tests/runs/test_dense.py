@@ -26,7 +26,9 @@ def recipe(tmp_path_factory) -> dict:
 def first(recipe, tmp_path_factory) -> Path:
     """A finished run of seed 3."""
     folder = tmp_path_factory.mktemp("first")
-    status, _, err = hf_disparse("train", write_recipe(folder, recipe | {"seed": 3}), "--output_dir", folder / "run")
+    status, _, err = hf_disparse(
+        "train", write_recipe(folder, recipe | {"seed": 3}), "--output_dir", folder / "run", "--no-analysis"
+    )
     assert status == 0 and "dense training, 4 steps" in err
     return folder / "run"
 
@@ -49,7 +51,7 @@ def other(recipe) -> dict:
 
 def run_of(recipe: dict, folder: Path) -> tuple[dict[str, torch.Tensor], dict, str]:
     """The weights and the results of `train`, and what it said."""
-    status, _, err = hf_disparse("train", write_recipe(folder, recipe), "--output_dir", folder / "run")
+    status, _, err = hf_disparse("train", write_recipe(folder, recipe), "--output_dir", folder / "run", "--no-analysis")
     assert status == 0, err
     return (
         load_file(folder / "run" / "model.safetensors"),
@@ -94,9 +96,9 @@ def test_what_was_taken_needs_its_source_no_more(other, first, tmp_path):
     source = shutil.copytree(first, tmp_path / "source")
     path = write_recipe(tmp_path, {**other, "dense_from": str(source)})
     with stopping("sparse", 2, KeyboardInterrupt):
-        assert hf_disparse("train", path, "--output_dir", tmp_path / "run")[0] == 130
+        assert hf_disparse("train", path, "--output_dir", tmp_path / "run", "--no-analysis")[0] == 130
     shutil.rmtree(source)
-    status, _, err = hf_disparse("train", path, "--output_dir", tmp_path / "run")
+    status, _, err = hf_disparse("train", path, "--output_dir", tmp_path / "run", "--no-analysis")
     assert status == 0 and "dense training" not in err
 
 
@@ -108,7 +110,10 @@ def test_a_copy_that_was_killed_is_made_again(other, anew, first, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hf_disparse.files.sync", dies)
         patch.setattr("hf_disparse.files.TemporaryDirectory", lambda **where: nullcontext(mkdtemp(**where)))
-        assert hf_disparse("train", write_recipe(tmp_path, recipe), "--output_dir", tmp_path / "run")[0] == 130
+        assert (
+            hf_disparse("train", write_recipe(tmp_path, recipe), "--output_dir", tmp_path / "run", "--no-analysis")[0]
+            == 130
+        )
     assert len(list((tmp_path / "run").glob(".dense-*"))) == 1 and not (tmp_path / "run" / "dense").exists()
     weights, _, _ = run_of(recipe, tmp_path)
     assert all(torch.equal(weights[name], anew[0][name]) for name in weights)

@@ -124,7 +124,10 @@ def recipe(tmp_path_factory) -> dict:
 @pytest.fixture(scope="module")
 def finished(recipe, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
-    assert hf_disparse("train", write_recipe(folder, {**recipe, "output_dir": str(folder / "run")}))[0] == 0
+    assert (
+        hf_disparse("train", write_recipe(folder, {**recipe, "output_dir": str(folder / "run")}), "--no-analysis")[0]
+        == 0
+    )
     return folder / "run"
 
 
@@ -236,7 +239,7 @@ def test_a_data_file_that_vanished_is_one_error_and_the_run_goes_on_once_it_is_b
     refused("train", path, names=("tasks.two.data", "expected a file, but there is none", "two.csv"))
     assert snapshot(folder) == before
     (inputs / "gone.csv").rename(inputs / "two.csv")
-    assert hf_disparse("train", path)[0] == 0
+    assert hf_disparse("train", path, "--no-analysis")[0] == 0
     assert (folder / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
 
 

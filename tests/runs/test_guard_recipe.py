@@ -91,7 +91,7 @@ def test_train_says_which_task_stopped_it_at_which_sparsity(recipe, tmp_path, mo
     monkeypatch.setattr(guard, "measure", lambda trainer, tasks: {"three": 50.0 - 3 * trainer.state.global_step})
     recipe = changed(recipe, "pruning.schedule", "cubic")
     recipe["pruning"] |= {"end_step": 3, "update_every": 1}
-    status, out, err = hf_disparse("train", write_recipe(tmp_path, recipe))
+    status, out, err = hf_disparse("train", write_recipe(tmp_path, recipe), "--no-analysis")
     assert status == 0, err
     results = json.loads(Path(recipe["output_dir"], "results.json").read_text())
     stopped = results["guard"]["stopped"]
@@ -111,7 +111,9 @@ def test_train_says_which_task_stopped_it_at_which_sparsity(recipe, tmp_path, mo
 
 
 def test_train_says_that_every_promise_was_kept(recipe, tmp_path):
-    status, out, err = hf_disparse("train", write_recipe(tmp_path, changed(recipe, "pruning.max_drop", 100)))
+    status, out, err = hf_disparse(
+        "train", write_recipe(tmp_path, changed(recipe, "pruning.max_drop", 100)), "--no-analysis"
+    )
     assert status == 0 and "guard:    no task lost more than it may" in out, err
     results = json.loads(Path(recipe["output_dir"], "results.json").read_text())
     assert results["guard"]["stopped"] is None and results["guard"]["max_drop"] == {"two": 100, "three": 100}
