@@ -8,7 +8,7 @@ of weights}. A mask is {parameter name: bool tensor}, True = live.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,12 +17,13 @@ from torch.optim import Optimizer
 from hf_disparse.config import PruningConfig
 from hf_disparse.methods.base import Method, Update
 from hf_disparse.pruning.decision import (
+    Flat,
     Masks,
     TaskScores,
-    check_quorum,
+    decide_masks,
     keep_smallest,
-    merge_smallest,
     pairs,
+    quorum_rank,
     task_ranks,
 )
 from hf_disparse.pruning.masks import zero_pruned
@@ -90,23 +91,24 @@ def select(task_scores: TaskScores, among: Masks, counts: Counts, quorum: int = 
     Raises:
         ValueError: scores that are not finite, a quorum above the number of tasks.
 
-    Memory beyond one task's scores: `quorum` int32 buffers of all weights, and one sort's temporaries in a group.
+    Memory beyond one task's scores: as `decide`, but the sort's temporaries are of one group only.
     """
-    best: dict[tuple[str, ...], list[Tensor]] = {group: [] for group in counts}
-    tasks = 0
-    for task, scores in pairs(task_scores):
-        tasks += 1
-        for group in counts:
-            flat, eligible = (torch.cat([t[name].detach().reshape(-1) for name in group]) for t in (scores, among))
-            if not torch.isfinite(flat).all():
-                raise ValueError(f"scores: expected finite numbers, got NaN or infinity for task '{task}' in {group}")
-            best[group] = merge_smallest(best[group], task_ranks(flat, eligible), quorum)
-    check_quorum(quorum, tasks)
-    chosen = {}
-    for group, count in counts.items():
-        parts = keep_smallest(best[group][-1], count).split([among[name].numel() for name in group])
-        chosen |= {name: part.reshape(among[name].shape).clone() for name, part in zip(group, parts, strict=True)}
-    return chosen
+    sizes = [sum(among[name].numel() for name in group) for group in counts]
+    names = [name for group in counts for name in group]
+
+    def rank(scores: Tensor, eligible: Tensor) -> Tensor:
+        groups = zip(scores.split(sizes), eligible.split(sizes), strict=True)
+        return torch.cat([task_ranks(*group) for group in groups])
+
+    def cost(tasks: Iterator[Flat]) -> Tensor:
+        return quorum_rank((rank(scores, eligible) for scores, eligible in tasks), quorum)
+
+    def cut(costs: Tensor) -> Tensor:
+        groups = zip(costs.split(sizes), counts.values(), strict=True)
+        return torch.cat([keep_smallest(*group) for group in groups])
+
+    by_group = ((task, {name: scores[name] for name in names}) for task, scores in pairs(task_scores))
+    return decide_masks(by_group, cost, cut, {name: among[name] for name in names})
 
 
 def count_live(live: Masks, groups: Iterable[tuple[str, ...]]) -> Counts:

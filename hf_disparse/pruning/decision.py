@@ -1,16 +1,20 @@
-"""How the tasks' scores become one mask: pure functions, streaming task by task.
+"""How the tasks' scores become one mask: pure functions that see one task at a time.
 
 Words: *scores* are {parameter name: tensor >= 0}, higher is more important. A *mask* is {parameter name: bool tensor},
-True = keep. N is the number of prunable weights, T the number of tasks. Layer 4; knows torch only.
+True = keep. N is the number of prunable weights, T the number of tasks. A *live* weight is one that no mask has pruned yet.
 
 The rule (docs/concepts.md derives it). Let R_t(w) be the rank of weight w for task t, 0 = most important, ties by position, and
-N where the score is 0: what a task has no use for it can spare.
-Task t alone would keep {w : R_t(w) < k}; pruning only what *all* tasks can spare keeps the union over tasks, which is
+N where the score is 0: a task can spare a weight that it has no use for.
+Task t alone would keep {w : R_t(w) < k}. Pruning only what *all* tasks can spare keeps the union over tasks, which is
 {w : min_t R_t(w) < k}. So the mask keeps the weights with the smallest min_t R_t(w), cut at the budget: no search for k,
 no ties left over, one int32 buffer however many tasks there are. A quorum of m replaces the minimum by the m-th smallest.
+
+In code, `decide_masks` flattens the scores task by task, a *cost* such as `quorum_rank` folds them into one number per weight,
+and a *cut* such as `keep_smallest` says which costs stay.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from numbers import Integral, Real
 
 import torch
@@ -19,7 +23,9 @@ from torch import Tensor
 Scores = Mapping[str, Tensor]
 TaskScores = Mapping[str, Scores] | Iterable[tuple[str, Scores]]
 Masks = dict[str, Tensor]
-Cut = Callable[[Tensor], Tensor]
+Flat = tuple[Tensor, Tensor | None]  # one task's scores (N,), and which weights are live (N,) bool, None for all
+Cost = Callable[[Iterator[Flat]], Tensor]  # the tasks, one at a time -> cost (N,), the lowest stays
+Cut = Callable[[Tensor], Tensor]  # cost (N,) -> bool (N,), True = keep
 
 
 def decide(
@@ -32,8 +38,8 @@ def decide(
         sparsity: fraction of all weights that is False in the result, in [0, 1).
         quorum: a weight is ranked by its `quorum`-th best rank over the tasks, in 1..T.
         active: weights that are False here stay pruned and count towards the sparsity; all True by default.
-        cut: another budget than a count, so that `sparsity` is not used: (N,) cost of every weight, lower is better -> (N,)
-            bool, those that are kept.
+        cut: chooses the weights in place of `sparsity`, which is then ignored: (N,) cost of every weight, lower is better ->
+            (N,) bool, True = keep.
 
     Returns:
         The mask. One task gives plain pruning by its scores.
@@ -48,29 +54,20 @@ def decide(
     """
     check_quorum(quorum)
 
-    def smallest_ranks(best: list[Tensor] | None, scores: Tensor, live: Tensor | None) -> list[Tensor]:
-        return merge_smallest(best or [], task_ranks(scores, live), quorum)
+    def cost(tasks: Iterator[Flat]) -> Tensor:
+        return quorum_rank((task_ranks(scores, live) for scores, live in tasks), quorum)
 
-    def quorumth_rank(best: list[Tensor], tasks: int) -> Tensor:
-        check_quorum(quorum, tasks)
-        return best[-1]
-
-    return _stream(task_scores, sparsity, active, smallest_ranks, quorumth_rank, cut)
+    return _decide(cost, task_scores, sparsity, active, cut)
 
 
 def decide_sum(task_scores: TaskScores, sparsity: float, active: Masks | None = None, cut: Cut | None = None) -> Masks:
     """Keeps the weights with the largest sum over tasks of scores, each task's normalised to sum 1. See `decide`."""
-    return _stream(task_scores, sparsity, active, _add_normalised, lambda total, tasks: ranks(total, None), cut)
+    return _decide(lambda tasks: ranks(total_share(tasks)), task_scores, sparsity, active, cut)
 
 
 def decide_max(task_scores: TaskScores, sparsity: float, active: Masks | None = None, cut: Cut | None = None) -> Masks:
     """Keeps the weights with the largest score for any task, each task's normalised to sum 1. See `decide`."""
-
-    def largest(best, scores, live):
-        scores = _normalised(scores)
-        return scores if best is None else torch.maximum(best, scores, out=best)
-
-    return _stream(task_scores, sparsity, active, largest, lambda best, tasks: ranks(best, None), cut)
+    return _decide(lambda tasks: ranks(largest_share(tasks)), task_scores, sparsity, active, cut)
 
 
 def decide_mean_rank(
@@ -78,29 +75,67 @@ def decide_mean_rank(
 ) -> Masks:
     """Keeps the weights with the smallest rank on average over the tasks. See `decide`."""
 
-    def add_ranks(total, scores, live):
-        rank = task_ranks(scores, live).long()  # int64: T ranks of up to 2^31 are added
-        return rank if total is None else total.add_(rank)
+    def cost(tasks: Iterator[Flat]) -> Tensor:
+        return add_up(task_ranks(scores, live).long() for scores, live in tasks)  # int64: ranks go up to 2^31
 
-    return _stream(task_scores, sparsity, active, add_ranks, lambda total, tasks: total, cut)
-
-
-def pairs(task_scores: TaskScores) -> Iterable[tuple[str, Scores]]:
-    """(task, scores), however they come."""
-    return task_scores.items() if isinstance(task_scores, Mapping) else task_scores
+    return _decide(cost, task_scores, sparsity, active, cut)
 
 
-def check_quorum(quorum: int, tasks: int | None = None) -> None:
-    """Refuses a quorum that is none, or is more than there are tasks."""
-    if isinstance(quorum, bool) or not isinstance(quorum, Integral) or not 1 <= quorum <= (tasks or quorum):
-        most = "T" if tasks is None else f"{tasks} (the number of tasks)"
-        raise ValueError(f"quorum: expected a whole number in 1..{most}, got {quorum!r}")
+def quorum_rank(task_ranks: Iterable[Tensor], quorum: int) -> Tensor:
+    """The `quorum`-th smallest rank of each weight over the tasks; 1 gives min_t R_t(w). Shapes: (N,) each -> (N,)."""
+    smallest: list[Tensor] = []
+    for rank in task_ranks:
+        smallest = merge_smallest(smallest, rank, quorum)
+        del rank  # else it is held while the next task is ranked
+    check_quorum(quorum, tasks=len(smallest))
+    return smallest[-1]
+
+
+def merge_smallest(smallest: list[Tensor], rank: Tensor, quorum: int) -> list[Tensor]:
+    """Inserts one more task's ranks into the sorted list of the `quorum` smallest, weight by weight. Shapes all (N,)."""
+    for i, held in enumerate(smallest):
+        smallest[i], rank = torch.minimum(held, rank), torch.maximum(held, rank)
+    return [*smallest, rank] if len(smallest) < quorum else smallest
+
+
+def total_share(tasks: Iterable[Flat]) -> Tensor:
+    """The sum over tasks of their normalised scores. Shapes: (N,) each -> (N,) float64."""
+    return add_up(normalised(scores) for scores, _ in tasks)
+
+
+def largest_share(tasks: Iterable[Flat]) -> Tensor:
+    """The maximum over tasks of their normalised scores. Shapes: (N,) each -> (N,) float64."""
+    largest = None
+    for scores, _ in tasks:
+        share = normalised(scores)
+        largest = share if largest is None else torch.maximum(largest, share, out=largest)
+        del share
+    return largest
+
+
+def normalised(scores: Tensor) -> Tensor:
+    """Scores that sum to 1, so that the scale of a task's loss does not count; all zeros stay zeros. (N,) -> (N,) float64."""
+    scores = scores.double()
+    largest = scores.max()
+    if largest == 0:
+        return scores
+    scores = scores / largest  # before they are added: the sum of large ones may overflow
+    return scores / scores.sum()
+
+
+def add_up(tensors: Iterable[Tensor]) -> Tensor:
+    """The sum of tensors that come one at a time; the first is changed in place. Shapes all (N,)."""
+    total = None
+    for tensor in tensors:
+        total = tensor if total is None else total.add_(tensor)
+        del tensor
+    return total
 
 
 def task_ranks(scores: Tensor, live: Tensor | None = None) -> Tensor:
-    """The R_t of the rule: as `ranks`, but N where the score is 0, and N + 1 for what is not `live`.
+    """R_t of the rule: as `ranks`, but N where the score is 0, and N + 1 where the weight is not `live`.
 
-    Where scores have a sign, as those of movement pruning, 0 is a score like any other.
+    Among scores with a sign, such as those of movement pruning, 0 is a score like any other.
 
     Shapes: scores (N,) floating, live (N,) bool or None -> (N,) int32.
     """
@@ -110,7 +145,7 @@ def task_ranks(scores: Tensor, live: Tensor | None = None) -> Tensor:
 
 
 def ranks(scores: Tensor, live: Tensor | None = None) -> Tensor:
-    """Rank of each score, 0 = largest, ties by position; what is not `live` ranks last.
+    """Rank of each score, 0 = largest, ties by position; weights that are not `live` rank last.
 
     Shapes: scores (N,) floating, live (N,) bool or None -> (N,) int32, a permutation of 0..N-1.
 
@@ -130,13 +165,6 @@ def ranks(scores: Tensor, live: Tensor | None = None) -> Tensor:
     return rank
 
 
-def merge_smallest(best: list[Tensor], rank: Tensor, quorum: int) -> list[Tensor]:
-    """Inserts one more task's ranks into the sorted list of the `quorum` smallest, weight by weight. Shapes all (N,)."""
-    for i, held in enumerate(best):
-        best[i], rank = torch.minimum(held, rank), torch.maximum(held, rank)
-    return [*best, rank] if len(best) < quorum else best
-
-
 def keep_smallest(cost: Tensor, count: int) -> Tensor:
     """Bool mask of the `count` smallest entries of `cost`, ties by position. Shapes: (N,) -> (N,)."""
     if count == 0:
@@ -148,80 +176,85 @@ def keep_smallest(cost: Tensor, count: int) -> Tensor:
     return keep
 
 
-def _add_normalised(total: Tensor | None, scores: Tensor, live: Tensor | None) -> Tensor:
-    scores = _normalised(scores)
-    return scores if total is None else total.add_(scores)
+def decide_masks(task_scores: TaskScores, cost: Cost, cut: Cut, active: Masks | None = None) -> Masks:
+    """The masks that `cut` makes of the tasks' `cost`: what all decisions have in common.
 
-
-def _normalised(scores: Tensor) -> Tensor:
-    """Scores that sum to 1 in float64, so that no task weighs more for the scale of its loss; all zeros stay zeros."""
-    scores = scores.double()
-    largest = scores.max()
-    if largest == 0:
-        return scores
-    scores = scores / largest  # before they are added, for the sum of large ones may overflow
-    return scores / scores.sum()
-
-
-def _stream(
-    task_scores: TaskScores,
-    sparsity: float,
-    active: Masks | None,
-    add: Callable,
-    finish: Callable,
-    cut: Cut | None,
-) -> Masks:
-    """The decision from its rule: `add(buffer, scores, live)` folds in one task, `finish(buffer, tasks)` gives the cost, lower stays.
-
-    Shapes: scores, live and cost (N,); the buffer, None at first, is what the rule makes of it.
+    Args:
+        task_scores, active: as in `decide`; weights are flattened in the order of the first task's parameters.
+        cost: (one task's scores, live), one task at a time -> (N,). It is the largest integer where a weight is not live.
     """
-    if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity: expected a number in [0, 1), got {sparsity!r}")
-    shapes, live, buffer, tasks = None, None, None, 0
-    for task, scores in pairs(task_scores):
-        _check(f"task '{task}'", scores, shapes)
-        if shapes is None:
-            shapes = {name: tensor.shape for name, tensor in scores.items()}
-            if active is not None:
-                _check("`active`", active, shapes)
-                live = torch.cat([active[name].reshape(-1).bool() for name in shapes])
-        flat = torch.cat([scores[name].detach().reshape(-1) for name in shapes])
-        del scores
-        if not torch.isfinite(flat).all():
-            name = next(n for n, part in _split(flat, shapes) if not torch.isfinite(part).all())
-            raise ValueError(f"scores: expected finite numbers, got NaN or infinity in '{name}' of task '{task}'")
-        buffer = add(buffer, flat, live)
-        tasks += 1
-    if not tasks:
-        raise ValueError("task_scores: expected at least one task, got none")
-    cost = finish(buffer, tasks)
-    size = len(cost)
-    count = size - round(float(sparsity) * size)
+    shapes: dict[str, torch.Size] = {}
+    live: Tensor | None = None
+
+    def tasks() -> Iterator[Flat]:
+        nonlocal live
+        for task, scores in pairs(task_scores):
+            _check(f"task '{task}'", scores, shapes)
+            if not shapes:
+                shapes.update((name, tensor.shape) for name, tensor in scores.items())
+                if active is not None:
+                    _check("`active`", active, shapes)
+                    live = torch.cat([active[name].reshape(-1).bool() for name in shapes])
+            flat = torch.cat([scores[name].detach().reshape(-1) for name in shapes])
+            del scores
+            if not torch.isfinite(flat).all():
+                name = next(name for name, part in _split(flat, shapes) if not torch.isfinite(part).all())
+                raise ValueError(f"scores: expected finite numbers, got NaN or infinity in '{name}' of task '{task}'")
+            yield flat, live
+        if not shapes:
+            raise ValueError("task_scores: expected at least one task, got none")
+
+    costs = cost(tasks())
     if live is not None:
-        if cut is None and count > int(live.sum()):
-            pruned = size - int(live.sum())
-            raise ValueError(
-                f"sparsity: {sparsity} prunes {size - count} of {size} weights, but `active` already has {pruned}"
-            )
-        cost = cost.masked_fill(~live, torch.iinfo(cost.dtype).max)
-    keep = keep_smallest(cost, count) if cut is None else cut(cost)
-    if cut is not None and live is not None:
+        costs = costs.masked_fill(~live, torch.iinfo(costs.dtype).max)
+    keep = cut(costs)
+    if live is not None:
         keep &= live
     return {name: part.reshape(shapes[name]).clone() for name, part in _split(keep, shapes)}
+
+
+def pairs(task_scores: TaskScores) -> Iterable[tuple[str, Scores]]:
+    """The (task, scores) pairs of a mapping, or of an iterable of them."""
+    return task_scores.items() if isinstance(task_scores, Mapping) else task_scores
+
+
+def check_quorum(quorum: int, tasks: int | None = None) -> None:
+    """Raises ValueError unless `quorum` is a whole number of at least 1, and at most the number of tasks if that is known."""
+    if isinstance(quorum, bool) or not isinstance(quorum, Integral) or not 1 <= quorum <= (tasks or quorum):
+        most = "T" if tasks is None else f"{tasks} (the number of tasks)"
+        raise ValueError(f"quorum: expected a whole number in 1..{most}, got {quorum!r}")
+
+
+def _decide(cost: Cost, task_scores: TaskScores, sparsity: float, active: Masks | None, cut: Cut | None) -> Masks:
+    """`decide_masks` at a sparsity, which is checked before the first task scores."""
+    if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity: expected a number in [0, 1), got {sparsity!r}")
+    if cut is None and active is not None:
+        size = sum(mask.numel() for mask in active.values())
+        pruned = size - sum(int(mask.count_nonzero()) for mask in active.values())
+        if pruned > (count := round(float(sparsity) * size)):
+            raise ValueError(
+                f"sparsity: {sparsity} prunes {count} of {size} weights, but `active` already has {pruned}"
+            )
+    return decide_masks(task_scores, cost, cut or partial(_keep_all_but, share=float(sparsity)), active)
+
+
+def _keep_all_but(cost: Tensor, share: float) -> Tensor:
+    return keep_smallest(cost, len(cost) - round(share * len(cost)))
 
 
 def _split(flat: Tensor, shapes: Mapping[str, torch.Size]) -> Iterable[tuple[str, Tensor]]:
     return zip(shapes, flat.split([shape.numel() for shape in shapes.values()]), strict=True)
 
 
-def _check(what: str, scores: Scores, shapes: Mapping[str, torch.Size] | None) -> None:
-    """Raises ValueError unless `scores` has exactly the parameters and shapes of the first task, and at least one."""
+def _check(what: str, scores: Scores, shapes: Mapping[str, torch.Size]) -> None:
+    """Raises ValueError unless `scores` has parameters, and those of the first task if its `shapes` are known."""
     if not scores:
         raise ValueError(f"{what}: expected at least one parameter, got none")
-    for name in [] if shapes is None else sorted(set(shapes) ^ set(scores)):
+    for name in sorted(set(shapes) ^ set(scores)) if shapes else []:
         have, lack = ("it", "the first task") if name in scores else ("the first task", "it")
-        raise ValueError(f"{what}: expected the first task's parameters, but {have} has '{name}' and {lack} has not")
-    for name, tensor in scores.items():
-        if shapes is not None and tensor.shape != shapes[name]:
+        raise ValueError(f"{what}: expected the first task's parameters, but {have} has '{name}' and {lack} does not")
+    for name, tensor in scores.items() if shapes else []:
+        if tensor.shape != shapes[name]:
             want, got = tuple(shapes[name]), tuple(tensor.shape)
             raise ValueError(f"{what}: expected shape {want} for '{name}', as in the first task, got {got}")

@@ -4,12 +4,25 @@ N:M (Mishra et al. 2021, arXiv 2104.08378; Zhou et al. 2021, arXiv 2102.04010, p
 every group of M consecutive weights of a row, so that there is no budget to share: each group is decided on its own.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from hf_disparse.pruning.decision import Masks, Scores, TaskScores, check_quorum, merge_smallest, pairs
+from hf_disparse.pruning.decision import (
+    Flat,
+    Masks,
+    Scores,
+    TaskScores,
+    add_up,
+    check_quorum,
+    decide_masks,
+    largest_share,
+    merge_smallest,
+    pairs,
+    ranks,
+    total_share,
+)
 
 
 def decide_n_of_m(
@@ -39,35 +52,35 @@ def decide_n_of_m(
         ValueError: no tasks, columns that are no multiple of M, NaN or infinite scores, a quorum above the number of
             tasks, a group of which `active` leaves fewer than N.
 
-    Memory beyond one task's scores: `quorum` + 1 int32 buffers of the weights' size, or one float64.
+    Memory: less than `decide` takes.
     """
-    ranked = decision not in ("sum", "max")
-    best: dict[str, list[Tensor]] = {}  # per weight the `quorum` smallest ranks, sorted
-    total: dict[str, Tensor] = {}
-    tasks = 0
-    for task, scores in pairs(task_scores):
-        _check(task, scores, m, active)
-        tasks += 1
-        for name, one in (scores if ranked else _normalised(scores)).items():
-            if not ranked:
-                add = torch.maximum if decision == "max" else torch.add
-                total[name] = add(total[name], one) if name in total else one
-                continue
-            rank = ranks_in_groups(one, m, None if active is None else active[name]).masked_fill_(one == 0, m)
-            total[name] = total[name] + rank if name in total else rank
-            best[name] = merge_smallest(best.get(name, []), rank, quorum)
-    if not tasks:
-        raise ValueError("task_scores: expected at least one task, got none")
-    check_quorum(quorum, tasks)
-    masks = {}
-    for name in list(total):
-        value = -total.pop(name) if ranked else total.pop(name)
-        if decision in ("unanimous", "quorum"):
-            value = value.long() - best.pop(name)[-1].long() * (tasks * m + 1)  # a sum of ranks is at most T M
-        masks[name] = ranks_in_groups(value, m, None if active is None else active[name]) < n
-        if active is not None and (masks[name] & ~active[name].bool()).any():
+
+    def rank(scores: Tensor, live: Tensor | None) -> Tensor:
+        return ranks_in_groups(scores, m, live).masked_fill_(scores == 0, m)
+
+    def cost(tasks: Iterator[Flat]) -> Tensor:
+        if decision in ("sum", "max"):
+            return ranks(total_share(tasks) if decision == "sum" else largest_share(tasks))
+        ranked = (rank(scores, live) for scores, live in tasks)
+        return add_up(ranked) if decision == "mean_rank" else _quorum_rank_then_sum(ranked, m, quorum)
+
+    def cut(costs: Tensor) -> Tensor:
+        return ranks_in_groups(-costs, m) < n
+
+    masks = decide_masks(_in_groups(task_scores, m), cost, cut, active)
+    for name, keep in masks.items():
+        if (keep.reshape(-1, m).sum(dim=1) < n).any():
             raise ValueError(f"active: expected at least {n} of every {m} weights, got fewer in a group of '{name}'")
     return masks
+
+
+def _quorum_rank_then_sum(ranked: Iterable[Tensor], m: int, quorum: int) -> Tensor:
+    """Orders weights by their `quorum`-th smallest rank, and those that tie by the sum of ranks. Shapes: (N,) each -> (N,)."""
+    smallest, total, tasks = [], 0, 0
+    for rank in ranked:
+        smallest, total, tasks = merge_smallest(smallest, rank, quorum), total + rank, tasks + 1
+    check_quorum(quorum, tasks)
+    return smallest[-1].long() * (tasks * m + 1) + total  # a sum of ranks is at most T M
 
 
 def ranks_in_groups(scores: Tensor, m: int, live: Tensor | None = None) -> Tensor:
@@ -113,19 +126,11 @@ def misfits(tensors: Mapping[str, Tensor], rows: int, columns: int) -> Iterable[
     return (name for name, t in tensors.items() if t.ndim != 2 or t.shape[0] % rows or t.shape[1] % columns)
 
 
-def _check(task: str, scores: Scores, m: int, active: Scores | None) -> None:
-    for name in misfits(scores, 1, m):
-        raise ValueError(f"scores: expected a multiple of {m} columns, got {tuple(scores[name].shape)} for '{name}'")
-    for name, tensor in scores.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"scores: expected finite numbers, got NaN or infinity in '{name}' of task '{task}'")
-        if active is not None and (name not in active or active[name].shape != tensor.shape):
-            raise ValueError(f"active: expected a mask of shape {tuple(tensor.shape)} for '{name}'")
-
-
-def _normalised(scores: Scores) -> dict[str, Tensor]:
-    """Scores that sum to 1 over all weights, in float64; all zeros stay zeros."""
-    largest = max(float(tensor.max()) for tensor in scores.values()) or 1.0
-    scaled = {name: tensor.double() / largest for name, tensor in scores.items()}  # first, for their sum may overflow
-    total = sum(float(tensor.sum()) for tensor in scaled.values()) or 1.0
-    return {name: tensor / total for name, tensor in scaled.items()}
+def _in_groups(task_scores: TaskScores, m: int) -> Iterator[tuple[str, Scores]]:
+    """The scores as they come; raises ValueError if a matrix does not divide into groups of M."""
+    for task, scores in pairs(task_scores):
+        for name in misfits(scores, 1, m):
+            raise ValueError(
+                f"scores: expected a multiple of {m} columns, got {tuple(scores[name].shape)} for '{name}'"
+            )
+        yield task, scores

@@ -163,7 +163,7 @@ def test_a_mask_of_another_size_is_brought_to_the_budget():
 
 def test_scores_that_are_not_finite_and_a_quorum_without_tasks_are_refused():
     live = {"w": torch.ones(4, dtype=torch.bool)}
-    with pytest.raises(ValueError, match="expected finite numbers, got NaN or infinity for task 't' in"):
+    with pytest.raises(ValueError, match="expected finite numbers, got NaN or infinity in 'w' of task 't'"):
         select({"t": {"w": torch.tensor([1.0, math.nan, 0, 0])}}, live, {("w",): 2})
     with pytest.raises(ValueError, match=r"quorum: expected a whole number in 1\.\.1"):
         select({"t": {"w": torch.ones(4)}}, live, {("w",): 2}, quorum=2)
