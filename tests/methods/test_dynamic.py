@@ -232,7 +232,7 @@ def test_the_config_round_trips_and_is_chosen_by_its_method(tmp_path):
         ({"drop": "random"}, "drop: expected one of magnitude, disentangled, got 'random'"),
         (
             {"criterion": "magnitude", "drop": "disentangled"},
-            "drop: expected magnitude with criterion magnitude .set criterion: disparse",
+            "drop: expected magnitude with criterion magnitude, got .disentangled.; or set criterion: disparse",
         ),
         ({"drop_fraction": 1}, r"drop_fraction: expected a number in \[0, 1\), got 1"),
         ({"drop_fraction": True}, "drop_fraction: expected a number"),
