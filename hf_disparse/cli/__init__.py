@@ -1,1 +1,1 @@
-"""The commands, their tables and exit statuses."""
+"""The command line: commands, tables, exit statuses."""

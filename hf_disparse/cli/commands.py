@@ -1,12 +1,10 @@
-"""The commands. Layer 10; what they say when something is wrong is at most three lines, and the exit status is 2.
+"""The commands: each reads its options, calls one function of a wing below, and prints what that returns.
 
-Under torchrun or `accelerate launch` all processes work and the first one speaks.
+Under torchrun or `accelerate launch` all processes work and the first one prints.
 """
 
 import json
-import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -15,8 +13,8 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from wrapt import register_post_import_hook
 
+from hf_disparse.cli.quiet import quiet, rank
 from hf_disparse.cli.tables import (
     close_bars,
     new_table,
@@ -36,28 +34,26 @@ app = typer.Typer(
 )
 
 _Set = Annotated[
-    list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one value; may be repeated.")
+    list[str],
+    typer.Option(
+        "--set", metavar="SECTION.KEY=VALUE", help="Change one value of the recipe. May be given several times."
+    ),
 ]
 
 _Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder or Hub id.")]
 _Dtype = Annotated[
-    Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Of the weights; default: as they are.")
+    Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Data type of the weights. Default: unchanged.")
 ]
-
-
-def _rank() -> int:
-    """Which process of a launcher's this is; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
 
 
 @contextmanager
 def _stopping(how_to_go_on: Callable[[], str]) -> Iterator[None]:
-    """On Ctrl-C or SIGTERM says in one line how to resume, and exits with 130 or 143."""
+    """On Ctrl-C or SIGTERM, prints in one line how to resume and exits with 130 or 143."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:
         close_bars()
-        if not _rank():
+        if not rank():
             print(f"stopped; {how_to_go_on()}", file=sys.stderr)
         raise typer.Exit(getattr(stop, "code", 130)) from None
 
@@ -82,13 +78,15 @@ def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, such as recipes/quickstart.yaml.")],
     overrides: _Set = [],  # noqa: B006
     output_dir: Annotated[
-        str | None, typer.Option("--output_dir", "--output-dir", help="Instead of the recipe's.")
+        str | None, typer.Option("--output_dir", "--output-dir", help="Folder to write to. Default: the recipe's.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", "--dry_run", help="Check everything, train nothing.")] = False,
-    analysis: Annotated[bool, typer.Option(help="End with a short form of analyze.")] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", "--dry_run", help="Check the recipe, data and model without training.")
+    ] = False,
+    analysis: Annotated[bool, typer.Option(help="Finish with a short version of `analyze`.")] = True,
 ) -> None:
-    """Train dense, prune, train sparse, evaluate and analyze both; the same command again goes on where it stopped."""
-    _quiet()
+    """Train a dense model, prune it, train it sparse, evaluate both. Run it again to continue where it stopped."""
+    quiet()
     from hf_disparse.recipes.recipe import read_recipe
 
     parsed = read_recipe(recipe, overrides, output_dir)  # before the libraries load: a mistyped key is answered at once
@@ -110,13 +108,13 @@ def train(
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder that `train` wrote.")],
     recipe_path: Annotated[
-        str | None, typer.Option("--recipe", help="With the tasks and data; default: the model's own.")
+        str | None, typer.Option("--recipe", help="Recipe with the tasks and data. Default: the model's own.")
     ] = None,
     overrides: _Set = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Evaluate a model on the validation data of its tasks."""
-    _quiet()
+    quiet()
     from hf_disparse.runs.evaluate import evaluate as evaluated
 
     result = evaluated(model, recipe_path, overrides)
@@ -138,35 +136,44 @@ def evaluate(
     "--sparsities 0.7,0.9 --seeds 1,2,3"
 )
 def compare(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file; its budget is every method's budget.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A YAML file. Every method gets its number of backward passes.")
+    ],
     methods: Annotated[
         str | None,
         typer.Option(help=f"{help_text()}. Default: dense,random,magnitude,joint,unanimous."),
     ] = None,
     criteria: Annotated[
         str | None,
-        typer.Option(help="For methods that leave it open: snip, disparse, fisher. Default: the recipe's."),
+        typer.Option(help="For methods that work with several: snip, disparse, fisher. Default: the recipe's."),
     ] = None,
-    sparsities: Annotated[str | None, typer.Option(help="Default: the recipe's.")] = None,
-    seeds: Annotated[str, typer.Option(help="One dense model per seed, which all methods start from.")] = "1,2,3",
+    sparsities: Annotated[str | None, typer.Option(help="Separated by commas. Default: the recipe's.")] = None,
+    seeds: Annotated[str, typer.Option(help="All methods start from the same dense model, one per seed.")] = "1,2,3",
     protocol: Annotated[
         Literal["methods", "equal-budget"],
-        typer.Option(help="equal-budget: the best ensemble of single-task models against the shared model, by budget."),
+        typer.Option(
+            help="equal-budget: the best ensemble of single-task models against the shared model, at each budget."
+        ),
     ] = "methods",
     budgets: Annotated[
         str | None,
-        typer.Option(help="With equal-budget: kept weights, as fractions of one encoder. Default: 1 - the sparsities."),
+        typer.Option(
+            help="Only with equal-budget: kept weights, as fractions of one encoder. Default: 1 - sparsities."
+        ),
     ] = None,
     overrides: _Set = [],  # noqa: B006
     output_dir: Annotated[
-        str | None, typer.Option("--output_dir", "--output-dir", help="Default: the recipe's, with -compare added.")
+        str | None,
+        typer.Option(
+            "--output_dir", "--output-dir", help="Folder to write to. Default: the recipe's, with -compare appended."
+        ),
     ] = None,
 ) -> None:
-    """Run pruning methods on one recipe, each at the same number of backward passes; print one table with its spread.
+    """Compare pruning methods on one recipe, each at the same number of backward passes, over several seeds.
 
-    The same command again goes on where it stopped; other methods, sparsities and seeds add rows to the folder.
+    Run it again to continue where it stopped; other methods, sparsities and seeds add rows to the same folder.
     """
-    _quiet()
+    quiet()
     from hf_disparse.config import UserError
     from hf_disparse.recipes.recipe import read_recipe
 
@@ -202,25 +209,26 @@ def compare(
 def analyze_(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A folder that `train` wrote, or a model's.")],
     recipe_path: Annotated[
-        str | None, typer.Option("--recipe", help="With the tasks and data; default: the folder's own.")
+        str | None, typer.Option("--recipe", help="Recipe with the tasks and data. Default: the folder's own.")
     ] = None,
     overrides: _Set = [],  # noqa: B006
     sparsities: Annotated[
-        str, typer.Option(help="Of the cost curve, which needs a dense model; 0 alone leaves it out.")
+        str, typer.Option(help="Points of the cost curve, which needs a dense model. 0 leaves the curve out.")
     ] = "0.3,0.5,0.6,0.7,0.8,0.9,0.95",
     within: Annotated[
-        float | None, typer.Option(help="End the curve where a task loses more than so many points.")
+        float | None, typer.Option(help="Stop the curve when a task has lost more than this many points.")
     ] = None,
-    recover: Annotated[int, typer.Option(help="Train each point of the curve for so many steps, too.")] = 0,
+    recover: Annotated[int, typer.Option(help="Train each point of the curve for this many steps.")] = 0,
     output_dir: Annotated[
-        str | None, typer.Option("--output_dir", "--output-dir", help="Default: the model's folder.")
+        str | None, typer.Option("--output_dir", "--output-dir", help="Folder to write to. Default: the model's.")
     ] = None,
 ) -> None:
-    """Show what each task needs, where the tasks diverge, and what sparsity costs; write analysis.json and report.html.
+    """Show which weights each task needs, where the tasks diverge and what sparsity costs, as a report.
 
-    Of a run: before training, dense and sparse. More scoring batches (--set pruning.score_batches=64) narrow the intervals.
+    A run is analyzed before training, dense and sparse. More scoring batches (--set pruning.score_batches=64) give narrower
+    intervals.
     """
-    _quiet()
+    quiet()
     from hf_disparse.runs import analyze
 
     curve = analyze.Curve(tuple(_list(sparsities, "--sparsities", float)), within, recover)
@@ -232,31 +240,34 @@ def analyze_(
 )
 def export(
     model: _Model,
-    output_dir: Annotated[str, typer.Option("--output_dir", "--output-dir", help="A new folder.")],
+    output_dir: Annotated[str, typer.Option("--output_dir", "--output-dir", help="New folder to write to.")],
     format_: Annotated[
         Literal["packed", "compact", "task", "onnx"],
         typer.Option(
             "--format",
-            help="packed: non-zeros and a bit a weight; compact: without pruned heads, neurons, layers and ranks; "
-            "task: for plain transformers; onnx: one task, checked in onnxruntime.",
+            help="packed: non-zeros and one bit per weight; compact: pruned heads, neurons, layers and ranks removed; "
+            "task: plain transformers models; onnx: one task, checked in onnxruntime.",
         ),
     ] = "packed",
     task: Annotated[
         str | None,
-        typer.Option(help="With --format task: this one, by default each, into tasks/NAME; onnx takes one."),
+        typer.Option(help="Only with task (default: every task, into tasks/NAME) and onnx."),
     ] = None,
     dtype: _Dtype = None,
 ) -> None:
-    """Write a model in a form in which it is published; a compact model or a task can be packed next."""
-    _quiet()
+    """Write a model in a form to publish. A compact model or a task can be packed afterwards."""
+    quiet()
+    from hf_disparse.config import UserError
+
+    if task is not None and format_ not in ("task", "onnx"):
+        raise UserError("--task: only applies to --format task and --format onnx")
+    if dtype is not None and format_ == "onnx":
+        raise UserError("--dtype: does not apply to --format onnx, which is float32")
     import torch
 
     from hf_disparse import export
-    from hf_disparse.config import require
 
     wanted = getattr(torch, dtype) if dtype else None
-    require(task is None or format_ in ("task", "onnx"), "--task", "nothing but with --format task or onnx", task)
-    require(dtype is None or format_ != "onnx", "--dtype", "nothing with --format onnx, which is float32", dtype)
     if format_ == "task":
         for folder in export.save_tasks(model, output_dir, task, wanted):
             print(f"written: {folder}")
@@ -284,7 +295,7 @@ def export(
 
 @contextmanager
 def _with_card(output_dir: str) -> Iterator[Path]:
-    """A new folder for a model, to which its card is added; it is there with both or not at all."""
+    """Yields a new folder for a model and adds its card; the folder appears with both or not at all."""
     from hf_disparse import export
     from hf_disparse.files import new_folder
 
@@ -299,22 +310,25 @@ def _with_card(output_dir: str) -> Iterator[Path]:
 )
 def push(
     model: _Model,
-    repo_id: Annotated[str, typer.Argument(metavar="REPO", help="Where to: USER/NAME; made if it is not there.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO", help="USER/NAME; created if it does not exist.")],
     format_: Annotated[
-        Literal["packed", "compact", "plain"], typer.Option("--format", help="As of export; plain: as it is.")
+        Literal["packed", "compact", "plain"], typer.Option("--format", help="As in export; plain: unchanged.")
     ] = "packed",
     dtype: _Dtype = None,
     with_tasks: Annotated[
-        bool, typer.Option("--with-tasks", help="Also upload every task as a plain model, in tasks/NAME.")
+        bool, typer.Option("--with-tasks", help="Also upload every task as a plain model into tasks/NAME.")
     ] = False,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
     license_: Annotated[
-        str | None, typer.Option("--license", help="On the card, such as apache-2.0; the base model's holds, too.")
+        str | None,
+        typer.Option(
+            "--license", help="License for the card, such as apache-2.0. The base model's license applies too."
+        ),
     ] = None,
-    token: Annotated[str | None, typer.Option(help="Default: that of `hf auth login`.")] = None,
+    token: Annotated[str | None, typer.Option(help="Default: the one from `hf auth login`.")] = None,
 ) -> None:
-    """Export a model with its card and upload it to the Hub, as one commit."""
-    _quiet()
+    """Export a model with its card and upload it to the Hub in one commit."""
+    quiet()
     import torch
 
     from hf_disparse import export
@@ -331,7 +345,7 @@ def push(
 
 
 def _list(text: str, where: str, kind) -> list:
-    """The values between the commas."""
+    """Returns the values between the commas."""
     from hf_disparse.config import UserError
 
     try:
@@ -339,32 +353,5 @@ def _list(text: str, where: str, kind) -> list:
     except ValueError:
         values = []
     if not values:
-        raise UserError(f"{where}: expected values with commas between them, got {text!r}")
+        raise UserError(f"{where}: expected values separated by commas, got {text!r}")
     return values
-
-
-def _quiet() -> None:
-    """Prints our own words and training's bars; lets libraries log errors only, and draw bars only on a terminal.
-
-    Each library is silenced when it loads, so that none loads for that.
-    """
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without the line of code it came from
-    if _rank():
-        warnings.simplefilter("ignore")
-    for name, silence in (
-        ("datasets", _silence_datasets),
-        ("huggingface_hub", lambda hub: hub.logging.set_verbosity_error()),
-        ("transformers", _silence_transformers),
-    ):
-        register_post_import_hook(silence, name)
-
-
-def _silence_datasets(datasets) -> None:
-    datasets.logging.set_verbosity_error()
-    if _rank() or not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-
-
-def _silence_transformers(transformers) -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()  # of loading and saving weights; training has its own

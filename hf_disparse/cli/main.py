@@ -1,4 +1,4 @@
-"""The entry point of `hf-disparse`: errors as one to three lines, exit statuses, the other processes."""
+"""The entry point of `hf-disparse`: errors of one to three lines, exit statuses, the end of all processes."""
 
 import os
 import signal
@@ -9,20 +9,23 @@ from typing import NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from hf_disparse.cli.commands import _rank, app
+from hf_disparse.cli.commands import app
+from hf_disparse.cli.quiet import rank
 from hf_disparse.cli.tables import close_bars
 
-_GRACE = 10.0  # seconds
+_GRACE = 10.0  # seconds that other processes leave the first one to print its error
 
 
 def main() -> None:
-    """Entry point of `hf-disparse`."""
+    """Runs the command of `sys.argv` and exits."""
     from hf_disparse.config import UserError, one_line
 
-    if _rank() > 0:
+    if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    if "LOCAL_RANK" not in os.environ:  # a launcher's processes end at once, which other processes wait for
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # half-written folders are taken away
+    if "LOCAL_RANK" not in os.environ:  # a launcher wants its processes to end at once
+        signal.signal(
+            signal.SIGTERM, lambda *_: sys.exit(143)
+        )  # as an exception, so that half-written folders are removed
     try:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         _leave()
@@ -33,7 +36,7 @@ def main() -> None:
         sys.exit(130)
     except UserError as error:
         fail(with_flags(str(error)))
-    except OSError as error:  # a full disk or a file that vanished, where nobody could say what it was for
+    except OSError as error:  # a full disk or a vanished file, met where its purpose is unknown
         fail(f"{error.filename or 'reading or writing'}: {error.strerror or one_line(error)}")
 
 
@@ -54,19 +57,19 @@ def with_flags(message: str) -> str:
 
 
 def fail(message: str) -> NoReturn:
-    """Prints at most three lines and ends with status 2."""
+    """Prints at most three lines of the message and exits with status 2."""
     close_bars()
     lines = [line for line in message.splitlines() if line.strip()][:3]
     where = ""
-    if _rank() > 0:
-        time.sleep(_GRACE)  # most often all processes have one error: the launcher ends us when the first has said it
-        where = f"rank {_rank()}: "
+    if rank() > 0:
+        time.sleep(_GRACE)  # most often all have the same error: the launcher ends us once rank 0 has printed it
+        where = f"rank {rank()}: "
     print("error: " + where + "\n".join(lines), file=sys.stderr, flush=True)
     sys.exit(2)
 
 
 def _leave() -> None:
-    """Parts with the other processes, if there are any."""
+    """Leaves the process group, if there is one."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from hf_disparse.distributed import processes as distributed
 

@@ -1,4 +1,4 @@
-"""What the commands print: tables, and lines below them. Layer 10."""
+"""What the commands print: tables, and the lines below them."""
 
 import sys
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from hf_disparse.tasks.averages import average_name
 
 
 def close_bars() -> None:
-    """What is said after a bar belongs on a line of its own."""
+    """Closes all progress bars, so that the next output starts on a line of its own."""
     for bar in list(tqdm._instances):
         bar.close()
 
@@ -28,7 +28,7 @@ def print_comparison(report: dict, folder: str, experiment) -> None:
         for row in rows:
             shown.add_row(*row)
         console = Console()
-        (console if console.is_terminal else Console(width=160)).print(shown)  # a file need not be folded to 80
+        (console if console.is_terminal else Console(width=160)).print(shown)  # a file is not limited to 80 columns
         print(experiment.caption(report))
         print(f"written: {folder}/{experiment.markdown_name} and {experiment.json_name}")
     for name, reason in report["failed"].items():
@@ -39,8 +39,8 @@ def print_comparison(report: dict, folder: str, experiment) -> None:
 
 
 def print_results(results: dict, folder: str) -> None:
-    """One table of what a run cost each task, and what it saved."""
-    print(f"dense against sparse: {folder}")  # not as the table's title, which would be folded to its width
+    """Prints what a run cost each task and what it saved."""
+    print(f"dense against sparse: {folder}")  # not as the table's title, which would wrap at its width
     table = new_table("task", "metric", "majority", "dense", "sparse", "difference")
     for task, metrics in results["dense"]["tasks"].items():
         for metric, dense in metrics.items():
@@ -65,7 +65,7 @@ def print_results(results: dict, folder: str) -> None:
 
 
 def print_sparsity(sparsity: dict[str, float]) -> None:
-    """Sparsity by denominator, on one line."""
+    """Prints the sparsity by denominator on one line."""
     names = {
         "target": "target",
         "prunable": "of the prunable weights",
@@ -76,18 +76,18 @@ def print_sparsity(sparsity: dict[str, float]) -> None:
 
 
 def print_guard(guard: dict) -> None:
-    """Which task ended pruning, on one line."""
+    """Prints on one line which task ended pruning, if any did."""
     stopped = guard["stopped"]
     if stopped is None:
-        print("guard:    no task lost more than it may")
+        print("guard:    no task lost more than max_drop allows")
         return
     lost = f"{stopped['task']} lost {stopped['drop']:.1f} points of at most {guard['max_drop'][stopped['task']]:g}"
     undone, kept = (f"{100 * stopped[key]:.1f} %" for key in ("undone", "kept"))
-    print(f"guard:    {lost} at {undone}, which was undone to {kept}, where pruning ended")
+    print(f"guard:    {lost} at {undone}; pruning was undone to {kept} and ended there")
 
 
 def print_plan(plan: dict) -> None:
-    """What a dry run found."""
+    """Prints what a dry run found."""
     table = new_table("task", "training examples", "validation examples", "left out, unlabelled")
     validation = plan["examples"]["validation"]
     for task, rows in plan["examples"]["train"].items():
@@ -98,7 +98,7 @@ def print_plan(plan: dict) -> None:
 
 
 def new_table(*columns: str) -> Table:
-    """A table whose figures stand to the right."""
+    """Returns a table with figures aligned to the right."""
     table = Table()
     for column in columns:
         left = column in ("task", "metric", "method", "model")
@@ -107,7 +107,7 @@ def new_table(*columns: str) -> Table:
 
 
 def print_analysis(analysis: dict[str, Any], folder: str) -> None:
-    """What an analysis found, in short: the agreement of all tasks by layer, where they part, and what sparsity costs."""
+    """Prints a summary of an analysis: agreement of all tasks by layer, where they diverge, and what sparsity costs."""
     close_bars()
     if analysis["stages"] and len(analysis["tasks"]) > 1:
         _print_agreement(analysis)

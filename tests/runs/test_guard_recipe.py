@@ -101,7 +101,7 @@ def test_train_says_which_task_stopped_it_at_which_sparsity(recipe, tmp_path, mo
     assert stopped["undone"] == pytest.approx(sparsity_at(config, 1), abs=1e-3)
     assert results["guard"]["max_drop"] == {"three": 2} and results["guard"]["before"] == {"three": 47.0}
     assert (
-        f"guard:    three lost 3.0 points of at most 2 at {100 * stopped['undone']:.1f} %, which was undone to 0.0 %"
+        f"guard:    three lost 3.0 points of at most 2 at {100 * stopped['undone']:.1f} %; pruning was undone to 0.0 %"
         in out
     )
     assert "task 'three' is 3.00 points below" in caplog.text  # on stderr, but pytest is before it
