@@ -144,11 +144,13 @@ def test_batches_that_cannot_be_scored_together_are_named():
     model = tiny_model()
     parameters = prunable_parameters(model)
     unlabelled = {"input_ids": torch.tensor([[5]]), "task": "two"}
-    with pytest.raises(ValueError, match="two: expected batches with labels, got one that has no loss"):
+    with pytest.raises(
+        ValueError, match="task 'two': the model returns no loss for a batch; do the batches have labels"
+    ):
         dict(score(model, {"two": [unlabelled]}, "snip", parameters=parameters))
     batch = unlabelled | {"labels": torch.tensor([0])}
     loaders = {"two": [batch] * 2, "three": [batch | {"task": "three"}]}
-    expected = "joint: expected loaders of as many batches, got one that ends first; pass num_batches"
+    expected = "joint: the loaders differ in their number of batches; pass num_batches"
     with pytest.raises(ValueError, match=expected):
         dict(score(model, loaders, "snip", parameters=parameters, joint=True))
     assert list(dict(score(model, loaders, "snip", parameters=parameters, joint=True, num_batches=2))) == ["joint"]
