@@ -1,12 +1,10 @@
 """The mask that one task would have alone: its largest scores, chosen without sorting them."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-Scores = Mapping[str, Tensor]
-Masks = dict[str, Tensor]
+from hf_disparse.pruning.decision import Masks, Scores
+
 _HALF = 1 << 16
 
 

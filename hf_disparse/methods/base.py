@@ -9,10 +9,10 @@ from torch.optim import Optimizer
 
 from hf_disparse.config import PruningConfig
 from hf_disparse.pruning.decision import Masks
-from hf_disparse.pruning.rules import Sites, parts_to_prune
+from hf_disparse.pruning.parts import Sites
+from hf_disparse.pruning.rules import parts_to_prune
 from hf_disparse.pruning.schedule import end_of, sparsity_at, update_steps
-
-Stream = Iterator[tuple[str, dict[str, Tensor]]]
+from hf_disparse.pruning.scores import Stream
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from hf_disparse.config import PART_CRITERIA, PruningConfig
 from hf_disparse.methods.base import Method, Update
 from hf_disparse.pruning.decision import Masks
-from hf_disparse.pruning.part_criteria import PartScores, agreement, agreement_score, taylor
+from hf_disparse.pruning.part_criteria import PartScores, agreement_and_need, agreement_score, taylor
 from hf_disparse.pruning.rules import count_pruned_parts, decide_by, decide_parts, decide_pattern, decide_scored_parts
 from hf_disparse.pruning.schedule import sparsity_at, update_steps
 from hf_disparse.pruning.scores import GRADIENT_CRITERIA
@@ -36,7 +36,7 @@ class Saliency(Method):
     def _of_parts(self, now: Update) -> list[tuple[str, PartScores]]:
         """(task, its scores of the parts), or one pair of all tasks."""
         if self.config.criterion == "agreement":
-            return [("joint", agreement_score(*agreement(now.parameters, now.gradients(), now.sites)))]
+            return [("joint", agreement_score(*agreement_and_need(now.parameters, now.gradients(), now.sites)))]
         stream = now.gradients(self.config.decision == "joint")
         return [(task, taylor(now.parameters, gradients, now.sites)) for task, gradients in stream]
 

@@ -1,16 +1,16 @@
 """How the tasks' scores become one mask: pure functions that see one task at a time.
 
-Words: *scores* are {parameter name: tensor >= 0}, higher is more important. A *mask* is {parameter name: bool tensor},
-True = keep. N is the number of prunable weights, T the number of tasks. A *live* weight is one that no mask has pruned yet.
+Terms: *scores* are {parameter name: tensor >= 0}, higher is more important. A *mask* is {parameter name: bool tensor},
+True = keep. N is the number of prunable weights, T the number of tasks. A *live* weight has not been pruned yet.
 
-The rule (docs/concepts.md derives it). Let R_t(w) be the rank of weight w for task t, 0 = most important, ties by position, and
-N where the score is 0: a task can spare a weight that it has no use for.
+The rule (derived in docs/concepts.md): let R_t(w) be the rank of weight w for task t, 0 = most important, ties by position, and
+N where the score is 0, since a task can spare a weight that it does not use.
 Task t alone would keep {w : R_t(w) < k}. Pruning only what *all* tasks can spare keeps the union over tasks, which is
 {w : min_t R_t(w) < k}. So the mask keeps the weights with the smallest min_t R_t(w), cut at the budget: no search for k,
-no ties left over, one int32 buffer however many tasks there are. A quorum of m replaces the minimum by the m-th smallest.
+no leftover ties, one int32 buffer for any number of tasks. A quorum of m replaces the minimum by the m-th smallest.
 
-In code, `decide_masks` flattens the scores task by task, a *cost* such as `quorum_rank` folds them into one number per weight,
-and a *cut* such as `keep_smallest` says which costs stay.
+In code, `decide_masks` flattens the scores task by task, a *cost* such as `quorum_rank` reduces them to one number per weight,
+and a *cut* such as `keep_smallest` chooses the weights to keep.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,34 +23,34 @@ from torch import Tensor
 Scores = Mapping[str, Tensor]
 TaskScores = Mapping[str, Scores] | Iterable[tuple[str, Scores]]
 Masks = dict[str, Tensor]
-Flat = tuple[Tensor, Tensor | None]  # one task's scores (N,), and which weights are live (N,) bool, None for all
-Cost = Callable[[Iterator[Flat]], Tensor]  # the tasks, one at a time -> cost (N,), the lowest stays
+Flat = tuple[Tensor, Tensor | None]  # one task's scores (N,), and the live weights (N,) bool, None = all
+Cost = Callable[[Iterator[Flat]], Tensor]  # the tasks, one at a time -> cost (N,), lowest kept first
 Cut = Callable[[Tensor], Tensor]  # cost (N,) -> bool (N,), True = keep
 
 
 def decide(
     task_scores: TaskScores, sparsity: float, quorum: int = 1, active: Masks | None = None, cut: Cut | None = None
 ) -> Masks:
-    """Prunes exactly `round(sparsity * N)` weights, keeping what at least `quorum` tasks want; 1 is unanimous pruning.
+    """Prunes exactly `round(sparsity * N)` weights, keeping what at least `quorum` tasks want; with 1, pruning is unanimous.
 
     Args:
         task_scores: task -> scores, or an iterable of such pairs, consumed one at a time.
         sparsity: fraction of all weights that is False in the result, in [0, 1).
         quorum: a weight is ranked by its `quorum`-th best rank over the tasks, in 1..T.
         active: weights that are False here stay pruned and count towards the sparsity; all True by default.
-        cut: chooses the weights in place of `sparsity`, which is then ignored: (N,) cost of every weight, lower is better ->
+        cut: chooses the weights instead of `sparsity`, which is then ignored: cost of every weight (N,), lower is better ->
             (N,) bool, True = keep.
 
     Returns:
-        The mask. One task gives plain pruning by its scores.
+        The mask. With one task this is plain pruning by its scores.
 
     Raises:
         ValueError: no tasks, different parameters or shapes, NaN or infinite scores, a sparsity outside [0, 1) or below
-            what `active` has pruned, a quorum outside 1..T.
+            that of `active`, a quorum outside 1..T.
 
-    Memory beyond one task's scores: `quorum` int32 buffers of N and one sort's temporaries; with the scores themselves 41 bytes a
-    weight at the peak (measured), on the scores' device. Source: DiSparse, Sun et al. 2022 (arXiv 2206.04662), whose arbiter this
-    makes exact; docs/papers.md.
+    Memory beyond one task's scores: `quorum` int32 buffers of N and the temporaries of one sort; with the scores, 41 bytes a
+    weight at the peak (measured), on the scores' device. Source: DiSparse, Sun et al. 2022 (arXiv 2206.04662), whose arbiter
+    this makes exact; see docs/papers.md.
     """
     check_quorum(quorum)
 
@@ -73,7 +73,7 @@ def decide_max(task_scores: TaskScores, sparsity: float, active: Masks | None = 
 def decide_mean_rank(
     task_scores: TaskScores, sparsity: float, active: Masks | None = None, cut: Cut | None = None
 ) -> Masks:
-    """Keeps the weights with the smallest rank on average over the tasks. See `decide`."""
+    """Keeps the weights with the smallest mean rank over the tasks. See `decide`."""
 
     def cost(tasks: Iterator[Flat]) -> Tensor:
         return add_up(task_ranks(scores, live).long() for scores, live in tasks)  # int64: ranks go up to 2^31
@@ -92,7 +92,7 @@ def quorum_rank(task_ranks: Iterable[Tensor], quorum: int) -> Tensor:
 
 
 def merge_smallest(smallest: list[Tensor], rank: Tensor, quorum: int) -> list[Tensor]:
-    """Inserts one more task's ranks into the sorted list of the `quorum` smallest, weight by weight. Shapes all (N,)."""
+    """Inserts one more task's ranks into the sorted list of the `quorum` smallest, for each weight. Shapes all (N,)."""
     for i, held in enumerate(smallest):
         smallest[i], rank = torch.minimum(held, rank), torch.maximum(held, rank)
     return [*smallest, rank] if len(smallest) < quorum else smallest
@@ -114,17 +114,17 @@ def largest_share(tasks: Iterable[Flat]) -> Tensor:
 
 
 def normalised(scores: Tensor) -> Tensor:
-    """Scores that sum to 1, so that the scale of a task's loss does not count; all zeros stay zeros. (N,) -> (N,) float64."""
+    """Scales scores to sum 1, so that the scale of a task's loss does not count; all zeros stay zeros. (N,) -> (N,) float64."""
     scores = scores.double()
     largest = scores.max()
     if largest == 0:
         return scores
-    scores = scores / largest  # before they are added: the sum of large ones may overflow
+    scores = scores / largest  # before summing, because a sum of large scores may overflow
     return scores / scores.sum()
 
 
 def add_up(tensors: Iterable[Tensor]) -> Tensor:
-    """The sum of tensors that come one at a time; the first is changed in place. Shapes all (N,)."""
+    """Sums tensors that arrive one at a time, into the first of them. Shapes all (N,)."""
     total = None
     for tensor in tensors:
         total = tensor if total is None else total.add_(tensor)
@@ -135,7 +135,7 @@ def add_up(tensors: Iterable[Tensor]) -> Tensor:
 def task_ranks(scores: Tensor, live: Tensor | None = None) -> Tensor:
     """R_t of the rule: as `ranks`, but N where the score is 0, and N + 1 where the weight is not `live`.
 
-    Among scores with a sign, such as those of movement pruning, 0 is a score like any other.
+    Where scores have signs, as in movement pruning, 0 is a score like any other.
 
     Shapes: scores (N,) floating, live (N,) bool or None -> (N,) int32.
     """
@@ -153,10 +153,10 @@ def ranks(scores: Tensor, live: Tensor | None = None) -> Tensor:
     """
     scores = scores if scores.dtype == torch.float64 else scores.float()
     bits = torch.int64 if scores.dtype == torch.float64 else torch.int32
-    # The bits of a float, read as an integer, sort like the float does (mirrored below zero), and integers sort several
-    # times faster. Adding 0.0 turns -0.0, which has bits of its own, into 0.0.
+    # The bits of a float, read as an integer, sort like the float (mirrored below zero), and integers sort several times
+    # faster. Adding 0.0 turns -0.0, whose bits differ, into 0.0.
     key = (scores + 0.0).view(bits)
-    key = torch.where(key < 0, key ^ torch.iinfo(bits).max, key).bitwise_not_()  # not: largest first
+    key = torch.where(key < 0, key ^ torch.iinfo(bits).max, key).bitwise_not_()  # bitwise not: largest first
     if live is not None:
         key[~live] = torch.iinfo(bits).max
     order = torch.sort(key, stable=True).indices
@@ -177,11 +177,12 @@ def keep_smallest(cost: Tensor, count: int) -> Tensor:
 
 
 def decide_masks(task_scores: TaskScores, cost: Cost, cut: Cut, active: Masks | None = None) -> Masks:
-    """The masks that `cut` makes of the tasks' `cost`: what all decisions have in common.
+    """The masks that `cut` makes of the tasks' `cost`, the core of all decisions.
 
     Args:
         task_scores, active: as in `decide`; weights are flattened in the order of the first task's parameters.
-        cost: (one task's scores, live), one task at a time -> (N,). It is the largest integer where a weight is not live.
+        cost: (one task's scores, live), one task at a time -> (N,) integers.
+        cut: costs (N,), the largest integer where a weight is not live -> (N,) bool, True = keep.
     """
     shapes: dict[str, torch.Size] = {}
     live: Tensor | None = None
@@ -226,7 +227,7 @@ def check_quorum(quorum: int, tasks: int | None = None) -> None:
 
 
 def _decide(cost: Cost, task_scores: TaskScores, sparsity: float, active: Masks | None, cut: Cut | None) -> Masks:
-    """`decide_masks` at a sparsity, which is checked before the first task scores."""
+    """Calls `decide_masks` at a sparsity, which it checks before the first task is scored."""
     if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not 0 <= sparsity < 1:
         raise ValueError(f"sparsity: expected a number in [0, 1), got {sparsity!r}")
     if cut is None and active is not None:
@@ -248,7 +249,7 @@ def _split(flat: Tensor, shapes: Mapping[str, torch.Size]) -> Iterable[tuple[str
 
 
 def _check(what: str, scores: Scores, shapes: Mapping[str, torch.Size]) -> None:
-    """Raises ValueError unless `scores` has parameters, and those of the first task if its `shapes` are known."""
+    """Raises ValueError if `scores` is empty or differs in names or shapes from the first task's `shapes`, if known."""
     if not scores:
         raise ValueError(f"{what}: expected at least one parameter, got none")
     for name in sorted(set(shapes) ^ set(scores)) if shapes else []:

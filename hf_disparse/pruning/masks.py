@@ -1,4 +1,4 @@
-"""Masks on a model: apply, hold, count, pack, save, load. Layer 5; knows torch and safetensors only.
+"""Masks on a model: apply, hold, count, pack, save, load.
 
 A mask is {parameter name: bool tensor of the weight's shape}, True = keep.
 """
@@ -27,7 +27,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Sets every pruned weight to exactly +0.0 in place.
 
     Raises:
-        ValueError: a mask without a parameter of that name, of another shape, or not of bools.
+        ValueError: a mask whose parameter is missing or has another shape, or that is not bool.
     """
     parameters = dict(model.named_parameters())
     for name, keep in masks.items():
@@ -44,14 +44,14 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 def zero_pruned(tensor: Tensor, keep: Tensor) -> None:
     """Sets `tensor` to +0.0 in place where `keep` is False. Shapes alike.
 
-    Bits times 0 or 1: a product of floats would leave -0.0 and keep NaN, and is slower by half.
+    It multiplies the bits by 0 or 1; multiplying floats would leave -0.0, keep NaN and take 1.5 times as long.
     """
     tensor = local(tensor)
     tensor.view(BITS[tensor.element_size()]).mul_(local(keep).to(tensor.device))
 
 
 class MaskHooks:
-    """Zeroes the gradients of pruned weights as they arrive, hence before they are clipped, until `remove()`.
+    """Zeroes the gradients of pruned weights as they arrive, so before clipping, until `remove()`.
 
     The optimizer still moves pruned weights by momentum: call `apply_masks` after each of its steps.
     """
@@ -65,48 +65,49 @@ class MaskHooks:
         ]
 
     def remove(self) -> None:
-        """Lets gradients pass again."""
+        """Stops zeroing gradients."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
 
 def find_masks(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The masks of a sparse model that came without them: keep what is not exactly zero."""
+    """Reconstructs the masks of a sparse model from its zeros: keeps every weight that is not exactly zero."""
     return {name: tensor.detach() != 0 for name, tensor in parameters.items()}
 
 
 def count_pruned(masks: Mapping[str, Tensor]) -> tuple[int, int]:
-    """How many weights the masks prune, and of how many; of masks in parts asked by all processes."""
+    """Returns (pruned weights, all weights); every process must call it if the masks are sharded."""
     size = sum(keep.numel() for keep in masks.values())
     return size - count_nonzeros(masks), size
 
 
 def count_nonzeros(tensors: Mapping[str, Tensor]) -> int:
+    """Returns the number of nonzeros; every process must call it if the tensors are sharded."""
     mine = sum(int(torch.count_nonzero(local(tensor.detach()))) for tensor in tensors.values())
     return add_up(mine) if is_sharded(tensors) else mine
 
 
 def packed_bytes(weight: Tensor) -> int:
-    """What a matrix takes as its non-zeros and one bit a weight, each row in whole bytes. Shape (rows, columns)."""
+    """Size of a matrix stored as its nonzeros and one bit a weight, rows padded to whole bytes. Shape (rows, columns)."""
     return int(torch.count_nonzero(weight)) * weight.element_size() + weight.shape[0] * -(-weight.shape[1] // 8)
 
 
 def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
-    """Writes the masks at one bit a weight: safetensors of uint8, the shapes in the file's metadata."""
+    """Writes the masks at one bit a weight: safetensors of uint8, with the shapes in the file's metadata."""
     packed = {name: torch.from_numpy(np.packbits(keep.cpu().numpy().reshape(-1))) for name, keep in masks.items()}
     shapes = {name: list(keep.shape) for name, keep in masks.items()}
     save_file(packed, str(path), metadata={"version": str(FORMAT_VERSION), "shapes": json.dumps(shapes)})
 
 
 def load_masks(path: str | Path) -> dict[str, Tensor]:
-    """Reads what `save_masks` wrote; every size is checked before memory is taken.
+    """Reads what `save_masks` wrote; checks every size before allocating memory.
 
     Raises:
-        UserError: no such file, or one that is truncated or contradicts itself.
+        UserError: the file is missing, truncated or contradicts itself.
     """
     if not Path(path).is_file():
-        raise UserError(f"{path}: there is no such file; was this checkpoint written by hf_disparse?")
+        raise UserError(f"{path}: no such file; was this checkpoint written by hf_disparse?")
     with open_safetensors(path) as file:
         names = set(file.keys())
         try:
@@ -121,12 +122,12 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
 
 
 def _unpack(file, name: str, shape: list[int], path: str | Path) -> Tensor:
-    good = isinstance(shape, list) and len(shape) <= 8 and all(type(n) is int and 0 <= n < 2**40 for n in shape)
+    is_shape = isinstance(shape, list) and len(shape) <= 8 and all(type(n) is int and 0 <= n < 2**40 for n in shape)
     stored = file.get_slice(name)
-    size = math.prod(shape) if good else -1
-    if not good or stored.get_dtype() != "U8" or list(stored.get_shape()) != [(size + 7) // 8]:
+    size = math.prod(shape) if is_shape else -1
+    if not is_shape or stored.get_dtype() != "U8" or list(stored.get_shape()) != [(size + 7) // 8]:
         raise UserError(
-            f"{path}: expected the bits of its shape for '{name}', got {stored.get_shape()} {stored.get_dtype()}"
+            f"{path}: expected the packed bits of mask '{name}', got {stored.get_dtype()} {stored.get_shape()}"
         )
     bits = np.unpackbits(file.get_tensor(name).numpy(), count=size)
     return torch.from_numpy(bits).bool().reshape(shape)

@@ -1,28 +1,26 @@
-"""Criteria that judge a part as one, by the gradients of its weights: Taylor's, and the agreement of the tasks.
+"""Criteria that score a part as a whole by the gradients of its weights: Taylor, and agreement of the tasks.
 
-Words: G is a part (of a site, of a kind), w_G its weights, g_t,b the gradient of task t on batch b with respect to all weights,
-g_t the sum of those over the batches.
+Notation: G is a part (of a site, of a kind), w_G its weights, g_t,b the gradient of task t on batch b with respect to all
+weights, g_t its sum over the batches.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from hf_disparse.pruning.parts import Site, sum_by_part
+from hf_disparse.pruning.parts import Site, Sites, Tensors, sum_by_part
 
-Sites = Mapping[str, Mapping[str, Site]]
 PartScores = dict[str, dict[str, Tensor]]  # kind -> site -> (parts,) float64
-Tensors = Mapping[str, Tensor]  # parameter name -> weight-shaped
 
 
 def taylor(weights: Tensors, gradients: Iterable[Tensors], sites: Sites) -> PartScores:
-    """sum_b (sum over w in G of w g_b)^2: how much the loss of a batch changes, to first order, once the part is gone.
+    """sum_b (sum over w in G of w g_b)^2: the first-order change of a batch's loss when the part goes, squared, summed over b.
 
-    Source: Molchanov et al. 2019 (arXiv 1906.10771), the importance of a group, with its weights in place of a gate.
+    Source: Molchanov et al. 2019 (arXiv 1906.10771), the importance of a group, with its weights instead of a gate.
 
     Args:
-        gradients: of the batches, one at a time.
+        gradients: one batch at a time.
     """
     total: PartScores = {}
     for batch in gradients:
@@ -30,23 +28,23 @@ def taylor(weights: Tensors, gradients: Iterable[Tensors], sites: Sites) -> Part
     return total
 
 
-def agreement(
+def agreement_and_need(
     weights: Tensors, task_gradients: Iterable[tuple[str, Iterable[Tensors]]], sites: Sites
 ) -> tuple[PartScores, PartScores]:
-    """How much the tasks agree on a part, and how much they need it; `agreement_score` makes one score of them.
+    """How much the tasks agree on each part, and how much they need it; `agreement_score` combines the two.
 
         A_G = || sum_t g_t,G / ||g_t,G|| ||^2 = T + 2 sum over pairs of cos(g_s,G, g_t,G), in [0, T^2]
         N_G = sum_t T_t,G / sum over parts of the kind of T_t,.                            by `taylor`
 
-    A task without a gradient on a part does not count there. Source: our reading of the criterion by the tasks' gradients in
-    Garg et al. 2023 (arXiv 2304.06840), of which we know the abstract; the equations are ours.
+    A task without a gradient on a part does not count there. Source: our reading of the gradient-based criterion of Garg et
+    al. 2023 (arXiv 2304.06840), of which we know only the abstract; the equations are ours.
 
     Args:
         task_gradients: (task, its gradients batch by batch), consumed one at a time.
 
     Returns:
-        A and N. Memory: two buffers of the weights' size, however many tasks there are (one more if a layer's parts are pruned
-        beside the layers).
+        A and N. Memory: two buffers of the weights' size for any number of tasks (one more if parts of layers are pruned
+        besides whole layers).
     """
     direction: dict[str, dict[str, Tensor]] = {kind: {} for kind in sites}  # sum over tasks so far of g / ||g||
     need: PartScores = {}
@@ -68,7 +66,7 @@ def agreement(
 
 
 def agreement_score(agreed: PartScores, need: PartScores) -> PartScores:
-    """A_G N_G: a part that no task needs has no value for agreeing, one that all need in opposite ways little."""
+    """A_G N_G: low for a part that no task needs, even if they agree on it, and for one that they pull in opposite ways."""
     return {kind: {name: agreed[kind][name] * need[kind][name] for name in places} for kind, places in agreed.items()}
 
 
@@ -80,7 +78,7 @@ def _add_taylor(total: PartScores, weights: Tensors, gradients: Tensors, sites: 
 
 
 def _add_direction(total: dict[str, Tensor], summed: Tensors, site: Site) -> None:
-    """Adds g_G / ||g_G|| of every part of the site, in place; nothing where there is no gradient."""
+    """Adds g_G / ||g_G|| of every part of the site, in place; adds 0 where the gradient is 0."""
     norm = _squares(summed, site).sqrt()
     scale = torch.where(norm > 0, 1 / norm, 0.0)
     for module, (dim, owner) in site.members.items():
@@ -90,7 +88,7 @@ def _add_direction(total: dict[str, Tensor], summed: Tensors, site: Site) -> Non
 
 
 def _squares(tensors: Tensors, site: Site) -> Tensor:
-    """||x_G||^2 of every part, (parts,); in float64, for squares of small gradients are nothing in float32."""
+    """||x_G||^2 of every part, (parts,), in float64 because squares of small gradients underflow in float32."""
     own = [f"{module}.weight" for module in site.members]
     return sum_by_part({name: tensors[name].double().square() for name in own}, site)
 

@@ -1,7 +1,7 @@
-"""Parts of an encoder that can only go as a whole, as pure functions: attention heads, FFN neurons, layers. Layer 2.
+"""Parts of an encoder that are pruned as a whole: heads, neurons, layers, channels and ranks. Pure functions.
 
-A *site* is where parts of one kind live side by side: the heads of one layer's attention, say. Each of its modules has an
-*owner* tensor that says to which part each row (dim 0) or column (dim 1) of the module's weight belongs.
+A *site* is a place with parts of one kind, such as the heads of one layer's attention. Each of its modules has an
+*owner* tensor, which assigns each row (dim 0) or column (dim 1) of the module's weight to a part.
 """
 
 from collections.abc import Mapping
@@ -10,23 +10,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Tensors = Mapping[str, Tensor]  # parameter name -> weight-shaped
+
 
 @dataclass(frozen=True)
 class Site:
-    """`parts` parts, and module name -> (dim, owner), owner being (size of that dim,) int64 in 0..parts-1."""
+    """The number of parts, and module name -> (dim, owner), with owner (size of that dim,) int64 in 0..parts-1."""
 
     parts: int
     members: Mapping[str, tuple[int, Tensor]]
 
 
+Sites = Mapping[str, Mapping[str, Site]]  # kind -> name of the site -> site
+
+
 def channels(parameters: Mapping[str, Tensor]) -> dict[str, Site]:
-    """Every matrix as a site of its own, whose parts are its columns. Shapes: {parameter name: (rows, columns)}."""
+    """Makes every matrix a site of its own, whose parts are its columns. Shapes: {parameter name: (rows, columns)}."""
     modules = {name.removesuffix(".weight"): weight.shape[1] for name, weight in parameters.items()}
     return {module: Site(columns, {module: (1, torch.arange(columns))}) for module, columns in modules.items()}
 
 
 def sum_by_part(tensors: Mapping[str, Tensor], site: Site) -> Tensor:
-    """What all weights of a part add up to: a part's score, or how many of its weights a mask keeps.
+    """Sums over the weights of each part: the part's score, or how many of its weights a mask keeps.
 
     Shapes: {parameter name: weight-shaped} -> (parts,) float64.
     """
@@ -41,9 +46,9 @@ def sum_by_part(tensors: Mapping[str, Tensor], site: Site) -> Tensor:
 
 
 def mask_of_parts(masks: Mapping[str, Tensor], site: Site, keep: Tensor) -> dict[str, Tensor]:
-    """The masks of the site's weights once its pruned parts are gone; what was pruned before stays so.
+    """Masks of the site's weights without its pruned parts; what was pruned before stays pruned.
 
-    Shapes: masks {parameter name: bool, weight-shaped}, keep (parts,) bool -> those of `masks` that belong to the site.
+    Shapes: masks {parameter name: bool, weight-shaped}, keep (parts,) bool -> masks of the site's weights alone.
     """
     result = {}
     for module, (dim, owner) in site.members.items():
@@ -56,18 +61,18 @@ def mask_of_parts(masks: Mapping[str, Tensor], site: Site, keep: Tensor) -> dict
 def masks_of_parts(
     masks: Mapping[str, Tensor], sites: Mapping[str, Site], keep: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """`mask_of_parts` for sites of one kind, which share no weights."""
+    """Applies `mask_of_parts` to sites of one kind, which share no weights."""
     return {k: mask for name, site in sites.items() for k, mask in mask_of_parts(masks, site, keep[name]).items()}
 
 
 def matrix_shape(tensors: Mapping[str, Tensor], site: Site) -> tuple[int, int]:
-    """(out, in) of the matrix whose factors are the site's: up (out, r), of dim 1, and down (r, in), of dim 0."""
+    """(out, in) of the matrix that the site's factors make up: up (out, r), with dim 1, and down (r, in), with dim 0."""
     sizes = {dim: tensors[f"{module}.weight"].shape[1 - dim] for module, (dim, _) in site.members.items()}
     return sizes[1], sizes[0]
 
 
 def parameters_saved(masks: Mapping[str, Tensor], sites: Mapping[str, Site]) -> tuple[int, int]:
-    """How many parameters the factors save under their masks, below 0 while they are larger, and D, those of the matrices."""
+    """(parameters that the masked factors save, negative while they are larger; D, the parameters of the dense matrices)."""
     dense = sum(rows * columns for rows, columns in (matrix_shape(masks, site) for site in sites.values()))
     kept = sum(int(masks[f"{module}.weight"].sum()) for site in sites.values() for module in site.members)
     return dense - kept, dense

@@ -1,7 +1,7 @@
-"""Patterns that weights are pruned in: N kept of every M along a row, and blocks.
+"""Sparsity patterns: N kept of every M weights along a row, and blocks.
 
-N:M (Mishra et al. 2021, arXiv 2104.08378; Zhou et al. 2021, arXiv 2102.04010, prune it by magnitude) has as many zeros in
-every group of M consecutive weights of a row, so that there is no budget to share: each group is decided on its own.
+N:M (Mishra et al. 2021, arXiv 2104.08378; Zhou et al. 2021, arXiv 2102.04010; both by magnitude) has the same number of zeros
+in every group of M consecutive weights of a row. There is no budget to share, so each group is decided on its own.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -38,21 +38,21 @@ def decide_n_of_m(
     Let r_t(w) be the rank of w for task t in its group of M, 0 = most important, ties by position, M where the score is 0. The
     group keeps the N weights with the smallest
 
-    - `unanimous`: min_t r_t(w); `quorum`: `quorum`-th smallest r_t(w); both then by sum_t r_t(w), for many tie;
-    - `mean_rank`: sum_t r_t(w); `joint`: rank of the one task;
+    - `unanimous`: min_t r_t(w); `quorum`: `quorum`-th smallest r_t(w); in both, sum_t r_t(w) breaks ties, which are many;
+    - `mean_rank`: sum_t r_t(w); `joint`: r(w) by the scores of the summed losses;
     - `sum`, `max`: negative of the sum or maximum of the scores, each task's normalised to sum 1 over all weights,
 
     ties by position.
 
     Args:
         task_scores: task -> scores, or an iterable of such pairs, consumed one at a time; matrices (rows, columns).
-        active: weights that are False here stay pruned; a mask, all True by default.
+        active: a mask; weights that are False here stay pruned. All True by default.
 
     Raises:
-        ValueError: no tasks, columns that are no multiple of M, NaN or infinite scores, a quorum above the number of
-            tasks, a group of which `active` leaves fewer than N.
+        ValueError: no tasks, columns that are not a multiple of M, NaN or infinite scores, a quorum above the number of
+            tasks, a group in which `active` keeps fewer than N.
 
-    Memory: less than `decide` takes.
+    Memory: less than `decide`.
     """
 
     def rank(scores: Tensor, live: Tensor | None) -> Tensor:
@@ -75,7 +75,7 @@ def decide_n_of_m(
 
 
 def _quorum_rank_then_sum(ranked: Iterable[Tensor], m: int, quorum: int) -> Tensor:
-    """Orders weights by their `quorum`-th smallest rank, and those that tie by the sum of ranks. Shapes: (N,) each -> (N,)."""
+    """Combines the `quorum`-th smallest rank with the sum of ranks, which breaks ties. Shapes: (N,) each -> (N,)."""
     smallest, total, tasks = [], 0, 0
     for rank in ranked:
         smallest, total, tasks = merge_smallest(smallest, rank, quorum), total + rank, tasks + 1
@@ -84,9 +84,9 @@ def _quorum_rank_then_sum(ranked: Iterable[Tensor], m: int, quorum: int) -> Tens
 
 
 def ranks_in_groups(scores: Tensor, m: int, live: Tensor | None = None) -> Tensor:
-    """Rank of each score among the M of its group, 0 = largest, ties by position; what is not `live` ranks last.
+    """Rank of each score among the M of its group, 0 = largest, ties by position; weights that are not `live` rank last.
 
-    Shapes: scores (rows, columns), live the same of bools or None -> (rows, columns) int32; columns a multiple of M.
+    Shapes: scores (rows, columns), live the same shape, bool, or None -> (rows, columns) int32; columns a multiple of M.
     """
     groups = scores.reshape(-1, m)
     order = torch.sort(groups, dim=1, descending=True, stable=True).indices
@@ -98,13 +98,13 @@ def ranks_in_groups(scores: Tensor, m: int, live: Tensor | None = None) -> Tenso
 
 
 def pruned_in_groups(masks: Mapping[str, Tensor], n: int, m: int) -> tuple[int, int]:
-    """How many weights are pruned, of each group of M at most the M - N that have to be, and of how many weights."""
+    """(pruned weights, counting at most the M - N that N:M asks for in each group; all weights)."""
     gone = [(~keep.reshape(-1, m)).sum(dim=1).clamp(max=m - n) for keep in masks.values()]
     return sum(int(g.sum()) for g in gone), sum(keep.numel() for keep in masks.values())
 
 
 def pool_blocks(tensors: Mapping[str, Tensor], rows: int, columns: int) -> dict[str, Tensor]:
-    """The sum over each block: its score, or how many of its weights a mask keeps.
+    """Sums over each block: its score, or how many of its weights a mask keeps.
 
     Shapes: {name: (R, C)} -> {name: (R / rows, C / columns)} float64.
     """
@@ -115,19 +115,19 @@ def pool_blocks(tensors: Mapping[str, Tensor], rows: int, columns: int) -> dict[
 
 
 def expand_blocks(blocks: Mapping[str, Tensor], rows: int, columns: int) -> dict[str, Tensor]:
-    """Every block's entry at each of its weights. Shapes: {name: (R / rows, C / columns)} -> {name: (R, C)}."""
+    """Repeats every block's entry for each of its weights. Shapes: {name: (R / rows, C / columns)} -> {name: (R, C)}."""
     return {
         name: tensor.repeat_interleave(rows, dim=0).repeat_interleave(columns, dim=1) for name, tensor in blocks.items()
     }
 
 
 def misfits(tensors: Mapping[str, Tensor], rows: int, columns: int) -> Iterable[str]:
-    """The names of the matrices that do not divide into (rows, columns)."""
+    """Names of the tensors that do not divide into blocks of (rows, columns)."""
     return (name for name, t in tensors.items() if t.ndim != 2 or t.shape[0] % rows or t.shape[1] % columns)
 
 
 def _in_groups(task_scores: TaskScores, m: int) -> Iterator[tuple[str, Scores]]:
-    """The scores as they come; raises ValueError if a matrix does not divide into groups of M."""
+    """Passes the scores on; raises ValueError if a matrix does not divide into groups of M."""
     for task, scores in pairs(task_scores):
         for name in misfits(scores, 1, m):
             raise ValueError(

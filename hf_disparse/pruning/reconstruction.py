@@ -1,7 +1,7 @@
-"""What pruning leaves of a matrix, fitted to what it did right before: least squares, without a backward pass. Layer 5.
+"""Refits the remaining weights of each matrix by least squares to its outputs before pruning, without a backward pass.
 
-Layer after layer: the inputs are those that the pruned encoder has so far, the outputs to meet are those it had before it was
-pruned, so that a matrix makes up for what is lost before it, too.
+It goes layer by layer. The inputs come from the encoder as pruned so far, the target outputs from the encoder before pruning,
+so that a matrix also makes up for the losses of earlier layers.
 """
 
 import re
@@ -25,13 +25,13 @@ Calls = dict[nn.Module, list[tuple[Tensor, Tensor]]]
 def fit(gram: Tensor, cross: Tensor, weight: Tensor, keep: Tensor, damping: float = 0.01) -> Tensor:
     """The W, zero where `keep` is False, that minimises |X W^T - Y|^2 + d |W - weight|^2, d = damping * mean(diag(X^T X)).
 
-    Every row has its own solution, over the columns M that it keeps: w_M = (X_M^T X_M + d)^-1 (X_M^T y + d weight_M). Rows that
-    keep the same ones, as where heads or neurons went, share the root of X_M^T X_M + d.
-    Source: SparseGPT, Frantar and Alistarh 2023 (arXiv 2301.00774), eq. 2 and its dampening, here towards the weight.
+    Each row is solved on its own, over the columns M that it keeps: w_M = (X_M^T X_M + d)^-1 (X_M^T y + d weight_M). Rows that
+    keep the same columns, as after pruning heads or neurons, share the Cholesky factor of X_M^T X_M + d.
+    Source: SparseGPT, Frantar and Alistarh 2023 (arXiv 2301.00774), eq. 2 with its dampening, here towards the weight.
 
-    Shapes: gram X^T X (in, in), cross X^T Y (in, out), weight and keep (out, in) -> (out, in), float64 but for `keep`.
+    Shapes: gram X^T X (in, in), cross X^T Y (in, out), weight and keep (out, in) -> (out, in); float64, `keep` bool.
     """
-    strength = damping * gram.diagonal().mean().clamp_min(1e-12)  # of inputs that are all zero the weight remains
+    strength = damping * gram.diagonal().mean().clamp_min(1e-12)  # if all inputs are zero, the weight stays as it is
     gram = gram + strength * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     cross = cross + strength * weight.T
     alike: dict[bytes, list[int]] = {}
@@ -48,7 +48,7 @@ def fit(gram: Tensor, cross: Tensor, weight: Tensor, keep: Tensor, damping: floa
 
 @dataclass
 class Call:
-    """How the model calls one of its layers for one batch, but for the hidden states."""
+    """How the model calls one of its layers for one batch, apart from the hidden states."""
 
     args: tuple
     kwargs: dict[str, Any]
@@ -56,7 +56,7 @@ class Call:
     real: Tensor | None  # (batch, tokens), False for padding
 
     def run(self, layer: nn.Module, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The layer's hidden states for these, with other weights if they are given."""
+        """Runs the layer on hidden states, with `weights` instead of its own if given."""
         args, kwargs = (hidden, *self.args[1:]), self.kwargs
         if not self.args:
             args, kwargs = (), {**kwargs, "hidden_states": hidden}
@@ -64,7 +64,7 @@ class Call:
             return _first(functional_call(layer, weights, args, kwargs) if weights else layer(*args, **kwargs))
 
     def rows(self, calls: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Inputs and outputs of a module as (rows, width), float32 at least, without padding."""
+        """Inputs and outputs of a module as (rows, width), at least float32, without padding."""
         return tuple(torch.cat([self._unpadded(states) for states in side]) for side in zip(*calls, strict=True))
 
     def _unpadded(self, states: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Call:
 
 @torch.no_grad()
 def check(model: nn.Module, names: Iterable[str], batch: Batch, loss_fn: LossFunction) -> None:
-    """Refuses now what `reconstruct` would refuse once the masks of these weights are there; takes a forward pass."""
+    """Raises now what `reconstruct` would raise for masks of these weights; takes one forward pass."""
     layers = [layer for layer, _ in _layers(model, names)]
     with evaluating(model):
         _record(model, layers, [batch], loss_fn)
@@ -92,23 +92,23 @@ def reconstruct(
     average: Average | None = None,
     progress: bool = False,
 ) -> None:
-    """Fits, in place, what `masks` keep, and the biases beside it, to the outputs that the matrices had before pruning.
+    """Fits the weights that `masks` keep, and their biases, in place, to the outputs of the matrices before pruning.
 
     Takes about seven forward passes over the batches, and memory for two hidden states of each batch.
 
     Args:
-        masks: {name: (out, in) bools} of weights of Linear modules in the layers of `model`, zero where they are False.
-        before: {name: (out, in)}, the same weights before that.
-        loss_fn: (model, batch) -> loss, for its forward pass.
-        average: tensors -> their means over processes, in place, of which each has its part of the batches.
+        masks: {name: (out, in) bool} of Linear weights in the layers of `model`, which are already zero where it is False.
+        before: {name: (out, in)}, the same weights before pruning.
+        loss_fn: (model, batch) -> loss; called for its forward pass.
+        average: averages tensors over processes in place; each process has its part of the batches.
         progress: show a bar over the layers.
 
     Raises:
-        UserError: no batches, or a model that does not hand hidden states from layer to layer as transformers' encoders do, or
-            whose layers share a matrix.
+        UserError: no batches, a model that does not pass hidden states from layer to layer as transformers' encoders do, or
+            layers that share a matrix.
     """
     if not batches:
-        raise UserError("pruning.reconstruct: expected batches to fit the matrices on, got none")
+        raise UserError("pruning.reconstruct: there are no batches to fit the matrices on")
     layers = _layers(model, masks)
     with evaluating(model):
         hidden, calls = _record(model, [layer for layer, _ in layers], batches, loss_fn)
@@ -135,10 +135,10 @@ def _fit(
     streams: Iterable[tuple[Call, Tensor, Tensor]],
     average: Average | None,
 ) -> None:
-    """Fits Linear modules that have the same inputs, `times` in a run of the layer.
+    """Fits Linear modules that share their inputs and are called `times` times in one run of the layer.
 
     Args:
-        streams: (call, hidden states that enter the layer now, those before pruning), batch by batch.
+        streams: (call, hidden states that enter the layer now, and before pruning), batch by batch.
     """
     sums: list[Tensor] = []
     for call, now, then in streams:
@@ -163,17 +163,17 @@ def _fit(
 
 
 def _layers(model: nn.Module, masks: Iterable[str]) -> list[tuple[nn.Module, dict[str, str]]]:
-    """All layers of the list that has the matrices, in order, each with {name in the layer: name of the weight}."""
+    """All layers of the encoder, in order, each with {name in the layer: name of the weight} of its masked matrices."""
     found = {name: _LAYER.fullmatch(name) for name in masks}
     lists = {match["list"] if match else None for match in found.values()}
     if None in lists or len(lists) > 1:
         odd = next((name for name, match in found.items() if match is None), f"{len(lists)} lists of layers")
-        raise UserError(f"pruning.reconstruct: expected matrices of the layers of one encoder, got {odd}")
+        raise UserError(f"pruning.reconstruct: all pruned matrices must be in the layers of one encoder; got {odd}")
     layers = [(layer, {}) for layer in model.get_submodule(lists.pop())]
     uses = Counter(id(p) for layer, _ in layers for _, p in layer.named_parameters(remove_duplicate=False))
     for name in found:
         if uses[id(model.get_parameter(name))] > 1:
-            raise UserError(f"pruning.reconstruct: expected matrices that no other module shares, got {name}")
+            raise UserError(f"pruning.reconstruct: {name} is shared with another module, so it cannot be fitted")
     for name, match in found.items():
         layers[int(match["number"])][1][match["linear"]] = name
     return layers
@@ -182,7 +182,7 @@ def _layers(model: nn.Module, masks: Iterable[str]) -> list[tuple[nn.Module, dic
 def _record(
     model: nn.Module, layers: Sequence[nn.Module], batches: Iterable[Batch], loss_fn: LossFunction
 ) -> tuple[list[Tensor], list[list[Call]]]:
-    """The hidden states that enter the first layer, and how each layer is called: batch by batch, layer by layer."""
+    """Records the hidden states that enter the first layer, by batch, and the calls of the layers, by batch and layer."""
     hidden, calls = [], []
     for batch in batches:
         inputs, outputs, made = [], [], []
@@ -207,24 +207,26 @@ def _record(
         finally:
             for handle in handles:
                 handle.remove()
-        chain = len(inputs) == len(layers) and all(a is b for a, b in zip(inputs[1:], outputs[:-1], strict=True))
-        if not chain:
-            got = f"{type(model).__name__}, which does more between them or repeats them"
-            raise UserError(f"pruning.reconstruct: expected an encoder whose layers follow one another, got {got}")
+        is_chain = len(inputs) == len(layers) and all(a is b for a, b in zip(inputs[1:], outputs[:-1], strict=True))
+        if not is_chain:
+            raise UserError(
+                "pruning.reconstruct: the layers of the encoder must follow one another directly, once each; "
+                f"those of {type(model).__name__} do not"
+            )
         hidden.append(inputs[0])
         calls.append(made)
     return hidden, calls
 
 
 class _Enough(Exception):
-    """All that was to be seen has been."""
+    """Stops a run once all wanted calls have been seen."""
 
 
 def _watch(modules: Iterable[nn.Module], run: Callable[..., Any], *arguments: Any, until: int | None = None) -> Calls:
-    """Module -> (input, output) of each of its calls in `run(*arguments)`, in the order of their first ones.
+    """Module -> (input, output) of each of its calls in `run(*arguments)`, modules in the order of their first calls.
 
     Args:
-        until: after so many calls in all, `run` is broken off.
+        until: stop `run` after this many calls in all.
     """
     seen: Calls = {}
 
@@ -245,7 +247,7 @@ def _watch(modules: Iterable[nn.Module], run: Callable[..., Any], *arguments: An
 
 
 def _groups(seen: Calls) -> list[tuple[int, list[nn.Module]]]:
-    """(how often they are called, modules that have the same inputs), in the order of the first calls."""
+    """(number of calls, modules that share their inputs), in the order of the first calls."""
     groups: dict[tuple[int, ...], list[nn.Module]] = {}
     for module, calls in seen.items():
         groups.setdefault(tuple(id(given) for given, _ in calls), []).append(module)

@@ -9,10 +9,8 @@ from torch import Tensor
 from hf_disparse.config import PruningConfig, UserError
 from hf_disparse.pruning import decision
 from hf_disparse.pruning.masks import count_pruned
-from hf_disparse.pruning.parts import Site, masks_of_parts, parameters_saved, sum_by_part
+from hf_disparse.pruning.parts import Sites, masks_of_parts, parameters_saved, sum_by_part
 from hf_disparse.pruning.patterns import decide_n_of_m, expand_blocks, misfits, pool_blocks, pruned_in_groups
-
-Sites = Mapping[str, Mapping[str, Site]]
 
 
 def decide_by(config: PruningConfig, task_scores, sparsity: float, active=None, cut=None) -> decision.Masks:

@@ -1,4 +1,4 @@
-"""When to prune and how far: pure functions of the optimizer step. Layer 6."""
+"""When to prune and how far: pure functions of the optimizer step."""
 
 import math
 
@@ -6,9 +6,9 @@ from hf_disparse.config import PruningConfig
 
 
 def cubic_sparsity(step: int, start: int, end: int, final: float) -> float:
-    """Sparsity at `step`: final * (1 - (1 - (step - start) / (end - start))^3), held outside [start, end].
+    """Sparsity at `step`: final * (1 - (1 - (step - start) / (end - start))^3), constant outside [start, end].
 
-    Fast at first, when most weights can go, and slow at the end. Source: Zhu and Gupta 2017 (arXiv 1710.01878), eq. 1
+    Fast at first, while many weights can go, and slow at the end. Source: Zhu and Gupta 2017 (arXiv 1710.01878), eq. 1
     with an initial sparsity of 0.
     """
     progress = min(max((step - start) / (end - start), 0.0), 1.0)
@@ -16,12 +16,12 @@ def cubic_sparsity(step: int, start: int, end: int, final: float) -> float:
 
 
 def linear_sparsity(step: int, start: int, end: int, final: float) -> float:
-    """Sparsity at `step`: final * (step - start) / (end - start), held outside [start, end]."""
+    """Sparsity at `step`: final * (step - start) / (end - start), constant outside [start, end]."""
     return final * min(max((step - start) / (end - start), 0.0), 1.0)
 
 
 def end_of(config: PruningConfig, max_steps: int | None = None) -> int:
-    """The step of the last update: `end_step`, or the method's share of a training of `max_steps` where that is None."""
+    """The step of the last update: `end_step`, or if that is None the method's `end_share` of `max_steps`."""
     if config.end_step is not None or config.schedule == "one_shot":
         return config.start_step if config.schedule == "one_shot" else config.end_step
     return max(config.start_step + 1, int(config.end_share * max_steps))
@@ -30,9 +30,9 @@ def end_of(config: PruningConfig, max_steps: int | None = None) -> int:
 def update_steps(config: PruningConfig, max_steps: int | None = None) -> range:
     """The optimizer steps at which masks change; pruning happens before the step's first forward pass.
 
-    One shot: `start_step` alone. Cubic: every `update_every` steps after `start_step`, counted back from the end, so that
-    the last update is at the end exactly. Constant: every `update_every` steps from `start_step` on. Linear: at the end
-    alone, to which a target of soft gates rises, or a penalty has driven groups to zero.
+    One shot: only `start_step`. Cubic: every `update_every` steps after `start_step`, counted back from the end, so that
+    the last update falls exactly on the end. Constant: every `update_every` steps from `start_step` on. Linear: only the
+    end, by which the target of soft gates has risen or a penalty has driven groups to zero.
     """
     start, end, every = config.start_step, end_of(config, max_steps), config.update_every
     if config.sparsity == 0:
@@ -45,7 +45,7 @@ def update_steps(config: PruningConfig, max_steps: int | None = None) -> range:
 
 
 def sparsity_at(config: PruningConfig, step: int, max_steps: int | None = None) -> float | None:
-    """The sparsity to prune to at optimizer step `step`, or None where nothing changes."""
+    """The sparsity to prune to at optimizer step `step`, or None if masks do not change at it."""
     if step not in update_steps(config, max_steps):
         return None
     if config.schedule == "cubic":

@@ -1,9 +1,9 @@
-"""Every task's scores on disk, so that later decisions need neither data nor backward passes. Layer 5; torch and safetensors.
+"""Every task's scores on disk, so that later decisions need neither data nor backward passes.
 
-A task is one file, `scores/<task>.safetensors`: float32 under the weights' names and with their shapes (float64 for float64
-weights), 4 bytes a prunable weight. Scores are at least 0, so the sign is free: it is minus (of 0 also) where the weight was
-pruned before the task scored. Ranks would not do, for `sum` and `max` need the scores, nor would fewer bits, for a decision is to
-come out bit for bit.
+Each task has one file, `scores/<task>.safetensors`: float32 under the weights' names and with their shapes (float64 for float64
+weights), 4 bytes a prunable weight. Scores are at least 0, so the sign is free: it is minus (even of 0) where the weight was
+pruned before the task was scored. Ranks would not do because `sum` and `max` need the scores, and fewer bits would change
+decisions.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,10 +23,10 @@ _DTYPES = {"F32": torch.float32, "F64": torch.float64}
 def keep_scores(
     task_scores: Iterable[tuple[str, Mapping[str, Tensor]]], folder: str | Path, masks: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-    """Writes each task's scores into `folder`, in place of what it holds, and hands them on.
+    """Writes each task's scores into `folder`, replacing the scores there, and passes them on.
 
     Args:
-        masks: those in force while the tasks score; a weight without one is live.
+        masks: in force while the tasks are scored; a weight without a mask is live.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -35,17 +35,20 @@ def keep_scores(
     for place, (task, scores) in enumerate(task_scores):
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in scores.items()}
         stored |= {n: torch.where(masks[n].cpu(), s, -s) for n, s in stored.items() if n in masks}
-        metadata = {"version": str(FORMAT_VERSION), "place": str(place)}  # sums in another order round otherwise
+        metadata = {
+            "version": str(FORMAT_VERSION),
+            "place": str(place),
+        }  # the order of tasks, because sums in another order round differently
         save_file(stored, folder / f"{task}.safetensors", metadata=metadata)
         del stored
         yield task, scores
 
 
 def scored_tasks(folder: str | Path) -> dict[str, Path]:
-    """task -> its file, in the order in which they scored.
+    """Returns task -> its file, in the order in which tasks were scored.
 
     Raises:
-        UserError: there are none, or a file is not what `keep_scores` writes.
+        UserError: there is no file, or a file was not written by `keep_scores`.
     """
     places = {}
     for path in sorted(Path(folder, SCORES_FOLDER).glob("*.safetensors")):
@@ -57,26 +60,28 @@ def scored_tasks(folder: str | Path) -> dict[str, Path]:
         places[path] = int(place)
     if not places:
         raise UserError(
-            f"{folder}: expected the folder of a run that kept its scores (pruning.keep_scores: true), got one without "
-            f"{SCORES_FOLDER}/*.safetensors"
+            f"{folder}: there is no {SCORES_FOLDER}/*.safetensors; "
+            "expected the folder of a run that kept its scores (pruning.keep_scores: true)"
         )
     return {path.stem: path for path in sorted(places, key=places.get)}
 
 
 def load_scores(path: str | Path, like: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """One task's scores and the masks that were in force, on the CPU; names and sizes are checked before memory is taken.
+    """Returns one task's scores and the masks in force, on the CPU; checks names and sizes before allocating memory.
 
     Args:
-        like: the weights that they are of, by name, as `prunable_parameters` gives them.
+        like: the scored weights by name, as `prunable_parameters` returns them.
 
     Raises:
-        UserError: a file that is not whole, or the scores of other weights.
+        UserError: the file is truncated, or its scores belong to other weights.
     """
     with open_safetensors(path) as file:
         names = set(file.keys())
         for name in sorted(names ^ set(like)):
-            which = "the model has none of that name" if name in names else "the file has none"
-            raise UserError(f"{path}: expected scores of the model's prunable weights, but of '{name[:100]}' {which}")
+            where, other = ("file", "model") if name in names else ("model", "file")
+            raise UserError(
+                f"{path}: these scores are of another model: only the {where}, not the {other}, has '{name[:100]}'"
+            )
         for name, weight in like.items():
             stored = file.get_slice(name)
             if stored.get_dtype() not in _DTYPES or list(stored.get_shape()) != list(weight.shape):

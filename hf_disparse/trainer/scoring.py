@@ -18,13 +18,14 @@ from hf_disparse.config import TASK_CRITERIA, PruningConfig, UserError
 from hf_disparse.distributed.fsdp import decide_on_main, is_sharded
 from hf_disparse.distributed.processes import mean_over_processes, processes
 from hf_disparse.methods import Update
-from hf_disparse.methods.base import Method, Stream
+from hf_disparse.methods.base import Method
 from hf_disparse.pruning.decision import Masks
 from hf_disparse.pruning.scores import (
     GRADIENT_CRITERIA,
     Average,
     Batch,
     LossFunction,
+    Stream,
     again_and_again,
     gradients,
     score,

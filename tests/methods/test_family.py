@@ -202,8 +202,8 @@ def test_configs_that_have_no_scores_of_tasks_are_refused(finished):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(next(iter(t))), "the file has none"),
-        (lambda t: t.update(other=torch.zeros(3)), "'other' the model has none"),
+        (lambda t: t.pop(next(iter(t))), "another model: only the model, not the file, has '"),
+        (lambda t: t.update(other=torch.zeros(3)), "another model: only the file, not the model, has 'other'"),
         (lambda t: t.update({next(iter(t)): torch.zeros(4, 4)}), r"float32 \(16, 16\)"),
         (lambda t: t.update({next(iter(t)): torch.zeros(16, 16, dtype=torch.int32)}), "got I32"),
         (lambda t: t[next(iter(t))].fill_(float("nan")), "expected finite scores"),

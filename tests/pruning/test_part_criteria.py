@@ -11,7 +11,7 @@ from hf_disparse import MultitaskModel, PruningConfig, UserError, compact, pruna
 from hf_disparse.config import DynamicConfig
 from hf_disparse.export.card import write_card
 from hf_disparse.model.prunable import prunable_sites
-from hf_disparse.pruning.part_criteria import agreement, agreement_score, taylor
+from hf_disparse.pruning.part_criteria import agreement_and_need, agreement_score, taylor
 from hf_disparse.pruning.parts import Site, sum_by_part
 from hf_disparse.pruning.scores import gradients, score
 from tests.helpers.resuming import DieAt, Died
@@ -67,7 +67,7 @@ def test_taylor_is_the_squared_change_of_a_linear_loss_once_the_part_is_gone(dra
 
 def test_agreement_is_the_sum_of_the_cosines_and_need_the_share_of_taylor(drawn):
     w, tasks = drawn
-    agreed, need = agreement(w, ((task, iter(batches)) for task, batches in tasks.items()), SITES)
+    agreed, need = agreement_and_need(w, ((task, iter(batches)) for task, batches in tasks.items()), SITES)
     for kind, name, i in PARTS:
         g = [part(batches[0], kind, i) + part(batches[1], kind, i) for batches in tasks.values()]
         cosines = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in itertools.combinations(g, 2)]
@@ -84,16 +84,16 @@ def test_the_same_direction_is_t_squared_and_opposite_ones_cancel(drawn, signs, 
     w, tasks = drawn
     g = tasks["x"][0]
     stream = ((i, [{n: sign * 10.0**i * t for n, t in g.items()}]) for i, sign in enumerate(signs))
-    agreed, _ = agreement(w, stream, SITES)
+    agreed, _ = agreement_and_need(w, stream, SITES)
     for kind, name, i in PARTS:
         assert float(agreed[kind][name][i]) == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_louder_loss_changes_nothing(drawn):
     w, tasks = drawn
-    first = agreement_score(*agreement(w, tasks.items(), SITES))
+    first = agreement_score(*agreement_and_need(w, tasks.items(), SITES))
     loud = {**tasks, "y": [{name: 1e4 * t for name, t in g.items()} for g in tasks["y"]]}
-    second = agreement_score(*agreement(w, loud.items(), SITES))
+    second = agreement_score(*agreement_and_need(w, loud.items(), SITES))
     for kind, name, _ in PARTS:
         torch.testing.assert_close(first[kind][name], second[kind][name])
 
@@ -103,7 +103,7 @@ def test_a_part_that_nobody_needs_is_worth_nothing_however_they_agree(drawn):
     w["q.weight"][:2] = 0
     w["o.weight"][:, :2] = 0
     same = {task: tasks["x"] for task in tasks}
-    agreed, need = agreement(w, same.items(), SITES)
+    agreed, need = agreement_and_need(w, same.items(), SITES)
     assert agreed["head"]["a"].tolist() == pytest.approx([9, 9])
     assert agreement_score(agreed, need)["head"]["a"].tolist() == pytest.approx([0, 27])
 
@@ -111,8 +111,8 @@ def test_a_part_that_nobody_needs_is_worth_nothing_however_they_agree(drawn):
 def test_a_task_without_a_gradient_has_no_say(drawn):
     w, tasks = drawn
     silent = [{name: torch.zeros_like(t) for name, t in w.items()}]
-    first = agreement(w, tasks.items(), SITES)
-    second = agreement(w, {**tasks, "silent": silent}.items(), SITES)
+    first = agreement_and_need(w, tasks.items(), SITES)
+    second = agreement_and_need(w, {**tasks, "silent": silent}.items(), SITES)
     for one, other in zip(first, second, strict=True):
         for kind, name, _ in PARTS:
             assert torch.equal(one[kind][name], other[kind][name])
@@ -192,7 +192,7 @@ def test_the_trainer_keeps_the_heads_that_the_pure_function_scores_highest(tmp_p
     model, loaders = trainer.model, trainer.pruner.loaders
     parameters, sites = prunable_parameters(model), prunable_sites(model, config)
     stream = gradients(model, loaders, parameters=parameters, num_batches=2, loss_fn=trainer.scoring_loss)
-    scores = agreement_score(*agreement(parameters, stream, sites))["neuron"]
+    scores = agreement_score(*agreement_and_need(parameters, stream, sites))["neuron"]
     flat = torch.cat(list(scores.values()))
     limit = flat.sort(descending=True).values[31]
     trainer.train()
