@@ -1,4 +1,4 @@
-"""Which tasks want the same weights, and which pull them the same way. Pure functions."""
+"""Which tasks need the same weights, and whose gradients point the same way. Pure functions."""
 
 from collections.abc import Mapping
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 TaskTensors = Mapping[str, Mapping[str, Tensor]]  # task -> parameter name -> tensor
-WIDTH = 262_139  # a prime, so that the columns of a matrix do not all fall on the same few places
+WIDTH = 262_139  # a prime, so that the columns of a matrix spread over all places
 
 
 def shared_importance(scores: TaskTensors) -> list[list[float]]:
-    """sum over w of min(p_s(w), p_t(w)), p_t being task t's scores divided by their sum; 1 = the same, 0 = nothing in common.
+    """sum over w of min(p_s(w), p_t(w)), where p_t is task t's scores divided by their sum; 1 = identical, 0 = disjoint.
 
-    The share of its importance that one task puts where the other puts it too: the intersection of two histograms, Swain and
-    Ballard 1991. No budget is in it. Tasks in the order of `scores`; a task whose scores are all zero shares nothing.
+    The share of importance that two tasks place on the same weights, whatever the budget. Source: histogram intersection,
+    Swain and Ballard 1991. Tasks in the order of `scores`; a task whose scores are all zero shares 0.
     """
     parts = []
     for of_task in scores.values():
@@ -25,7 +25,7 @@ def shared_importance(scores: TaskTensors) -> list[list[float]]:
 def gradient_cosine(gradients: TaskTensors) -> list[list[float]]:
     """<g_s, g_t> / (||g_s|| ||g_t||), tasks in the order of `gradients`; 0 where a gradient is zero.
 
-    Below 0 a step that helps one task hurts the other. Of whole gradients, or of what `sketch` makes of them.
+    Below 0, a step that helps one task hurts the other. Takes whole gradients or their sketches (`sketch`).
     """
     flat = [_flat(of_task) for of_task in gradients.values()]
     norms = [float(g.norm()) for g in flat]
@@ -36,11 +36,11 @@ def gradient_cosine(gradients: TaskTensors) -> list[list[float]]:
 
 
 def sketch(tensors: Mapping[str, Tensor], width: int = WIDTH, seed: int = 0) -> dict[str, Tensor]:
-    """About `width` numbers whose inner products are those of the whole tensors, within ||a|| ||b|| / sqrt(width) (one sigma).
+    """Reduces tensors to `width` numbers that keep inner products within ||a|| ||b|| / sqrt(width) (one sigma).
 
-    Every number gets a random sign, and those whose places are the same modulo `width` are added up. Whatever fits stays as it
-    is. Source: the count sketch, Charikar, Chen and Farach-Colton 2002. The same names, shapes and seed give sketches that
-    may be compared.
+    Every entry gets a random sign, and entries whose positions are equal modulo `width` are summed. Tensors that fit already are
+    left alone. Sketches are comparable if names, shapes and seed are the same. Source: the count sketch, Charikar, Chen and
+    Farach-Colton 2002.
     """
     if sum(tensor.numel() for tensor in tensors.values()) <= width:
         return {name: tensor.detach().float().cpu() for name, tensor in tensors.items()}

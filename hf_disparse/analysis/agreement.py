@@ -1,13 +1,13 @@
-"""How much the tasks' own keep masks agree, beyond what chance gives. Pure functions on masks.
+"""How much the tasks' own masks agree, beyond chance. Pure functions on masks.
 
-For a set of tasks and a set of weights (a matrix, a layer), with p_t the share that task t keeps:
+For a set of tasks and a set of weights (a matrix, a layer), where p_t is the share that task t keeps:
 
     IoU    = |kept by all of them| / |kept by any of them|
     c      = prod_t p_t / (1 - prod_t (1 - p_t)), the IoU of independent masks of these densities
     beyond = (IoU - c) / (1 - c), 0 = chance, 1 = identical
 
-Two masks of density p overlap by c = p / (2 - p) already, which is why IoU alone says little. Where c is 1 (all of them keep
-everything, or nothing) the masks are identical, and `beyond` is 1.
+Two independent masks of density p already have an IoU of c = p / (2 - p), which is why IoU alone says little. Where c is 1 (all
+keep everything, or none keeps anything) the masks are identical, and `beyond` is 1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,17 +22,17 @@ from hf_disparse.analysis.names import layer_and_kind
 
 TaskMasks = Mapping[str, Mapping[str, Tensor]]  # task -> parameter name -> bool, True = keep
 WHOLE = "all"  # the kind that stands for all matrices of a layer
-_CHUNK = 1 << 22  # columns whose counts are added in float32, which is exact below 2^24
+_CHUNK = 1 << 22  # weights counted at once in float32, which is exact below 2^24
 
 
 @dataclass(frozen=True)
 class Tally:
-    """What agreement and keepers are counted from, for G groups of weights and T tasks.
+    """The counts behind agreement and keepers, for G groups of weights and T tasks.
 
     Args:
-        groups: (layer, kind) of each; the kind `all` stands for the whole layer.
-        pairs: (G, T, T), how many weights both tasks keep; what a task keeps is on the diagonal.
-        votes: (G, T + 1), how many weights are kept by 0, 1, ..., T tasks.
+        groups: (layer, kind) of each; kind `all` is the whole layer.
+        pairs: (G, T, T), the number of weights that both tasks keep; on the diagonal, that one task keeps.
+        votes: (G, T + 1), the number of weights kept by 0, 1, ..., T tasks.
     """
 
     tasks: tuple[str, ...]
@@ -42,11 +42,11 @@ class Tally:
 
 
 def tally(masks: TaskMasks, live: Mapping[str, Tensor] | None = None) -> Tally:
-    """Counts, matrix by matrix and layer by layer, first to last; what has no live weight is left out.
+    """Counts per matrix and per layer, first to last, without matrices that have no live weight.
 
     Args:
-        masks: those of all tasks, of the same parameters; names are read by `places`.
-        live: a mask; what is False there does not count at all.
+        masks: all tasks' masks of the same parameters, whose names `layer_and_kind` reads.
+        live: a mask; weights that are False here do not count at all.
     """
     tasks, counted = tuple(masks), {}
     names = list(next(iter(masks.values())))
@@ -58,13 +58,13 @@ def tally(masks: TaskMasks, live: Mapping[str, Tensor] | None = None) -> Tally:
 
 
 def add(counted: dict, place: tuple[int, str], pairs: Tensor, votes: Tensor) -> None:
-    """Adds to the counts of a place."""
+    """Adds to the counts of a (layer, kind), in place."""
     held = counted.get(place)
     counted[place] = (pairs, votes) if held is None else (held[0] + pairs, held[1] + votes)
 
 
 def summed_by_layer(tasks: tuple[str, ...], counted: Mapping[tuple[int, str], tuple[Tensor, Tensor]]) -> Tally:
-    """The matrices in the order of their layers, behind those of each layer their sum."""
+    """Orders the counts of matrices by layer, each layer's followed by their sum."""
     groups, pairs, votes = [], [], []
     for layer in sorted({layer for layer, _ in counted}):
         mine = {place: held for place, held in counted.items() if place[0] == layer}
@@ -84,7 +84,7 @@ def summed_by_layer(tasks: tuple[str, ...], counted: Mapping[tuple[int, str], tu
 def count(masks: Sequence[Tensor], live: Tensor | None = None, times: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`pairs` and `votes` of one group, as in `Tally`.
 
-    Shapes: masks (n,) bool, one per task, live (n,) bool, times (n,) float32, how often each weight counts; default once.
+    Shapes: masks (n,) bool, one per task, live (n,) bool, times (n,) float32: how often each weight counts, by default once.
     """
     tasks, n = len(masks), len(masks[0])
     pairs = torch.zeros(tasks, tasks, dtype=torch.float64)
@@ -103,12 +103,12 @@ def count(masks: Sequence[Tensor], live: Tensor | None = None, times: Tensor | N
 
 
 def sets_of(tasks: Sequence[str]) -> list[tuple[str, ...]]:
-    """Every pair, and all at once where that is more than a pair."""
+    """Every pair of tasks, then the set of all if that is larger than a pair."""
     return [*combinations(tasks, 2), *([tuple(tasks)] if len(tasks) > 2 else [])]
 
 
 def overlaps(pairs: Tensor, votes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """IoU, c and what is beyond chance, of every set of tasks.
+    """IoU, chance c and agreement beyond chance, for every set of tasks.
 
     Shapes: pairs (..., T, T), votes (..., T + 1) -> (..., sets), in the order of `sets_of`.
     """
@@ -135,20 +135,20 @@ def beyond_chance(iou: Tensor, chance: Tensor) -> Tensor:
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
-    """Nothing out of nothing is all of it: masks that keep nothing are identical."""
+    """part / whole, and 1 for 0 / 0, because masks that keep nothing are identical."""
     return torch.where(whole > 0, part / whole.clamp_min(1e-300), 1.0)
 
 
 def agreement(masks: TaskMasks | Tally, live: Mapping[str, Tensor] | None = None) -> list[dict[str, Any]]:
-    """One row per matrix, and per layer as kind `all`, for every pair of tasks and for all at once.
+    """One row per matrix, and per layer with kind `all`, for every pair of tasks and for all tasks together.
 
     Args:
-        masks: task -> parameter name -> bool, or what `tally` counted of them.
-        live: as of `tally`.
+        masks: task -> parameter name -> bool, or the counts from `tally`.
+        live: as in `tally`.
 
     Returns:
-        Rows {"layer", "kind", "tasks", "iou", "chance", "beyond_chance", "low", "high"}; the last two are None here and filled
-        in by `hf_disparse.analysis.bootstrap.with_intervals`. None for a single task.
+        Rows {"layer", "kind", "tasks", "iou", "chance", "beyond_chance", "low", "high"}; the last two are None until
+        `hf_disparse.analysis.bootstrap.with_intervals` fills them in. No rows for a single task.
     """
     counts = masks if isinstance(masks, Tally) else tally(masks, live)
     columns = [values.tolist() for values in overlaps(counts.pairs, counts.votes)]
@@ -167,7 +167,7 @@ def agreement(masks: TaskMasks | Tally, live: Mapping[str, Tensor] | None = None
 
 
 def by_layer(counts: Tally) -> tuple[list[int], list[float]]:
-    """The layers, and how much all tasks at once agree on each beyond chance: the curve of `watershed`."""
+    """The layers, and for each the agreement of all tasks beyond chance: the curve for `watershed`."""
     whole = [g for g, (_, kind) in enumerate(counts.groups) if kind == WHOLE]
     values = overlaps(counts.pairs, counts.votes)[2]
     return [counts.groups[g][0] for g in whole], values[whole, -1].tolist() if values.shape[-1] else []

@@ -1,9 +1,9 @@
-"""How sure an agreement is: it is measured again on scoring batches and weights that are drawn anew.
+"""Bootstrap intervals of agreement: it is measured again on resampled scoring batches and weights.
 
-A draw takes, with replacement, as many scoring batches as there are, for every task by itself, and as many weights as the sample
-has, the same for all tasks. Masks are cut anew at the budget. Source: Efron 1979 (Annals of Statistics 7). As a draw sees fewer
-different batches than there are, its scores are noisier and agreement is lower: the intervals have its spread, but around what was
-measured on everything.
+A draw takes, with replacement, as many scoring batches as there are, separately for each task, and as many weights as the sample
+has, the same for all tasks. Masks are cut again at the budget. Source: Efron 1979 (Annals of Statistics 7). A draw sees fewer
+distinct batches, so its scores are noisier and agreement is lower. Hence the intervals take their spread from the draws but are
+centred on the value measured on all data.
 """
 
 import math
@@ -25,12 +25,12 @@ DRAWS = 200
 
 @dataclass(frozen=True)
 class Sampled:
-    """What one task's batches say about the sampled weights.
+    """One task's statistics on the sampled weights, batch by batch.
 
     Args:
         batches: parameter name -> (batches, n), what each batch adds to the statistic of the criterion.
-        weights: parameter name -> (n,), the weights themselves.
-        score: (weights (n,), the sum of some batches (n,)) -> scores (n,); a criterion of `hf_disparse.pruning.scores`.
+        weights: parameter name -> (n,), their values.
+        score: (weights (n,), statistic summed over batches (n,)) -> scores (n,); a criterion of `hf_disparse.pruning.scores`.
     """
 
     batches: Mapping[str, Tensor]
@@ -39,7 +39,7 @@ class Sampled:
 
 
 def draw_sample(live: Mapping[str, Tensor], size: int = SAMPLE, seed: int = 0) -> dict[str, Tensor]:
-    """The same share of the live weights of every matrix, `size` in all or everything there is.
+    """Draws the same share of the live weights of every matrix, `size` in all, or all if there are fewer.
 
     Shapes: {parameter name: bool, weight-shaped} -> {parameter name: (n,) int64, sorted positions in the flat weight}.
     """
@@ -59,7 +59,7 @@ def draw_sample(live: Mapping[str, Tensor], size: int = SAMPLE, seed: int = 0) -
 
 
 def take(tensors: Mapping[str, Tensor], sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The sampled numbers, float32 on the CPU. Shapes: {name: weight-shaped}, {name: (n,)} -> {name: (n,)}."""
+    """Picks the sampled entries, as float32 on the CPU. Shapes: {name: weight-shaped}, {name: (n,)} -> {name: (n,)}."""
     return {
         name: tensors[name].detach().reshape(-1)[where.to(tensors[name].device)].float().cpu()
         for name, where in sample.items()
@@ -67,10 +67,10 @@ def take(tensors: Mapping[str, Tensor], sample: Mapping[str, Tensor]) -> dict[st
 
 
 def bootstrap(samples: Mapping[str, Sampled], sparsity: float, draws: int = DRAWS, seed: int = 0) -> Tensor:
-    """What is beyond chance in every draw, (draws, groups, sets), groups and sets as in the rows of `agreement`.
+    """Agreement beyond chance in every draw, (draws, groups, sets), groups and sets as in the rows of `agreement`.
 
     Args:
-        samples: task -> what its batches say about the same weights.
+        samples: task -> its statistics, on the same weights for all tasks.
         sparsity: the budget of a task's own mask.
     """
     tasks, generator = tuple(samples), torch.Generator().manual_seed(seed)
@@ -100,15 +100,15 @@ def bootstrap(samples: Mapping[str, Sampled], sparsity: float, draws: int = DRAW
 
 
 def with_intervals(counts: Tally, drawn: Tensor) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The rows of `agreement` with `low` and `high`, and the watershed with its own.
+    """The rows of `agreement` with `low` and `high`, and the watershed with its interval.
 
     Args:
-        counts: of the whole masks.
-        drawn: what `bootstrap` gives; its spread is put around what `counts` say.
+        counts: the tally of the whole masks.
+        drawn: the result of `bootstrap`; its spread is centred on the agreement in `counts`.
 
     Returns:
-        The rows, and {"layer", "low", "high", "share"}: layers or None, and the share of draws that have a watershed. There is
-        none unless half of them have one.
+        The rows, and {"layer", "low", "high", "share"}: layers or None, and the share of draws with a watershed. Unless
+        that is at least half, the layers are None.
     """
     rows = agreement(counts)
     spread = drawn - drawn.mean(0)
@@ -122,7 +122,7 @@ def with_intervals(counts: Tally, drawn: Tensor) -> tuple[list[dict[str, Any]], 
 
 
 def placed(layers: Sequence[int], curve: Sequence[float], curves: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """The watershed of a curve over `layers` with what its draws say of it, as `with_intervals` returns it."""
+    """The watershed of a curve over `layers`, with its interval from resampled `curves`, as `with_intervals` returns it."""
     place, (low, high, share) = watershed(curve), watershed_interval(curves)
     if place is None or share < 0.5:
         return {"layer": None, "low": None, "high": None, "share": share}

@@ -1,4 +1,4 @@
-"""What sparsity costs: metrics along nested masks of one set of scores, and the knee of that curve. Pure functions."""
+"""What sparsity costs: metrics along nested masks from one set of scores, and the knee of that curve. Pure functions."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import mean
@@ -13,11 +13,11 @@ Metrics = Mapping[str, float]  # task -> points, 0 to 100
 
 
 def masks_at(costs: Mapping[str, Tensor], sparsity: float) -> Masks:
-    """Keeps the n - round(sparsity * n) weights of least cost, ties by position, so that masks of higher sparsity lie within.
+    """Keeps the n - round(sparsity * n) weights of lowest cost, ties by position; sparser masks are subsets of denser ones.
 
     Args:
-        costs: parameter name -> the cost of keeping each weight, such as the best rank that any task gives it: all that a decision
-            needs of the scores, whatever the sparsity.
+        costs: parameter name -> cost of each weight, such as its best rank over the tasks, from which a decision at any
+            sparsity follows.
     """
     flat = torch.cat([cost.reshape(-1) for cost in costs.values()])
     keep = keep_smallest(flat, len(flat) - round(sparsity * len(flat)))
@@ -35,14 +35,14 @@ def cost_curve(
     """Measures from sparsity 0 upwards.
 
     Args:
-        measure: (sparsity, whether it is recovered) -> task -> points: pruned in one shot, or also trained on.
-        sparsities: in [0, 1); 0 is added, which is what drops are measured from.
+        measure: (sparsity, recovered) -> task -> points, after one-shot pruning or, if recovered, after further training.
+        sparsities: in [0, 1); 0 is added, as the baseline for drops.
         recover: measure both.
-        within: how many points no task may lose, recovered if there is recovery; the first sparsity at which one does is the last
-            that is measured.
+        within: the most points that any task may lose, after recovery if there is any; measuring stops after the first sparsity
+            that loses more.
 
     Returns:
-        {"denominator", "points", "knee", "within"} as in analysis.json; "within" holds the highest sparsity that was within, or None.
+        {"denominator", "points", "knee", "within"} as in analysis.json; "within" holds the highest sparsity within the limit, or None.
     """
     points: list[dict[str, Any]] = []
     best = None
@@ -51,7 +51,7 @@ def cost_curve(
             metrics = dict(measure(sparsity, recovered))
             average = mean(metrics.values())
             points.append({"sparsity": sparsity, "recovered": recovered, "metrics": metrics, "average": average})
-        # A dense model that is trained on is another one: what it was before is what may be lost.
+        # Drops are measured from the dense model before recovery, which further training would change.
         if within is not None and any(points[0]["metrics"][task] - now > within for task, now in metrics.items()):
             break
         best = sparsity
@@ -64,7 +64,7 @@ def cost_curve(
 
 
 def knees(points: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Task, and `average`, -> `knee` of its curve, recovered where there is recovery."""
+    """Task (and `average`) -> `knee` of its curve, after recovery if that was measured."""
     recovered = any(point["recovered"] for point in points)
     mine = [point for point in points if point["recovered"] == recovered]
     at = [point["sparsity"] for point in mine]
@@ -74,11 +74,11 @@ def knees(points: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 
 
 def knee(sparsities: Sequence[float], points: Sequence[float]) -> float | None:
-    """The sparsity beyond which the metric goes down fast: where the curve is furthest above its chord.
+    """The sparsity beyond which the metric falls fast: where the curve is furthest above its chord.
 
-    Both axes scaled to [0, 1], that is the largest x_i - (y_0 - y_i) / (y_0 - y_n). Source: Kneedle, Satopaa et al. 2011 (ICDCSW),
-    without its smoothing. None of fewer than three points, where less than one point is lost from the first to the last, or
-    where the curve is nowhere above its chord.
+    With x scaled to [0, 1], this maximises x_i - (y_0 - y_i) / (y_0 - y_n). Source: Kneedle, Satopaa et al. 2011 (ICDCSW),
+    without its smoothing. None with fewer than three values, if less than one metric point is lost from first to last, or if
+    the curve is nowhere above its chord.
     """
     if len(sparsities) < 3 or points[0] - points[-1] < 1.0:
         return None

@@ -1,4 +1,4 @@
-"""Where the parameters, bytes and multiplications of a model are, dense and without its zeros."""
+"""Parameters, bytes and multiplications of each module, dense and without zeros."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from hf_disparse.pruning.masks import packed_bytes
 
 @torch.no_grad()
 def footprint(model: nn.Module) -> list[dict[str, Any]]:
-    """One row per module that has parameters of its own; a parameter that several modules share goes with the first.
+    """One row per module with parameters of its own; a parameter that modules share counts for the first of them.
 
-    "parameters" and "nonzeros" count numbers; "bytes_dense" is their size as they are, "bytes_packed" with every matrix as its non-zeros
-    and one bit a weight where that is smaller, as `save_packed` writes it. "multiplications" are those of the weights of Linear
-    modules per token, "multiplications_left" those by non-zeros: what is left to do for a runtime that skips zeros, which stock
-    PyTorch is not. Attention's products of tokens with tokens grow with the text and are not in it.
+    "parameters" and "nonzeros" are counts; "bytes_dense" is the size as it is, "bytes_packed" with every matrix stored as its
+    nonzeros and one bit a weight where that is smaller, as `save_packed` writes it. "multiplications" counts those by Linear
+    weights per token, "multiplications_left" those by nonzeros: the work of a runtime that skips zeros, which stock PyTorch does
+    not. Attention's products between tokens grow with the text and are not included.
     """
     rows, seen = [], set()
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Who keeps what: weights by the number of tasks that keep them, and the heads and neurons that serve each task. Pure functions."""
+"""How many tasks keep each weight, and which heads and neurons serve which task. Pure functions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,16 +9,13 @@ from torch import Tensor
 from hf_disparse.analysis.agreement import Tally, TaskMasks, tally
 from hf_disparse.analysis.names import layer_and_kind
 from hf_disparse.analysis.own_masks import own_mask
-from hf_disparse.pruning.parts import Site, sum_by_part
-
-Sites = Mapping[str, Mapping[str, Site]]  # kind of part -> name of the site -> site
+from hf_disparse.pruning.parts import Sites, sum_by_part
 
 
 def keepers(masks: TaskMasks | Tally, live: Mapping[str, Tensor] | None = None) -> list[dict[str, Any]]:
-    """One row {"layer", "kind", "kept_by"} per matrix, and per layer as kind `all`.
+    """One row {"layer", "kind", "kept_by"} per matrix, and per layer with kind `all`.
 
-    `kept_by` has T + 1 shares of the (live) weights, sum 1: those that no task keeps, one task alone, two, ..., all.
-    Arguments as of `agreement`.
+    `kept_by` has T + 1 shares of the (live) weights, sum 1: kept by no task, by one, two, ..., all. Arguments as in `agreement`.
     """
     counts = masks if isinstance(masks, Tally) else tally(masks, live)
     shares = (counts.votes / counts.votes.sum(-1, keepdim=True)).tolist()
@@ -29,9 +26,9 @@ def keepers(masks: TaskMasks | Tally, live: Mapping[str, Tensor] | None = None) 
 
 
 def part_scores(scores: Mapping[str, Tensor], sites: Sites) -> dict[str, dict[str, Tensor]]:
-    """One task's scores of the parts, each the sum of those of its weights: kind -> site -> (parts,) float64.
+    """One task's scores of the parts, each the sum over its weights: kind -> site -> (parts,) float64.
 
-    A site is left out if `scores` lack one of its matrices.
+    Leaves out sites with a matrix that has no scores.
     """
     return {
         kind: {
@@ -44,16 +41,16 @@ def part_scores(scores: Mapping[str, Tensor], sites: Sites) -> dict[str, dict[st
 
 
 def parts(task_scores: Mapping[str, Mapping[str, Mapping[str, Tensor]]], sparsity: float) -> list[dict[str, Any]]:
-    """Which heads and neurons serve which tasks: those that a task would keep if it were alone and parts went as a whole.
+    """Which heads and neurons serve which tasks: the parts that each task would keep if it were alone.
 
-    Of every kind a task keeps the (1 - sparsity) best over all layers, of the parts that have a score above 0 for any task.
+    For each kind, a task keeps its (1 - sparsity) best parts over all layers, among those that any task scores above 0.
 
     Args:
-        task_scores: task -> what `part_scores` gives.
+        task_scores: task -> the result of `part_scores`.
 
     Returns:
         A row per site: "layer", "granularity" (the kind), "count" of parts, "kept_by_task" (task -> how many), "kept_by" (how many
-        parts are kept by 0, 1, ..., T tasks), and of heads "heads": for each the tasks that keep it.
+        parts are kept by 0, 1, ..., T tasks), and for heads also "heads": for each head the tasks that keep it.
     """
     rows = []
     for kind, sites in next(iter(task_scores.values())).items():

@@ -1,13 +1,13 @@
-"""Where a weight is, by its name: its layer and which of the layer's matrices it is."""
+"""Reads from a weight's name its layer and which of the layer's matrices it is."""
 
 from collections.abc import Iterable
 
 
 def layer_and_kind(names: Iterable[str]) -> dict[str, tuple[int, str]]:
-    """name -> (layer, kind): the first number in the name, and the shortest ending of what follows that tells kinds apart.
+    """name -> (layer, kind): the first number in the name, and the shortest unambiguous ending of the rest.
 
     `encoder.layer.3.attention.self.query.weight` is (3, "query"); BERT's `attention.output.dense` and `output.dense` are
-    "attention.output" and "output". A name without a number is in no layer and left out.
+    "attention.output" and "output". Names without a number belong to no layer and are left out.
     """
     layers, paths = {}, {}
     for name in names:

@@ -1,10 +1,10 @@
-"""All measures of one model, task by task: what is kept of a task's gradients once its backward passes are done.
+"""All measures of one model, from gradients that stream by task by task.
 
-Of a task stay its own mask (one byte a weight), a sample of its scores and of what each batch adds to them, a sketch of its
-gradient, and its scores of heads and neurons. Two buffers of the weights' size are needed while it is scored.
+Each task leaves its own mask (one byte a weight), a sample of its scores and of what each batch adds to them, a sketch of its
+gradient, and its scores of heads and neurons. Scoring a task takes two buffers of the weights' size.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,27 +14,28 @@ from torch import Tensor
 from hf_disparse.analysis.affinity import gradient_cosine, shared_importance, sketch
 from hf_disparse.analysis.agreement import WHOLE, Tally, by_layer, overlaps, tally
 from hf_disparse.analysis.bootstrap import DRAWS, SAMPLE, Sampled, bootstrap, draw_sample, take, with_intervals
-from hf_disparse.analysis.keepers import Sites, keepers, part_scores, parts
+from hf_disparse.analysis.keepers import keepers, part_scores, parts
 from hf_disparse.analysis.own_masks import own_mask
 from hf_disparse.analysis.watershed import watershed
 from hf_disparse.pruning.decision import Masks
-from hf_disparse.pruning.scores import GRADIENT_CRITERIA
+from hf_disparse.pruning.parts import Sites, Tensors
+from hf_disparse.pruning.scores import GRADIENT_CRITERIA, Stream
 
-Tensors = Mapping[str, Tensor]
-# (task, its gradients batch by batch), as `scores.gradients` yields them
-Gradients = Iterable[tuple[str, Iterable[Tensors]]]
+TaskGradients = Iterable[
+    tuple[str, Iterable[Tensors]]
+]  # (task, its gradients batch by batch), as `scores.gradients` yields
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is kept of one task.
+    """What remains of one task.
 
     Args:
-        keep: the mask it would have alone.
-        scores: parameter name -> (n,), its scores of the sampled weights.
+        keep: the mask that the task would have alone.
+        scores: parameter name -> (n,), scores of the sampled weights.
         sampled: what each scoring batch adds to the scores of the sampled weights.
-        gradient: a sketch of the sum of its gradients.
-        parts: its scores of the parts: kind -> site -> (parts,).
+        gradient: a sketch of its summed gradients.
+        parts: scores of the parts: kind -> site -> (parts,).
     """
 
     keep: Masks
@@ -45,13 +46,15 @@ class Evidence:
 
 
 class Examination:
-    """Looks at the tasks of one model as they stream by, then measures.
+    """Collects evidence from the tasks of one model as they stream by, then measures.
 
     Args:
-        weights: the prunable weights by name, as they are while the tasks score. Zeros are out: the masks are of what is live.
+        weights: the prunable weights by name, as they are while the tasks are scored; zeros do not count as live.
         criterion: one of `scores.GRADIENT_CRITERIA`.
-        sparsity: the budget of a task's own mask, of the live weights.
-        sites: heads and neurons, if they are wanted.
+        sparsity: the share of live weights that a task's own mask prunes.
+        sites: heads and neurons to measure, if any.
+        sample: number of weights to sample.
+        seed: of the sample, the sketches and the bootstrap.
     """
 
     def __init__(
@@ -71,7 +74,7 @@ class Examination:
         self.sample = draw_sample(live, sample, seed)
         self.evidence: dict[str, Evidence] = {}
 
-    def watch(self, task_gradients: Gradients) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def watch(self, task_gradients: TaskGradients) -> Stream:
         """Yields (task, its scores), one task at a time, and keeps the evidence."""
         function, reduce = GRADIENT_CRITERIA[self.criterion]
         weights = take(self.weights, self.sample)
@@ -93,7 +96,7 @@ class Examination:
             yield task, scores
 
     def see(self, task: str, scores: Tensors, sampled: Sampled, gradient: Tensors) -> None:
-        """Takes a task's scores, on whatever device, as evidence."""
+        """Turns a task's scores, on any device, into evidence."""
         on_cpu = {name: tensor.detach().cpu() for name, tensor in scores.items()}
         self.evidence[task] = Evidence(
             keep=own_mask(on_cpu, self.sparsity, self.live),
@@ -104,7 +107,7 @@ class Examination:
         )
 
     def measures(self, draws: int = DRAWS) -> dict[str, Any]:
-        """What analysis.json holds of a stage: "agreement", "watershed", "affinity", "keepers" and "parts"."""
+        """The entry of a stage in analysis.json: "agreement", "watershed", "affinity", "keepers" and "parts"."""
         evidence = self.evidence
         counts = tally({task: seen.keep for task, seen in evidence.items()}, self.live)
         if len(evidence) > 1:
@@ -125,11 +128,11 @@ class Examination:
 
 
 class Watch:
-    """What the tasks agree on while their scores stream by in training, from a sample: a few numbers for a log.
+    """Agreement of the tasks during training, from a sample of the scores that stream by: a few numbers for a log.
 
     Args:
-        weights: the prunable weights by name; zeros are out.
-        sparsity: the budget of a task's own mask, of the live weights.
+        weights: the prunable weights by name; zeros do not count as live.
+        sparsity: the share of live weights that a task's own mask prunes.
     """
 
     def __init__(self, weights: Tensors, sparsity: float, seed: int = 0):
@@ -137,14 +140,14 @@ class Watch:
         self.sample = draw_sample({name: weight.detach().cpu() != 0 for name, weight in weights.items()}, seed=seed)
         self.samples: dict[str, Tensors] = {}
 
-    def watch(self, task_scores: Iterable[tuple[str, dict[str, Tensor]]]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Hands (task, scores) on."""
+    def watch(self, task_scores: Iterable[tuple[str, dict[str, Tensor]]]) -> Stream:
+        """Passes (task, scores) on, after sampling them."""
         for task, scores in task_scores:
             self.samples[task] = take(scores, self.sample)
             yield task, scores
 
     def scalars(self) -> dict[str, float]:
-        """`agreement` of all tasks at once beyond chance, over all layers, in the first and in the last, and the `watershed` if any."""
+        """`agreement` of all tasks beyond chance, over all layers, in the first and in the last; and the `watershed`, if any."""
         counts = tally({task: own_mask(scores, self.sparsity) for task, scores in self.samples.items()})
         layers, curve = by_layer(counts)
         if not curve:
@@ -155,6 +158,6 @@ class Watch:
 
 
 def _everywhere(counts: Tally) -> float:
-    """Beyond chance, of all tasks at once over the weights of all layers."""
+    """Agreement of all tasks beyond chance, over the weights of all layers."""
     whole = [g for g, (_, kind) in enumerate(counts.groups) if kind == WHOLE]
     return float(overlaps(counts.pairs[whole].sum(0), counts.votes[whole].sum(0))[2][-1])
