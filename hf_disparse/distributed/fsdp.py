@@ -13,7 +13,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_disparse.distributed.processes import is_main
 
-Stream = Iterable[tuple[str, Mapping[str, Tensor]]]
+Scoring = Callable[
+    ..., Iterable[tuple[str, Mapping[str, Tensor]]]
+]  # (*arguments) -> (task, its scores), one task at a time
 
 
 def is_sharded(tensors: Mapping[str, Tensor]) -> bool:
@@ -55,8 +57,8 @@ def place(mask: Tensor | None, like: Tensor) -> Tensor:
 
 
 def decide_on_main(
-    update: Callable[[Mapping[str, Tensor], Callable[..., Stream]], Mapping[str, Tensor] | None],
-    stream: Callable[..., Stream],
+    update: Callable[[Mapping[str, Tensor], Scoring], Mapping[str, Tensor] | None],
+    stream: Scoring,
     masks: Mapping[str, Tensor],
     like: Mapping[str, Tensor],
 ) -> dict[str, Tensor] | None:

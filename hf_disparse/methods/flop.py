@@ -15,8 +15,7 @@ from hf_disparse.methods.gates import Gates
 from hf_disparse.methods.l0 import L0
 from hf_disparse.methods.rank import Rank
 from hf_disparse.pruning.decision import Masks
-from hf_disparse.pruning.parts import parameters_saved
-from hf_disparse.pruning.rules import Sites
+from hf_disparse.pruning.parts import Sites, parameters_saved
 
 _UP, _DOWN = ".up.weight", ".down.weight"
 

@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 
 from hf_disparse.methods.base import Method, Update
 from hf_disparse.pruning.decision import Masks
-from hf_disparse.pruning.parts import Site, masks_of_parts
-from hf_disparse.pruning.rules import Sites, keep_parts, parts_to_prune
+from hf_disparse.pruning.parts import Site, Sites, masks_of_parts
+from hf_disparse.pruning.rules import keep_parts, parts_to_prune
 
 
 def group_sizes(tensors: Mapping[str, Tensor], site: Site) -> Tensor:

@@ -17,8 +17,8 @@ from hf_disparse.methods.base import Method, Update
 from hf_disparse.methods.saliency import Saliency
 from hf_disparse.model.factorise import factorise, is_factorised
 from hf_disparse.pruning.decision import Masks
-from hf_disparse.pruning.parts import Site, masks_of_parts, matrix_shape, parameters_saved, sum_by_part
-from hf_disparse.pruning.rules import Sites, best_parts, keep_of_the_rest
+from hf_disparse.pruning.parts import Site, Sites, masks_of_parts, matrix_shape, parameters_saved, sum_by_part
+from hf_disparse.pruning.rules import best_parts, keep_of_the_rest
 from hf_disparse.pruning.schedule import sparsity_at
 
 

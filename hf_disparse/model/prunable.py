@@ -11,8 +11,7 @@ from hf_disparse.model.architectures import encoder_layers, find_sites
 from hf_disparse.model.low_rank import low_rank_modules
 from hf_disparse.model.unshared import shared_name
 from hf_disparse.pruning import decision
-from hf_disparse.pruning.parts import channels
-from hf_disparse.pruning.rules import Sites
+from hf_disparse.pruning.parts import Sites, channels
 
 
 def prunable_parameters(model: nn.Module, config: PruningConfig | None = None) -> dict[str, nn.Parameter]:

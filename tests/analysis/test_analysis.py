@@ -1,4 +1,4 @@
-"""The measures of the tasks' own masks, held against slow, obvious references and against planted truths."""
+"""The measures of the tasks' own masks, against slow, obvious references and planted truths."""
 
 import itertools
 import math
@@ -277,7 +277,7 @@ def test_planted_heads_and_neurons_serve_the_tasks_that_they_were_planted_for():
         "heads": [["s", "t"], ["s"], []],
     }
     assert found[1]["heads"] == [["t"], ["t"], ["s"]]
-    # one of the four neurons matters to nobody and is gone: half of three is 1 (round(1.5) = 2 go)
+    # no task needs one of the four neurons, which is gone: half of three is 1 (round(1.5) = 2 go)
     assert found[2:] == [
         {"layer": 0, "granularity": "neuron", "count": 4, "kept_by_task": {"s": 1, "t": 1}, "kept_by": [2, 2, 0]}
     ]

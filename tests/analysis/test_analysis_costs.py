@@ -1,4 +1,4 @@
-"""What sparsity costs and where the weights are: curves, knees and footprints against counts by hand."""
+"""Cost curves, knees and footprints against counts by hand."""
 
 import copy
 

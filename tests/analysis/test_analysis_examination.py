@@ -1,4 +1,4 @@
-"""The measures of a whole examination and their intervals, against planted truths, fresh draws and their parts."""
+"""All measures of an examination and their intervals, against planted truths, fresh draws and single measures."""
 
 import random
 
@@ -62,7 +62,7 @@ def test_random_masks_agree_by_0_within_the_interval():
 
 
 def test_an_interval_is_as_wide_as_measuring_anew_spreads():
-    """Independent masks: agreement over fresh draws of everything, against the width of the interval of one of them."""
+    """Independent masks: the spread of agreement over fresh draws, against the width of one draw's interval."""
     fresh = [
         row["beyond_chance"]
         for seed in range(60)

@@ -1,4 +1,4 @@
-"""The rule at the heart, held against slow and obvious references."""
+"""The decision rules against slow, obvious references."""
 
 import numpy as np
 import pytest
@@ -72,7 +72,7 @@ def test_what_active_pruned_stays_pruned_and_does_not_compete(rows, data):
 
 
 def test_a_task_without_an_opinion_has_no_vote():
-    """Zeros, where a head has no gradient, must not take the first weights of the encoder for themselves."""
+    """Zero scores, such as those without a gradient, must not protect the first weights of the encoder."""
     opinion, none = torch.rand(1000, generator=torch.Generator().manual_seed(0)) + 0.1, torch.zeros(1000)
     for rule in (decide, decide_sum, decide_max, decide_mean_rank):
         alone = rule({"a": {"w": opinion}}, 0.9)["w"]
@@ -86,7 +86,7 @@ def test_a_task_without_an_opinion_has_no_vote():
 
 
 def test_a_weight_that_one_task_needs_survives_unanimous_pruning_but_not_the_sum():
-    # Task a needs weight 0 most; all others are of middling use to everybody.
+    # Task a needs weight 0 most; all others are moderately useful to every task.
     a = torch.tensor([1.0, 0.9, 0.9, 0.9])
     b = torch.tensor([0.0, 5.0, 5.0, 5.0])
     c = torch.tensor([0.0, 5.0, 5.0, 5.0])

@@ -1,4 +1,4 @@
-"""Taylor's criterion and the tasks' agreement: parts by brute force, the trainer in steps, what is refused."""
+"""Taylor's criterion and the tasks' agreement: parts by brute force, training in steps, refused settings."""
 
 import itertools
 

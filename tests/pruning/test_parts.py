@@ -1,4 +1,4 @@
-"""Heads, neurons and layers as parts: where they are, who decides, what the trainer makes of them."""
+"""Heads, neurons and layers as parts: where they are, how tasks decide over them, how training prunes them."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Patterns of weights, N:M and blocks: the decision by brute force, the trainer's exact pattern, what is refused."""
+"""N:M and blocks: the decision by brute force, the exact pattern after training, refused settings."""
 
 import itertools
 
@@ -88,7 +88,9 @@ def test_every_task_keeps_the_weight_it_wants_most():
     scores = {"a": torch.tensor([[9.0, 1, 2, 3]]), "b": torch.tensor([[0.1, 0.9, 0.2, 0.3]])}
     mask = decide_n_of_m({task: {"w": s} for task, s in scores.items()}, 2, 4)["w"]
     assert mask.tolist() == [[True, True, False, False]]
-    third = {"c": {"w": torch.tensor([[0.1, 0.9, 0.2, 0.3]])}}  # all of three are somebody's first: two tasks beat one
+    third = {
+        "c": {"w": torch.tensor([[0.1, 0.9, 0.2, 0.3]])}
+    }  # each of three weights is some task's first: two tasks beat one
     mask = decide_n_of_m({task: {"w": s} for task, s in scores.items()} | third, 1, 4)["w"]
     assert mask.tolist() == [[False, True, False, False]]
 

@@ -1,4 +1,4 @@
-"""Fitting what pruning leaves to what was there: against numpy's least squares and a model that runs as a whole."""
+"""Refitting the remaining weights, against numpy's least squares and forward passes of the whole model."""
 
 import copy
 import dataclasses

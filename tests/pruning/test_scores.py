@@ -1,4 +1,4 @@
-"""Each criterion against gradients worked out by hand."""
+"""Each criterion against hand-computed gradients."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_joint_sums_the_weighted_losses_before_it_scores():
     found = list(
         score(model, loaders, "snip", parameters={"weight": model.weight}, joint=True, task_weights={"b": 2.0})
     )
-    # g = (-2, -2, -4) + 2 * (6, 0, 3) = (10, -2, 2): opposed gradients cancel, which votes would not let them do
+    # g = (-2, -2, -4) + 2 * (6, 0, 3) = (10, -2, 2): opposed gradients cancel, unlike votes
     assert [group for group, _ in found] == ["joint"]
     assert found[0][1]["weight"].tolist() == [[20.0, 6.0, 0.0]]
 

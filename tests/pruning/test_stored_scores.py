@@ -1,4 +1,4 @@
-"""The files of the tasks' scores: what they hold, where they are, and who keeps none."""
+"""The files of the tasks' scores: what they hold, where they are, and which methods keep none."""
 
 from dataclasses import replace
 
