@@ -344,6 +344,7 @@ def test_a_label_that_is_infinite_is_never_trained_on(with_label, recipe):
 # As a process of its own
 
 
+@pytest.mark.slow
 def test_a_mistake_as_a_process(recipe, tmp_path):
     path = write_recipe(tmp_path, changed(recipe, "tasks.two.labels", ["no", "maybe"]))
     done = subprocess.run([*PROCESS, "train", path], capture_output=True, text=True, timeout=120)
@@ -351,6 +352,7 @@ def test_a_mistake_as_a_process(recipe, tmp_path):
     assert done.stderr.startswith("error: tasks.two") and len(done.stderr.splitlines()) <= 3, done.stderr
 
 
+@pytest.mark.slow
 def test_evaluate_as_a_process_prints_json_alone(finished):
     done = subprocess.run([*PROCESS, "evaluate", finished[0], "--json"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

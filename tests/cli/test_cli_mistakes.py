@@ -124,6 +124,7 @@ def test_texts_longer_than_the_encoder_has_positions(recipe, tmp_path):
     refused("train", write_recipe(tmp_path, long), names=("model.max_length", "64", "65", "'two'", "lower it"))
 
 
+@pytest.mark.slow
 def test_bfloat16_on_a_cpu_without_it_is_one_line_and_float32(recipe, tmp_path):
     path = write_recipe(tmp_path, changed(recipe, "training.bf16", True))
     command = [sys.executable, "-m", "hf_disparse", "train", path, "--no-analysis"]

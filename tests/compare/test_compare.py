@@ -185,6 +185,7 @@ def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(recipe, finished
     assert again.trainings == {f"cells/{name}": 1} and "no luck" not in (done.folder / "compare.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "step", "end", "done", "checkpoint"),
     [

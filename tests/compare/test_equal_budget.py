@@ -120,7 +120,7 @@ def test_a_single_task_model_is_the_recipe_with_that_task_and_the_shared_one_has
         ),
         (["--budgets=0"], "--budgets: expected numbers in (0, 1], fractions of one encoder"),
         (["--budgets=1.5"], "--budgets: expected numbers in (0, 1], fractions of one encoder"),
-        (["--budgets=x"], "--budgets: expected values with commas"),
+        (["--budgets=x"], "--budgets: expected values separated by commas"),
         (["--sparsities=1"], "--sparsities: expected numbers in (0, 1)"),
         (["--sparsities=0.4"], "--budgets: expected at least 1.2, which 2 encoders keep"),
         (["--sparsities=0.4,0.49"], "--budgets: expected at least 1.02, which 2 encoders keep"),

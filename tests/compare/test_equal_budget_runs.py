@@ -237,6 +237,7 @@ def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(recipe, finished
     assert again.trainings == {f"cells/{name}": 1} and "no luck" not in (done.folder / REPORTS[1]).read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "step", "done"),
     [("dense-task-real-seed2", 2, 2), ("cells/task-two-0.9-seed2", 3, 1), ("cells/shared-0.7-seed2", 7, 4)],

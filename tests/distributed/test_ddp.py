@@ -21,6 +21,8 @@ from tests.helpers.launching import in_processes
 from tests.helpers.tiny import tiny_model
 from tests.helpers.training import assert_same
 
+pytestmark = pytest.mark.slow
+
 FAST = [name for name in VARIANTS if name != "compiled"]
 OTHERS = ["evaluated", "disturbed", "other_data"]
 
@@ -64,7 +66,6 @@ def test_masks_hold_exactly_and_alike_in_two_processes_with(of_two, tmp_path, na
     assert_as_one(of_two[name], tmp_path, name, 1e-3 if name == "bf16" else 1e-5)
 
 
-@pytest.mark.slow
 def test_masks_hold_in_compiled_models_and_in_four_processes(tmp_path):
     for count, names in ((2, ["compiled"]), (4, ["saliency", "movement", "platon", "l0"])):
         several = run(tmp_path, count, names)

@@ -16,6 +16,8 @@ from tests.helpers.fsdp_worker import CONFIGS, ROUND
 from tests.helpers.launching import in_processes
 from tests.helpers.training import assert_same, multitask_trainer
 
+pytestmark = pytest.mark.slow
+
 RESUMED = ["saliency", "sharded"]
 
 
@@ -86,7 +88,6 @@ def test_the_main_process_has_for_the_log_how_much_the_tasks_agree(of_two, tmp_p
     assert kept["measures"] == pytest.approx(trainer.pruner.measures, abs=0.02)
 
 
-@pytest.mark.slow
 def test_four_processes_go_on_where_two_were_and_prune_as_one(of_two, tmp_path_factory, tmp_path):
     four = tmp_path_factory.mktemp("four")
     in_processes(4, "tests.helpers.fsdp_worker", four, "random", *(f"{name}@{of_two[0]}" for name in RESUMED))

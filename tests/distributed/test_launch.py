@@ -16,6 +16,8 @@ from hf_disparse.trainer.checkpoints import last_whole_checkpoint
 from tests.helpers.commands import changed, write_inputs, write_recipe
 from tests.helpers.launching import ROOT, in_processes, torchrun
 
+pytestmark = pytest.mark.slow
+
 TRAIN, EVALUATE, COMPARE, AGAIN, WRONG, ANALYZE = range(6)
 ACCELERATE = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 
@@ -84,7 +86,6 @@ def test_a_checkpoint_without_the_random_state_of_a_process_is_not_whole(launche
     away.rename(state)
 
 
-@pytest.mark.slow
 def test_the_end_of_a_process_ends_all_and_the_same_command_goes_on(tmp_path):
     recipe = write_recipe(tmp_path, changed(write_inputs(tmp_path), "training.max_steps", 40))
     script = tmp_path / "die.py"
@@ -110,7 +111,6 @@ def test_the_end_of_a_process_ends_all_and_the_same_command_goes_on(tmp_path):
     assert set(one) == set(other) and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-@pytest.mark.slow
 def test_accelerate_launches_the_recipe_of_several_gpus(tmp_path):
     """Here on CPUs, as the recipe of the training says: it is what the processes share that counts."""
     recipe = write_recipe(tmp_path, write_inputs(tmp_path))

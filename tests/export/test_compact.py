@@ -115,6 +115,7 @@ def test_dropped_layers_leave_the_optimizer():
     assert {id(p) for p in optimizer.state} <= held
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["bert", "distilbert", "modernbert", "roberta"])
 def test_even_neurons_and_fewer_layers_need_no_package(model_type, tmp_path):
     model = model_of(model_type)

@@ -39,6 +39,7 @@ def client(address: str, token: str | None = "good") -> HfApi:
     return HfApi(endpoint=address, token=token or False)
 
 
+@pytest.mark.slow
 def test_what_is_pushed_loads_elsewhere(hub, folder, tmp_path):
     store, address = hub
     push(folder, "me/sparse", with_tasks=True, license="apache-2.0", api=client(address))
@@ -70,6 +71,7 @@ def test_what_is_pushed_loads_elsewhere(hub, folder, tmp_path):
     assert all(torch.equal(saved[name], loaded[name]) for name in saved)
 
 
+@pytest.mark.slow
 def test_the_command_and_the_model_s_own_method(hub, folder, tmp_path):
     store, address = hub
     code = (
@@ -139,6 +141,7 @@ def test_an_unreachable_hub_is_reported(folder):
         push(folder, "me/sparse", api=client("http://127.0.0.1:9"))
 
 
+@pytest.mark.slow
 def test_shards_are_pushed_with_their_index(hub, folder, tmp_path):
     _, address = hub
     model = MultitaskModel.from_pretrained(folder)
@@ -174,6 +177,7 @@ def test_an_unknown_form_is_refused(folder):
         push(folder, "me/sparse", "zip", api=client("http://127.0.0.1:9"))
 
 
+@pytest.mark.slow
 def test_a_trainer_pushes_while_it_trains(hub, tmp_path):
     store, address = hub
     code = (

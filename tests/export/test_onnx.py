@@ -40,9 +40,8 @@ def numbers(folder) -> int:
     return sum(math.prod(t.dims) for t in tensors if t.data_type == onnx.TensorProto.FLOAT)
 
 
-@pytest.mark.parametrize(
-    "model_type", [pytest.param(t, marks=[] if t == "bert" else pytest.mark.slow) for t in CONFIGS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", CONFIGS)
 def test_compact_models_give_torch_s_logits(model_type, tmp_path):
     model = model_of(model_type)
     prune_parts(model)
@@ -89,6 +88,7 @@ def test_one_of_several_tasks_has_to_be_named(tmp_path):
         save_onnx(tiny_model(), tmp_path / "onnx")
 
 
+@pytest.mark.slow
 def test_a_model_that_was_trained_in_bfloat16(tmp_path):
     trainer = multitask_trainer(tmp_path / "run", bf16=True, max_steps=2)
     trainer.train()

@@ -160,6 +160,7 @@ def test_dense_matrices_stay_as_they_are(tmp_path):
     assert same_bits(load_file(tmp_path / "packed" / "model.safetensors"), model.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForSequenceClassification"])
 def test_without_the_package_loading_fails(auto, tmp_path):
     model = prune(AutoModelForSequenceClassification.from_config(CONFIGS["bert"]()))
@@ -317,6 +318,7 @@ def load_or_refuse(folder: Path) -> dict[str, torch.Tensor] | None:
         return None
 
 
+@pytest.mark.slow
 def test_500_faults_load_what_was_saved_or_are_refused(packed, sparse_model, tmp_path, capfd):
     expected, refused = sparse_model.state_dict(), 0
     for seed in range(500):

@@ -52,6 +52,7 @@ def test_logits_and_loss_are_the_model_s(model_type, tmp_path):
         assert plain.config.label2id == {label: i for i, label in enumerate(names)}
 
 
+@pytest.mark.slow
 def test_its_card_has_the_task_s_metrics_and_a_snippet_that_runs(tmp_path):
     model_with_tags("bert").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
@@ -84,6 +85,7 @@ def test_the_results_of_another_program_leave_no_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 def test_a_pipeline_reads_it_without_the_package(tmp_path):
     model, tokenizer = model_with_tags("bert"), tiny_tokenizer()
     model.save_pretrained(tmp_path / "model")

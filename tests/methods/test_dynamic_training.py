@@ -198,6 +198,7 @@ def undisturbed(request, tmp_path_factory):
     return config, weights(trainer.model), trainer.pruner.masks, trainer.backward_passes
 
 
+@pytest.mark.slow
 # Checkpoints are at every third step: at 12 masks change right after one, 7 resumes before an update, 19 after the last.
 @pytest.mark.parametrize("step", [4, 7, 12, 13, 19])
 def test_a_killed_run_ends_in_the_bits_of_the_undisturbed_one(tmp_path, undisturbed, step):

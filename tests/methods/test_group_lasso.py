@@ -193,6 +193,7 @@ def test_every_matrix_is_shrunk_by_its_own_learning_rate(tmp_path):
         torch.testing.assert_close(seen[0][name], before[name] * factor, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", [("head", "neuron"), ("channel",)])
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, granularity):
     config = GroupLassoConfig(sparsity=0.5, granularity=granularity, start_step=2, end_step=16)

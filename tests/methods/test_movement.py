@@ -202,6 +202,7 @@ def undisturbed(request, tmp_path_factory):
     return config, weights(trainer.model), trainer.pruner.masks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [5, 8, 10, 16, 19])
 def test_a_killed_run_ends_in_the_bits_of_the_undisturbed_one(tmp_path, undisturbed, step):
     config, expected, masks = undisturbed

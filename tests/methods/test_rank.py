@@ -277,6 +277,7 @@ def test_a_task_is_exported_in_plain_matrices(skipped, pruned, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "task" / "config.json").read_text())
 
 
+@pytest.mark.slow
 def test_without_the_package_loading_stops(tmp_path):
     """And does not make up weights, which it would where it finds no tensor of a matrix's name."""
     torch.manual_seed(0)
@@ -354,6 +355,7 @@ def test_what_is_in_two_factors_counts_as_the_matrix_that_it_was():
     assert dense_size(model, model.parameters()) == 6 * 4 + 4 + 4 * 3 + 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rank", "flop"])
 def test_a_recipe_runs_from_the_shell_to_a_compact_folder(method, tmp_path):
     schedule = {"score_batches": 2} if method == "rank" else {"end_step": 2}

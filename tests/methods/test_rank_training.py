@@ -240,6 +240,7 @@ def gated(tmp_path_factory):
     return weights(trainer.model), trainer.pruner.masks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 8])
 def test_a_killed_run_with_gates_ends_in_the_same_bits(step, gated, tmp_path):
     config = FlopConfig(sparsity=0.6, end_step=9)

@@ -201,6 +201,7 @@ def test_a_folder_holds_it_bit_for_bit_plain_and_packed(kind, tmp_path):
     assert_same(plain, {n: t for n, t in weights(fresh).items() if n.startswith("encoder.")})
 
 
+@pytest.mark.slow
 def test_it_reloads_from_the_hub_however_it_was_pushed(tmp_path):
     model = adapted("hira", ["two", "three", "real"])
     model.save_pretrained(tmp_path / "model")

@@ -160,6 +160,7 @@ def test_ranks_are_those_of_a_stable_sort(dtype):
     assert (ranks(scores).numpy() == expected).all()
 
 
+@pytest.mark.slow
 def test_ranks_beyond_the_integers_of_float32_stay_exact():
     size = 2**24 + 8
     rank = ranks(torch.arange(size, dtype=torch.float64))

@@ -200,6 +200,7 @@ def test_blocks_are_decided_by_the_sum_of_their_scores(tmp_path):
         assert (kept.any(axis=(1, 3)) == (sums[name] > limit)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pruning",
     [

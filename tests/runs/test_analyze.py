@@ -142,6 +142,7 @@ def test_the_terminal_shows_what_the_file_holds(analyzed):
     assert f"written: {target}/analysis.json" in out
 
 
+@pytest.mark.slow
 def test_an_analysis_of_the_same_seed_has_the_same_bits(finished, analyzed, tmp_path):
     status, _, err = hf_disparse("analyze", finished[0], "--sparsities", "0", "--output_dir", tmp_path)
     assert status == 0, err
@@ -150,6 +151,7 @@ def test_an_analysis_of_the_same_seed_has_the_same_bits(finished, analyzed, tmp_
     assert again["stages"] == analyzed[0]["stages"]
 
 
+@pytest.mark.slow
 def test_a_model_alone_is_one_stage_by_another_recipe(finished, tmp_path):
     folder, path = finished
     for name in ("dense", "sparse"):

@@ -65,6 +65,7 @@ def anew(other, tmp_path_factory) -> tuple[dict[str, torch.Tensor], dict, str]:
     return run_of(other, tmp_path_factory.mktemp("anew"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["first", "comparison"])
 def test_a_run_from_a_dense_model_that_is_there_ends_in_the_bits_of_one_that_trains_it(
     other, anew, source, request, tmp_path
@@ -92,6 +93,7 @@ def test_a_comparison_takes_the_dense_model_of_its_seed(recipe, first, compariso
     assert ours["metrics"] == theirs["metrics"]
 
 
+@pytest.mark.slow
 def test_what_was_taken_needs_its_source_no_more(other, first, tmp_path):
     source = shutil.copytree(first, tmp_path / "source")
     path = write_recipe(tmp_path, {**other, "dense_from": str(source)})
@@ -102,6 +104,7 @@ def test_what_was_taken_needs_its_source_no_more(other, first, tmp_path):
     assert status == 0 and "dense training" not in err
 
 
+@pytest.mark.slow
 def test_a_copy_that_was_killed_is_made_again(other, anew, first, tmp_path):
     def dies(*args):
         raise KeyboardInterrupt

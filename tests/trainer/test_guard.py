@@ -295,6 +295,7 @@ def test_a_drop_that_is_real_is_found(tmp_path):
 # Resume
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [7, 11, 12, 14, 19])
 def test_a_killed_guarded_run_ends_in_the_bits_of_the_undisturbed_one(tmp_path, monkeypatch, step):
     """Dies before the step that will be undone, after it, as it is undone, and in the recovery."""

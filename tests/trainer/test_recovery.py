@@ -235,6 +235,7 @@ def test_what_a_plain_model_or_lone_batches_cannot_follow_is_refused(tmp_path, m
 UNCERTAINTY, PCGRAD = ({"loss_weighting": way} for way in ("uncertainty", "pcgrad"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [UNCERTAINTY, PCGRAD, {"distillation": 0.5, "distillation_hidden": 0.1}], ids=str)
 def test_a_killed_run_ends_in_the_bits_of_the_undisturbed_one(tmp_path, changes):
     """Checkpoints are at 6, while the masks grow, and at 18, in the second epoch."""
@@ -310,6 +311,7 @@ def test_a_step_that_died_leaves_no_gradients_to_the_next_training(tmp_path):
     assert_same(weights(fresh.model), weights(trainer.model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [UNCERTAINTY, PCGRAD])
 def test_a_try_that_ran_out_of_memory_leaves_no_gradients_and_no_means_to_the_next_one(tmp_path, way):
     """The next try is a training that began with its smaller batches."""

@@ -76,6 +76,7 @@ def test_training_prunes_exactly_and_scores_on_other_rows_at_every_update(undist
     assert seen[0] != seen[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [4, 7, 14])
 def test_a_killed_run_on_streams_ends_in_the_bits_of_the_undisturbed_one(tmp_path, undisturbed, step):
     with pytest.raises(Died):

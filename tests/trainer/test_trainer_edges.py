@@ -70,6 +70,7 @@ def test_persistent_workers_evaluate_every_task_on_its_own_rows(tmp_path):
     assert {k: v for k, v in found.items() if "time" not in k} == {k: v for k, v in plain.items() if "time" not in k}
 
 
+@pytest.mark.slow
 def test_only_tasks_that_are_trained_have_a_say(tmp_path):
     data = three_datasets()
     trainer = DisparseTrainer(
