@@ -12,9 +12,13 @@ from hf_disparse.report.write import write_comparison, write_report
 from tests.helpers.analyses import analysis, comparison
 
 PROGRAMS = [shutil.which("chromium"), shutil.which("chromedriver")]
-pytestmark = pytest.mark.skipif(
-    not all(PROGRAMS) and not os.environ.get("CI"), reason="no browser: apt-get install chromium chromium-driver"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not all(PROGRAMS) and not os.environ.get("CI"),
+        reason="no browser here: apt-get install chromium chromium-driver",
+    ),
+]
 
 # Elements beyond the page's edges, unless their container scrolls; text beyond its drawing; text too small to read.
 FAULTS = """

@@ -236,7 +236,7 @@ def test_a_data_file_that_vanished_is_one_error_and_the_run_goes_on_once_it_is_b
     (inputs / "two.csv").rename(inputs / "gone.csv")
     before = snapshot(folder)
     path = write_recipe(tmp_path, mine)
-    refused("train", path, names=("tasks.two.data", "expected a file, but there is none", "two.csv"))
+    refused("train", path, names=("tasks.two.data", "there is no file", "two.csv"))
     assert snapshot(folder) == before
     (inputs / "gone.csv").rename(inputs / "two.csv")
     assert hf_disparse("train", path, "--no-analysis")[0] == 0
