@@ -86,7 +86,7 @@ def test_light_commands_load_nothing_heavy(tmp_path):
         assert (status, heavy) == (2, []) and word in said, said
 
 
-@pytest.mark.parametrize("first", ["hf_disparse", "transformers"])
+@pytest.mark.parametrize("first", ["hf_disparse", pytest.param("transformers", marks=pytest.mark.slow)])
 def test_auto_classes_know_our_models_in_whatever_order_they_are_imported(first):
     second = {"hf_disparse": "from transformers import AutoConfig, AutoModel", "transformers": "import hf_disparse"}[
         first

@@ -70,6 +70,7 @@ def given() -> dict:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error:Already found a `peft_config`")
 def test_the_python_of_the_how_to_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -169,6 +169,7 @@ def test_a_row_of_the_recipes_method_has_the_recipes_settings_and_others_have_th
     assert recipe_of(by_scores, Cell("dynamic", "", 0.6, 1)).pruning == DynamicConfig(sparsity=0.6, seed=1)
 
 
+@pytest.mark.slow
 def test_every_other_method_prunes_on_the_same_budget(inputs, tmp_path):
     """Two tasks, 4 steps and one scoring of 2 batches: 8 passes. Dynamic's growth batches may not fit to the last one."""
     recipe = {**inputs, "output_dir": str(tmp_path / "run")}

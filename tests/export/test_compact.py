@@ -138,6 +138,7 @@ def test_even_neurons_and_fewer_layers_need_no_package(model_type, tmp_path):
     torch.testing.assert_close(hidden, model.encoder(**BATCH)[0].detach(), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_plain_model_of_uneven_shapes(tmp_path):
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(CONFIGS["bert"]()).eval()

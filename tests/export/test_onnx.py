@@ -56,6 +56,7 @@ def test_compact_models_give_torch_s_logits(model_type, tmp_path):
     assert AutoConfig.from_pretrained(tmp_path / "compact").id2label == {0: "a", 1: "b", 2: "c"}
 
 
+@pytest.mark.slow
 def test_the_command_on_a_packed_folder(tmp_path):
     model = tiny_model().eval()
     prune_parts(model)

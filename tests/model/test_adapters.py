@@ -296,6 +296,7 @@ def test_a_plain_task_has_its_adapter_merged_or_is_refused(kind, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_onnx_has_the_adapter_merged(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'hf_disparse[onnx]'")
     model = adapted("shira")

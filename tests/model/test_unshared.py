@@ -163,6 +163,7 @@ def test_an_exported_task_has_its_own_layers(tmp_path):
             close(AutoModelForSequenceClassification.from_pretrained(folder)(**BATCH).logits, expected)
 
 
+@pytest.mark.slow
 def test_a_task_in_onnx_has_its_own_layers(tmp_path):
     pytest.importorskip("onnxruntime", reason="pip install 'hf_disparse[onnx]'")
     pytest.importorskip("onnxscript", reason="pip install 'hf_disparse[onnx]'")

@@ -200,6 +200,7 @@ def test_the_trainer_keeps_the_heads_that_the_pure_function_scores_highest(tmp_p
     assert torch.equal(kept, flat >= limit)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("criterion", "decision"), [("taylor", "max"), ("agreement", "joint")])
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, criterion, decision):
     config = PruningConfig(

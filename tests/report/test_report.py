@@ -187,6 +187,7 @@ def test_the_same_numbers_give_the_same_bytes(tmp_path):
 HOSTILE = ["</title></svg><script>alert(1)</script>", '" onload="alert(1)', "$\\frac{$ & {{ 7 * 7 }} --> ]]>"]
 
 
+@pytest.mark.slow
 def test_names_of_tasks_models_and_methods_are_not_markup(tmp_path):
     values = analysis(HOSTILE, layers=2, stages=("dense",))
     values["model"] = values["criterion"] = HOSTILE[0]

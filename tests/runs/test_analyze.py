@@ -184,6 +184,7 @@ def test_what_cannot_be_analyzed_is_refused_in_a_line(finished, words, names):
 # At the end of train and compare
 
 
+@pytest.mark.slow
 def test_training_ends_with_a_short_analysis_and_does_not_repeat_it(finished, tmp_path):
     folder = Path(shutil.copytree(finished[0], tmp_path / "run"))
     status, out, err = hf_disparse("train", finished[1], "--output_dir", folder)

@@ -168,6 +168,7 @@ def test_a_push_that_is_killed_commits_nothing_or_everything(finished, monkeypat
     assert again == whole
 
 
+@pytest.mark.slow
 def test_a_terminated_export_leaves_nothing_behind(finished, tmp_path):
     with child(export_command, str(finished), str(tmp_path / "packed")) as (process, connection):
         assert next(messages(connection)) == "writing"

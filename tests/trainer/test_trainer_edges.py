@@ -92,6 +92,7 @@ def test_one_task_is_evaluated_by_its_name(tmp_path):
     assert whole["eval_loss"] == pytest.approx(sum(whole[f"eval_{t}_loss"] for t in ("two", "three", "real")) / 3)
 
 
+@pytest.mark.slow
 def test_every_trial_of_a_search_finds_masks_of_its_own(tmp_path):
     seeds, found = iter((1, 1, 2)), []
     trainer = DisparseTrainer(
