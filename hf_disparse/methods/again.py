@@ -1,4 +1,4 @@
-"""A family of tasks that changes after it was pruned: decisions anew from stored scores, and what a new task may keep. Layer 9.
+"""A family of tasks that changes after it was pruned: decisions from stored scores, and what a new task may keep.
 
 All of it works on what a run with `pruning.keep_scores: true` left in its folder, see `hf_disparse.pruning.stored_scores`.
 """
@@ -16,8 +16,8 @@ from hf_disparse.model.multitask import MultitaskModel
 from hf_disparse.model.prunable import gone_layers, prunable_parameters, prunable_sites
 from hf_disparse.model.unshared import shared_name
 from hf_disparse.pruning.decision import Masks, decide, ranks
+from hf_disparse.pruning.granularity import granularity_of
 from hf_disparse.pruning.masks import apply_masks, find_masks
-from hf_disparse.pruning.rules import count_pruned_parts
 from hf_disparse.pruning.schedule import update_steps
 from hf_disparse.pruning.scores import GRADIENT_CRITERIA, Batch, model_loss, score
 from hf_disparse.pruning.stored_scores import load_scores, scored_tasks
@@ -60,7 +60,7 @@ def decide_again(
     live = {name: keep.cpu() for name, keep in find_masks(parameters).items()}
     for name, keep in load_scores(next(iter(files.values())), parameters)[1].items():
         live[name] &= keep
-    for kind, (pruned, size) in count_pruned_parts(live, sites, config).items():
+    for kind, (pruned, size) in granularity_of(config).count(live, sites).items():
         if pruned > round(config.sparsity * size) and not sites:
             got = f"{config.sparsity} of {size}, of which {pruned} {kind}s are zero or were pruned before they were scored"
             raise UserError(

@@ -75,7 +75,7 @@ class Method:
         self.steps = update_steps(self.config, max_steps)
 
     def sparsity_at(self, step: int, masks: Masks, sites: Sites) -> float:
-        """Returns the sparsity of a model, as `count_pruned_parts` counts it, after the update at `step`."""
+        """Returns the sparsity of a model, as its granularity counts it, after the update at `step`."""
         return sparsity_at(self.config, step, self.max_steps)
 
     @staticmethod

@@ -3,8 +3,9 @@
 from hf_disparse.config import PART_CRITERIA, PruningConfig
 from hf_disparse.methods.base import Method, Update
 from hf_disparse.pruning.decision import Masks
+from hf_disparse.pruning.granularity import granularity_of
 from hf_disparse.pruning.part_criteria import PartScores, agreement_and_need, agreement_score, taylor
-from hf_disparse.pruning.rules import count_pruned_parts, decide_by, decide_parts, decide_pattern, decide_scored_parts
+from hf_disparse.pruning.rules import decide_scored_parts
 from hf_disparse.pruning.schedule import sparsity_at, update_steps
 from hf_disparse.pruning.scores import GRADIENT_CRITERIA
 
@@ -19,19 +20,16 @@ class Saliency(Method):
         return len(update_steps(config, max_steps)) if by_gradients else 0
 
     def update(self, now: Update) -> Masks | None:
-        """None for a model that is as sparse already."""
+        """Returns the new masks, or None if the model is as sparse already."""
         config, sparsity = self.config, sparsity_at(self.config, now.step)
-        done = count_pruned_parts(now.masks, now.sites, config).values()
+        granularity = granularity_of(config)
+        done = granularity.count(now.masks, now.sites).values()
         if all(pruned >= round(sparsity * size) for pruned, size in done):
             return None
         if config.criterion in PART_CRITERIA:
             return decide_scored_parts(config, self._of_parts(now), sparsity, now.masks, now.sites)
         stream = now.score(config.criterion, config.decision == "joint")
-        if now.sites:
-            return decide_parts(config, stream, sparsity, now.masks, now.sites)
-        if config.n_of_m or config.block:
-            return decide_pattern(config, stream, sparsity, now.masks)
-        return decide_by(config, stream, sparsity, now.masks)
+        return granularity.decide(config, stream, sparsity, now.masks, now.sites)
 
     def _of_parts(self, now: Update) -> list[tuple[str, PartScores]]:
         """(task, its scores of the parts), or one pair of all tasks."""

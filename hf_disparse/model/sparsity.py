@@ -9,16 +9,16 @@ from hf_disparse.pruning.masks import count_nonzeros, count_pruned
 
 
 def masked_share(model: nn.Module, masks: Mapping[str, Tensor]) -> float:
-    """The fraction that the masks prune of the weights that they are of, counted as in `sparsity_report`."""
+    """Returns the pruned fraction of the masked weights by their masks; factors count as in `sparsity_report`."""
     parameters, (pruned, size) = dict(model.named_parameters()), count_pruned(masks)
     total = dense_size(model, [parameters[name] for name in masks])
     return (total - size + pruned) / total
 
 
 def sparsity_report(model: nn.Module, encoder: nn.Module, prunable: Mapping[str, Tensor]) -> dict[str, float]:
-    """Fraction of exact zeros by denominator: `prunable` weights, all parameters of the `encoder`, all of the `model`.
+    """Returns the fraction of exact zeros, whatever the masks, by denominator: `prunable` weights, all parameters of the `encoder`, all of the `model`.
 
-    Of a matrix in two factors: the fraction that they save of it as it was dense, below 0 while they are larger.
+    For a factorised matrix, the fraction of its dense size that is saved; negative while the factors are larger.
     """
 
     def fraction(tensors) -> float:

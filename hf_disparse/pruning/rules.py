@@ -3,14 +3,11 @@
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from hf_disparse.config import PruningConfig, UserError
 from hf_disparse.pruning import decision
-from hf_disparse.pruning.masks import count_pruned
-from hf_disparse.pruning.parts import Sites, masks_of_parts, parameters_saved, sum_by_part
-from hf_disparse.pruning.patterns import decide_n_of_m, expand_blocks, misfits, pool_blocks, pruned_in_groups
+from hf_disparse.pruning.parts import Sites, masks_of_parts, sum_by_part
 
 
 def decide_by(config: PruningConfig, task_scores, sparsity: float, active=None, cut=None) -> decision.Masks:
@@ -35,7 +32,7 @@ def decide_parts(
 ) -> decision.Masks:
     """The masks of the weights once `round(sparsity * parts)` parts of each kind are gone.
 
-    More may go where a whole layer is pruned after heads or neurons of other layers were, for nothing that is pruned comes back.
+    May prune more than asked: if a layer is pruned after heads or neurons elsewhere, those stay pruned.
 
     A part's score for a task is the sum of those of its weights; `config.decision` decides over parts as over weights. The
     best part of every site stays, by the same rule: an encoder needs a head in each layer.
@@ -120,39 +117,6 @@ def best_parts(
     return best
 
 
-def decide_pattern(config: PruningConfig, task_scores, sparsity: float, active: decision.Masks) -> decision.Masks:
-    """The masks in the pattern of `config`; what `active` prunes stays pruned. Arguments as in `decision.decide`.
-
-    A block's score is the sum of those of its weights; `config.decision` decides over blocks as over weights.
-    """
-    if config.n_of_m:
-        return decide_n_of_m(task_scores, *config.n_of_m, config.decision, config.quorum, active)
-    by_block = ((task, pool_blocks(scores, *config.block)) for task, scores in task_scores)
-    live = {name: kept > 0 for name, kept in pool_blocks(active, *config.block).items()}
-    keep = expand_blocks(decide_by(config, by_block, sparsity, live), *config.block)
-    return {name: mask & keep[name] for name, mask in active.items()}
-
-
-def check_pattern(config: PruningConfig, parameters: Mapping[str, Tensor], masks: decision.Masks) -> None:
-    """Refuses matrices that do not divide into the pattern, and masks that leave less than it keeps."""
-    if not (config.n_of_m or config.block):
-        return
-    rows, columns = config.block or (1, config.n_of_m[1])
-    for name in misfits(parameters, rows, columns):
-        shape = " x ".join(str(n) for n in parameters[name].shape)
-        raise UserError(
-            f"pruning.granularity: expected matrices of a multiple of {rows} x {columns} for {config.granularity[0]}, got "
-            f"{shape} for '{name}'; leave it out by exclude_modules"
-        )
-    for name in [name for name in masks if config.n_of_m and name in parameters]:
-        n, m = config.n_of_m
-        if (masks[name].reshape(-1, m).sum(dim=1) < n).any():
-            raise UserError(
-                f"pruning.granularity: expected {n} weights left of every {m} for {config.granularity[0]}, got fewer in "
-                f"'{name}', which is sparse already; start from a dense model"
-            )
-
-
 def parts_to_prune(kind: str, parts: Sequence[int], sparsity: float) -> int:
     """How many parts of a kind a sparsity prunes, of so many at each site; refuses one that leaves a site without."""
     size = sum(parts)
@@ -163,21 +127,3 @@ def parts_to_prune(kind: str, parts: Sequence[int], sparsity: float) -> int:
             f"got {sparsity}"
         )
     return count
-
-
-def count_pruned_parts(masks: decision.Masks, sites: Sites, config: PruningConfig) -> dict[str, tuple[int, int]]:
-    """kind -> how many are pruned, of how many; of weights if there are no sites; as the pattern of `config` counts."""
-    if config.n_of_m:
-        return {"weight": pruned_in_groups(masks, *config.n_of_m)}
-    if config.block:
-        kept = torch.cat([blocks.flatten() for blocks in pool_blocks(masks, *config.block).values()])
-        return {"block": (int((kept == 0).sum()), len(kept))}
-    if not sites:
-        return {"weight": count_pruned(masks)}
-    if "rank" in sites:
-        return {"parameter": parameters_saved(masks, sites["rank"])}
-    counts = {}
-    for kind, places in sites.items():
-        gone = torch.cat([sum_by_part(masks, site) == 0 for site in places.values()])
-        counts[kind] = (int(gone.sum()), len(gone))
-    return counts

@@ -16,10 +16,10 @@ from hf_disparse.methods import Update, new_method
 from hf_disparse.model.multitask import MultitaskModel
 from hf_disparse.model.prunable import gone_layers, prunable_parameters, prunable_sites
 from hf_disparse.pruning.decision import Masks
+from hf_disparse.pruning.granularity import granularity_of
 from hf_disparse.pruning.masks import MaskHooks, apply_masks, find_masks
 from hf_disparse.pruning.reconstruction import check as check_reconstruction
 from hf_disparse.pruning.reconstruction import reconstruct
-from hf_disparse.pruning.rules import check_pattern, count_pruned_parts
 from hf_disparse.pruning.schedule import update_steps
 from hf_disparse.pruning.scores import Batch, LossFunction, model_loss
 from hf_disparse.pruning.stored_scores import SCORES_FOLDER
@@ -120,7 +120,7 @@ class PruningCallback(TrainerCallback):
             raise UserError(
                 f"pruning: {', '.join(model.config.unshared)} have layers of their own; prune first, then call unshare"
             )
-        check_pattern(config, parameters, self.masks or {})
+        granularity_of(config).check(parameters, self.masks or {})
         self.method.check(parameters, prunable_sites(model, config))
         if self.method.sees_gradients and args.fp16:
             raise UserError(
@@ -225,7 +225,7 @@ class PruningCallback(TrainerCallback):
         """The masks of a model that was last pruned at `step`, read from its zeros."""
         masks, sites = find_masks(parameters), prunable_sites(model, self.config)
         sparsity = self.method.sparsity_at(step, masks, sites)
-        for kind, (pruned, size) in count_pruned_parts(masks, sites, self.config).items():
+        for kind, (pruned, size) in granularity_of(self.config).count(masks, sites).items():
             if pruned < round(sparsity * size):
                 raise UserError(
                     f"pruning: the checkpoint should be pruned to {sparsity:.3f}, but only {pruned} of {size} {kind}s are "
