@@ -1,6 +1,6 @@
-"""A family of tasks that changes after it was pruned: decisions from stored scores, and what a new task may keep.
+"""Tasks that leave or join after pruning: decides again from stored scores, and lets the stored tasks vote on a new one.
 
-All of it works on what a run with `pruning.keep_scores: true` left in its folder, see `hf_disparse.pruning.stored_scores`.
+Both read what a run with `pruning.keep_scores: true` left in its folder, see `hf_disparse.pruning.stored_scores`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,25 +26,24 @@ from hf_disparse.pruning.stored_scores import load_scores, scored_tasks
 def decide_again(
     model: MultitaskModel, folder: str | Path, without: Sequence[str] = (), *, config: PruningConfig | None = None
 ) -> Masks:
-    """The masks by the scores that a run stored, as if the tasks `without` had had no vote: no data, no backward pass.
+    """Returns the masks that the stored scores of a run give without the votes of some tasks; needs no data and no gradients.
 
-    Nothing that is zero in `model` comes back. So there are two uses: a **dense** model (the run's `dense` folder) gives the masks
-    of the other tasks at any sparsity; a **sparse** one loses more, at a sparsity above its own, and at its own stays as
-    it is, however the tasks that are left would have chosen. With all tasks, on the weights that were scored, the masks
-    are the run's, bit for bit. The scores are of the weights at the last update, and what that run had pruned before it stays
-    pruned.
+    Weights that are zero in `model` stay zero, so there are two uses. A **dense** model (the run's `dense` folder) gives the masks
+    of the other tasks at any sparsity. A **sparse** model can only lose more weights, at a higher sparsity; at its own it stays as it
+    is, no matter how the remaining tasks would have chosen. With all tasks, on the weights that were scored, the masks are those of
+    the run, bit for bit. The scores are those of the last update, and weights that the run had pruned before it stay pruned.
 
     Args:
-        model: whose weights' names and sizes are those of the run's; it is only looked at.
-        folder: of the run, with `scores/`.
-        without: tasks whose scores are left out.
+        model: has weights with the names and sizes of the run's; is not changed.
+        folder: the run's folder, with `scores/`.
+        without: tasks whose scores are ignored.
         config: another sparsity, decision or granularity; by default the one in `folder`.
 
     Returns:
         The masks, on the CPU; `prune_again` applies them, `DisparseTrainer(model, masks=...)` holds them.
 
     Raises:
-        UserError: the folder has no scores of that task or of this model, or the sparsity is below the model's.
+        UserError: the folder has no scores for this model or these tasks, or the sparsity is below the model's.
     """
     config = config or PruningConfig.from_pretrained(folder)
     if config.method != PruningConfig.method or config.decision == "joint" or not config.sparsity:
@@ -82,10 +81,10 @@ def decide_again(
 def prune_again(
     model: MultitaskModel, folder: str | Path, without: Sequence[str] = (), *, config: PruningConfig | None = None
 ) -> Masks:
-    """`decide_again`, applied in place: the heads of the tasks `without` go, and so does what the others can spare.
+    """Applies `decide_again` in place: removes the heads of the tasks `without`, and prunes what the others can spare.
 
     Returns:
-        The masks, where the weights are: hold them in further training, `DisparseTrainer(model, masks=...)`.
+        The masks, on the device of the weights; pass them to further training, `DisparseTrainer(model, masks=...)`.
     """
     if not set(model.heads) - set(without):
         raise UserError(f"without: expected a task to be left of {', '.join(model.heads)}, got {list(without)}")
@@ -111,24 +110,23 @@ def vote_masks(
     *,
     config: PruningConfig | None = None,
 ) -> tuple[Masks, dict[str, float]]:
-    """What a new task may keep of layers of its own, by the vote of the stored tasks that are most like it.
+    """Returns what a new task may keep of its own layers, by the vote of the stored tasks that are most similar to it.
 
-    How much alike two tasks are is the rank correlation of their scores over the weights that are not zero. The `nearest`
-    tasks vote with the masks that each would have alone at the sparsity of `config`, and most of them decide. What is zero in
-    the model stays zero. Only layers that the new task has to itself are touched, so `unshare` it first, or start it alone
-    by `MultitaskModel.from_encoder`. Source: Meta-Vote Pruning, Zhao et al. 2023 (arXiv 2301.11560), without its meta-training.
+    Two tasks are as similar as the rank correlation of their scores over the non-zero weights. The `nearest` tasks vote with the
+    masks that each would have alone at the sparsity of `config`, and the majority decides. Zeros of the model stay zero. Only the
+    new task's own layers are affected, so call `unshare` first, or start the task alone with `MultitaskModel.from_encoder`. Source: Meta-Vote Pruning, Zhao et al. 2023 (arXiv 2301.11560), without its meta-training.
 
-    The new task's scores are noise as long as its head is fresh: train the head, the encoder frozen, before you ask. What counts
-    is the order of the correlations: |w| is in every score, so that they tend to lie above 0 whatever the tasks are.
+    The new task's scores are noise while its head is untrained: first train the head with the encoder frozen. Only the order of the
+    correlations matters: as |w| is part of every score, they tend to be above 0 for any two tasks.
 
     Args:
-        batches: of the new task with labels, one pass over them.
-        folder: of the run that stored the scores, by gradients.
-        nearest: how many tasks vote.
+        batches: batches of the new task with labels; one pass over them.
+        folder: the folder of a run that stored scores by gradients.
+        nearest: number of tasks that vote.
         config: by default the one in `folder`.
 
     Returns:
-        Masks of all prunable weights, for `DisparseTrainer(model, masks=...)`, and {stored task: correlation}, largest first.
+        The masks of all prunable weights, for `DisparseTrainer(model, masks=...)`, and {stored task: correlation}, largest first.
     """
     config = config or PruningConfig.from_pretrained(folder)
     if config.criterion not in GRADIENT_CRITERIA:

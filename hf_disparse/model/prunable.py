@@ -15,12 +15,13 @@ from hf_disparse.pruning.parts import Sites, channels
 
 
 def prunable_parameters(model: nn.Module, config: PruningConfig | None = None) -> dict[str, nn.Parameter]:
-    """The weights that pruning may zero, by their name in `model`: 2-D weights of Linear modules of the encoder.
+    """Returns the weights that pruning may zero, by their name in `model`: 2-D weights of Linear modules of the encoder.
 
-    By default those of its layers, that is, below a ModuleList of the encoder: not embeddings, norms, biases, poolers or
-    heads. `config.target_modules` chooses among all Linear modules of the encoder instead, `config.exclude_modules` takes
-    away. Works on a `MultitaskModel` and on any transformers model with an encoder (`model.base_model`). A matrix in two
-    factors, see `hf_disparse.model.low_rank`, goes by its own name there and gives both.
+    By default these are the weights of its layers, that is, below a ModuleList of the encoder, not embeddings, norms, biases,
+    poolers or heads. `config.target_modules` chooses among all Linear modules of the encoder instead, and
+    `config.exclude_modules` leaves some out. Works on a `MultitaskModel` and on any transformers model with an encoder
+    (`model.base_model`). A matrix in two factors (see `hf_disparse.model.low_rank`) is matched by the name of the matrix
+    and gives both factors.
 
     Raises:
         UserError: nothing matches.
@@ -36,12 +37,14 @@ def prunable_parameters(model: nn.Module, config: PruningConfig | None = None) -
         if not isinstance(module, nn.Linear):
             continue
         place = f"{prefix}.{name}" if prefix else name
-        full = shared_name(encoder, name)  # a layer that one task has to itself goes by the one it was copied from
+        full = shared_name(encoder, name)  # a task's own layer is matched by the name of the layer it was copied from
         full = f"{prefix}.{full}" if prefix else full
-        full = full.rpartition(".")[0] if name.rpartition(".")[0] in factorised else full  # a factor goes by its matrix
+        full = (
+            full.rpartition(".")[0] if name.rpartition(".")[0] in factorised else full
+        )  # a factor is matched by the name of its matrix
         wanted = name.startswith(tuple(lists)) if target is None else _matches(full, target)
         if wanted and not (exclude is not None and _matches(full, exclude)):
-            if id(module.weight) not in seen:  # a weight that two modules share goes by its first name
+            if id(module.weight) not in seen:  # a weight shared by two modules appears under its first name
                 found[f"{place}.weight"] = module.weight
             seen.add(id(module.weight))
     if not found:
@@ -51,7 +54,7 @@ def prunable_parameters(model: nn.Module, config: PruningConfig | None = None) -
 
 
 def _matches(name: str, patterns: str | Sequence[str]) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their endings."""
+    """Applies PEFT's rule: a string is a regular expression for the whole name, a list holds names or their endings."""
     if isinstance(patterns, str):
         try:
             return regex.fullmatch(patterns, name, timeout=1) is not None

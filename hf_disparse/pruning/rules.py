@@ -1,4 +1,4 @@
-"""From a `PruningConfig` and the tasks' scores to masks: of weights, or of parts that go as a whole."""
+"""What a `PruningConfig` and the tasks' scores decide: masks of weights, or of parts that are pruned as a whole."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -11,10 +11,10 @@ from hf_disparse.pruning.parts import Sites, masks_of_parts, sum_by_part
 
 
 def decide_by(config: PruningConfig, task_scores, sparsity: float, active=None, cut=None) -> decision.Masks:
-    """The masks that `config.decision` makes of the scores; arguments as in `decision.decide`."""
+    """Returns the masks that `config.decision` makes of the scores; arguments as in `decision.decide`."""
     rule = {
         "unanimous": decision.decide,
-        "joint": decision.decide,  # of one task: the scores are already those of the summed losses
+        "joint": decision.decide,  # a single task: the scores are those of the summed losses
         "quorum": partial(decision.decide, quorum=config.quorum),
         "sum": decision.decide_sum,
         "max": decision.decide_max,
@@ -30,12 +30,12 @@ def decide_parts(
     active: decision.Masks,
     sites: Sites,
 ) -> decision.Masks:
-    """The masks of the weights once `round(sparsity * parts)` parts of each kind are gone.
+    """Returns the masks of the weights that prune `round(sparsity * parts)` parts of each kind.
 
     May prune more than asked: if a layer is pruned after heads or neurons elsewhere, those stay pruned.
 
-    A part's score for a task is the sum of those of its weights; `config.decision` decides over parts as over weights. The
-    best part of every site stays, by the same rule: an encoder needs a head in each layer.
+    A part's score for a task is the sum of its weights' scores; `config.decision` decides over parts as over weights. The
+    best part of every site stays, by the same rule, as an encoder needs a head in each layer.
 
     Args:
         task_scores: (task, scores of the weights), consumed one at a time.
@@ -56,9 +56,11 @@ def decide_scored_parts(
     active: decision.Masks,
     sites: Sites,
 ) -> decision.Masks:
-    """As `decide_parts`, of scores of parts: (task, kind -> site -> (parts,))."""
+    """Does what `decide_parts` does, from scores of parts: (task, kind -> site -> (parts,))."""
     masks = dict(active)
-    layers_first = sorted(sites, key=lambda kind: kind != "layer")  # whose heads and neurons are gone, and count
+    layers_first = sorted(
+        sites, key=lambda kind: kind != "layer"
+    )  # heads and neurons of a pruned layer count as pruned
     for kind in layers_first:
         places = sites[kind]
         live = {name: sum_by_part(masks, site) > 0 for name, site in places.items()}
@@ -74,9 +76,9 @@ def keep_parts(
     sparsity: float,
     live: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Which parts of one kind stay. Shapes: per site (parts,) scores and bools -> (parts,) bools.
+    """Returns which parts of one kind stay. Shapes: per site (parts,) scores and bools -> (parts,) bools.
 
-    What is not `live` counts as pruned; a site where nothing is has no part that stays.
+    Parts that are not `live` count as pruned; a site without a live part keeps none.
 
     Raises:
         UserError: the sparsity would leave a site without any part.
@@ -99,7 +101,7 @@ def keep_of_the_rest(
     sparsity: float = 0.0,
     cut: decision.Cut | None = None,
 ) -> dict[str, Tensor]:
-    """The best parts of `best_parts`, and what `config.decision` keeps of the others. Shapes and arguments as in `decide_by`."""
+    """Returns the parts of `best_parts` and those that `config.decision` keeps of the others; arguments as in `decide_by`."""
     others = [(task, {name: by_site[name][~best[name]] for name in best}) for task, by_site in task_scores]
     chosen = decide_by(config, others, sparsity, {name: live[name][~best[name]] for name in best}, cut)
     return {name: keep.masked_scatter(~keep, chosen[name]) for name, keep in best.items()}
@@ -108,7 +110,7 @@ def keep_of_the_rest(
 def best_parts(
     config: PruningConfig, task_scores: list[tuple[str, dict[str, Tensor]]], live: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The best part of every site where one is live. Shapes as in `keep_parts`."""
+    """Returns the best part of every site that has a live one. Shapes as in `keep_parts`."""
     best = {name: alive.clone() for name, alive in live.items()}
     for name, alive in live.items():
         if alive.any():
@@ -118,12 +120,16 @@ def best_parts(
 
 
 def parts_to_prune(kind: str, parts: Sequence[int], sparsity: float) -> int:
-    """How many parts of a kind a sparsity prunes, of so many at each site; refuses one that leaves a site without."""
+    """Returns how many parts of a kind a sparsity prunes, given their number at each site.
+
+    Raises:
+        UserError: the sparsity would leave a site without any part.
+    """
     size = sum(parts)
     count, most = round(sparsity * size), size - len(parts)
     if count > most:
         raise UserError(
-            f"pruning.sparsity: expected at most {most / size:.3f}, for one {kind} of each of {len(parts)} sites stays, "
+            f"pruning.sparsity: expected at most {most / size:.3f}, as one {kind} of each of {len(parts)} sites stays, "
             f"got {sparsity}"
         )
     return count

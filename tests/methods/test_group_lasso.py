@@ -267,7 +267,7 @@ def test_channels_go_with_this_method_only():
 
 
 def test_more_than_all_but_one_head_of_each_layer_is_refused_before_the_first_step(tmp_path):
-    with pytest.raises(UserError, match=r"at most 0\.500, for one head of each of 2 sites stays"):
+    with pytest.raises(UserError, match=r"at most 0\.500, as one head of each of 2 sites stays"):
         multitask_trainer(tmp_path, GroupLassoConfig(sparsity=0.9), **RUN).train()
 
 

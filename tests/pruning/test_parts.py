@@ -118,7 +118,7 @@ def test_more_than_all_but_one_of_each_layer_is_refused():
     config = PruningConfig(granularity="head")
     live = {"a": torch.ones(2, dtype=torch.bool), "b": torch.ones(2, dtype=torch.bool)}
     scores = [("task", {"a": torch.rand(2), "b": torch.rand(2)})]
-    with pytest.raises(UserError, match=r"at most 0\.500, for one head of each of 2 sites stays, got 0\.75"):
+    with pytest.raises(UserError, match=r"at most 0\.500, as one head of each of 2 sites stays, got 0\.75"):
         keep_parts(config, "head", scores, 0.75, live)
 
 
@@ -299,7 +299,7 @@ def test_layers_and_their_parts_together_are_exact(other, schedule, tmp_path):
 
 
 def test_too_high_a_sparsity_of_parts_is_refused_before_the_first_step(tmp_path):
-    with pytest.raises(UserError, match=r"at most 0\.500, for one head of each of 2 sites stays"):
+    with pytest.raises(UserError, match=r"at most 0\.500, as one head of each of 2 sites stays"):
         train(tmp_path, "head", schedule="one_shot", start_step=5, sparsity=0.9)
 
 
