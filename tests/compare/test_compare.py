@@ -16,7 +16,7 @@ from hf_disparse.compare import runner as compare
 from hf_disparse.compare.by_method import Cell
 from hf_disparse.compare.tables import markdown
 from hf_disparse.config.rows import NAMES
-from hf_disparse.methods import saliency
+from hf_disparse.pruning import granularity
 from hf_disparse.recipes.recipe import parse_recipe
 from hf_disparse.report import sentences
 from hf_disparse.runs import train as run
@@ -166,7 +166,7 @@ def same_in_the_end(recipe: dict, finished: SimpleNamespace) -> SimpleNamespace:
 
 
 def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(recipe, finished, monkeypatch):
-    decide = saliency.decide_by
+    decide = granularity.decide_by
 
     def failing(config, *args):
         if config.decision == "joint":
@@ -174,7 +174,7 @@ def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(recipe, finished
         return decide(config, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(saliency, "decide_by", failing)
+        patch.setattr(granularity, "decide_by", failing)
         done = compared(recipe, *FEW)
     name = FEW_CELLS[1]
     assert done.status == 1 and f"failed: {name}: no luck today" in done.err.splitlines()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hf_disparse.compare.equal_budget import ModelCell, exact
-from hf_disparse.methods import saliency
+from hf_disparse.pruning import granularity
 from hf_disparse.recipes.recipe import parse_recipe
 from hf_disparse.runs import train as run
 from tests.helpers.commands import changed, hf_disparse, snapshot, without, write_recipe
@@ -216,7 +216,7 @@ def same_in_the_end(recipe: dict, finished: SimpleNamespace) -> SimpleNamespace:
 
 
 def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(recipe, finished, monkeypatch):
-    decide = saliency.decide_by
+    decide = granularity.decide_by
 
     def failing(config, scores, sparsity, *args):
         scores = list(scores)
@@ -225,7 +225,7 @@ def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(recipe, finished
         return decide(config, scores, sparsity, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(saliency, "decide_by", failing)
+        patch.setattr(granularity, "decide_by", failing)
         done = compared(recipe, *FEW)
     name = ModelCell("two", 0.8, 2).name
     assert done.status == 1 and f"failed: {name}: no luck today" in done.err.splitlines()
