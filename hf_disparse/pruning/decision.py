@@ -13,6 +13,7 @@ In code, `decide_masks` flattens the scores task by task, a *cost* such as `quor
 and a *cut* such as `keep_smallest` chooses the weights to keep.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from numbers import Integral, Real
@@ -182,7 +183,7 @@ def decide_masks(task_scores: TaskScores, cost: Cost, cut: Cut, active: Masks | 
     Args:
         task_scores, active: as in `decide`; weights are flattened in the order of the first task's parameters.
         cost: (one task's scores, live), one task at a time -> (N,) integers.
-        cut: costs (N,), the largest integer where a weight is not live -> (N,) bool, True = keep.
+        cut: costs (N,), the largest value of their type where a weight is not live -> (N,) bool, True = keep.
     """
     shapes: dict[str, torch.Size] = {}
     live: Tensor | None = None
@@ -207,7 +208,7 @@ def decide_masks(task_scores: TaskScores, cost: Cost, cut: Cut, active: Masks | 
 
     costs = cost(tasks())
     if live is not None:
-        costs = costs.masked_fill(~live, torch.iinfo(costs.dtype).max)
+        costs = costs.masked_fill(~live, math.inf if costs.is_floating_point() else torch.iinfo(costs.dtype).max)
     keep = cut(costs)
     if live is not None:
         keep &= live

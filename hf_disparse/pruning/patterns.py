@@ -20,7 +20,6 @@ from hf_disparse.pruning.decision import (
     largest_share,
     merge_smallest,
     pairs,
-    ranks,
     total_share,
 )
 
@@ -60,7 +59,7 @@ def decide_n_of_m(
 
     def cost(tasks: Iterator[Flat]) -> Tensor:
         if decision in ("sum", "max"):
-            return ranks(total_share(tasks) if decision == "sum" else largest_share(tasks))
+            return -(total_share(tasks) if decision == "sum" else largest_share(tasks))
         ranked = (rank(scores, live) for scores, live in tasks)
         return add_up(ranked) if decision == "mean_rank" else _quorum_rank_then_sum(ranked, m, quorum)
 
