@@ -7,9 +7,10 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -26,6 +27,10 @@ from hf_disparse.cli.tables import (
 )
 from hf_disparse.config.rows import help_text
 from hf_disparse.tasks.averages import average_name
+
+if TYPE_CHECKING:
+    from hf_disparse.compare.by_method import ByMethod
+    from hf_disparse.compare.equal_budget import EqualBudget
 
 app = typer.Typer(
     add_completion=False,
@@ -174,17 +179,27 @@ def compare(
     Run it again to continue where it stopped; other methods, sparsities and seeds add rows to the same folder.
     """
     quiet()
-    from hf_disparse.config import UserError
     from hf_disparse.recipes.recipe import read_recipe
 
     parsed = read_recipe(recipe, overrides, output_dir)  # before the libraries load: a mistyped key is answered at once
-    from hf_disparse.compare.by_method import ByMethod, default_criterion, grid
-    from hf_disparse.compare.equal_budget import EqualBudget
     from hf_disparse.compare.runner import progress
 
     if output_dir is None:
-        parsed = read_recipe(recipe, overrides, parsed.output_dir.rstrip("/") + "-compare")
-    points = _list(str(parsed.pruning.sparsity) if sparsities is None else sparsities, "--sparsities", float)
+        folder = parsed.output_dir.rstrip("/") + "-compare"
+        parsed = replace(parsed, output_dir=folder, values={**parsed.values, "output_dir": folder})
+    experiment = _experiment(parsed, protocol, methods, criteria, sparsities, seeds, budgets)
+    with _stopping(lambda: f"{progress(experiment.folder, experiment.cells)}, the same command goes on"):
+        report = experiment.run()
+    print_comparison(report, parsed.output_dir, experiment)
+
+
+def _experiment(recipe, protocol, methods, criteria, sparsities, seeds, budgets) -> "ByMethod | EqualBudget":
+    """Returns the experiment that the options of `compare` describe."""
+    from hf_disparse.compare.by_method import ByMethod, default_criterion, grid
+    from hf_disparse.compare.equal_budget import EqualBudget
+    from hf_disparse.config import UserError
+
+    points = _list(str(recipe.pruning.sparsity) if sparsities is None else sparsities, "--sparsities", float)
     every_seed = _list(seeds, "--seeds", int)
     if protocol == "equal-budget":
         for option, value in (("--methods", methods), ("--criteria", criteria)):
@@ -193,16 +208,12 @@ def compare(
                     f"{option}: only applies to --protocol methods, as equal-budget prunes as the recipe does"
                 )
         wanted = () if budgets is None else _list(budgets, "--budgets", float)
-        experiment = EqualBudget(parsed, tuple(points), tuple(every_seed), tuple(wanted))
-    else:
-        if budgets is not None:
-            raise UserError("--budgets: only applies to --protocol equal-budget")
-        names = _list("dense,random,magnitude,joint,unanimous" if methods is None else methods, "--methods", str)
-        kinds = _list(default_criterion(parsed.pruning) if criteria is None else criteria, "--criteria", str)
-        experiment = ByMethod(parsed, grid(names, kinds, points, every_seed))
-    with _stopping(lambda: f"{progress(experiment.folder, experiment.cells)}, the same command goes on"):
-        report = experiment.run()
-    print_comparison(report, parsed.output_dir, experiment)
+        return EqualBudget(recipe, tuple(points), tuple(every_seed), tuple(wanted))
+    if budgets is not None:
+        raise UserError("--budgets: only applies to --protocol equal-budget")
+    names = _list("dense,random,magnitude,joint,unanimous" if methods is None else methods, "--methods", str)
+    kinds = _list(default_criterion(recipe.pruning) if criteria is None else criteria, "--criteria", str)
+    return ByMethod(recipe, grid(names, kinds, points, every_seed))
 
 
 @app.command(name="analyze", epilog="Example: hf-disparse analyze runs/quickstart --within 2")

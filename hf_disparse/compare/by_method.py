@@ -130,8 +130,8 @@ def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
         raise UserError("pruning.max_drop: must not be set in a comparison, whose rows have the sparsity they name")
     most = arguments.max_steps
     require(most > 0, "recovery.max_steps", "a number of steps, so that every method gets the same", most)
-    pruning = dict(values.get("pruning") or {})
-    own = PruningConfig.from_dict(cell.pruning(pruning), "pruning")
+    pruning = cell.pruning(dict(values.get("pruning") or {}))
+    own = PruningConfig.from_dict(pruning, "pruning")
     votes, every = len(recipe.voters), arguments.gradient_accumulation_steps
     whole = recipe.pruning
     if whole.method == PruningConfig.method:
@@ -148,7 +148,7 @@ def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
         {
             **values,
             "seed": cell.seed,
-            "pruning": cell.pruning(pruning),
+            "pruning": pruning,
             "recovery": {**recovery, "max_steps": steps},
         }
     )

@@ -147,14 +147,15 @@ def train_phase(
     with writing(folder):
         trainer.save_model(str(folder))
         on_main(sync)(folder)  # before the file that marks the phase as finished
+    prunable = prunable_parameters(model, recipe.pruning)
     result = {
         "metrics": metrics,
         "seconds": seconds,
         "backward_passes": trainer.backward_passes,
         "precision": next((p for p in ("bf16", "fp16") if getattr(trainer.args, p)), "float32"),
         "bytes": _weight_bytes(folder),
-        "sparsity": sparsity_report(model, model.encoder, prunable_parameters(model, recipe.pruning)),
-        "prunable": dense_size(model, prunable_parameters(model, recipe.pruning).values()),
+        "sparsity": sparsity_report(model, model.encoder, prunable),
+        "prunable": dense_size(model, prunable.values()),
         "log": losses_of_log(trainer.state.log_history),
     }
     if trainer.pruner.guard:
