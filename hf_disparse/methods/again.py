@@ -13,7 +13,7 @@ from hf_disparse.config import PruningConfig, UserError
 from hf_disparse.methods.base import Update
 from hf_disparse.methods.saliency import Saliency
 from hf_disparse.model.multitask import MultitaskModel
-from hf_disparse.model.prunable import gone_layers, prunable_parameters, prunable_sites
+from hf_disparse.model.prunable import prunable_parameters, prunable_sites, skip_gone_layers
 from hf_disparse.model.unshared import shared_name
 from hf_disparse.pruning.decision import Masks, decide, ranks
 from hf_disparse.pruning.granularity import granularity_of
@@ -96,8 +96,7 @@ def prune_again(
         if task in model.heads:
             model.remove_task(task)
     apply_masks(model, masks)
-    if "layer" in config.granularity:
-        model.skip_layers(sorted({*model.config.skipped_layers, *gone_layers(model, masks)}))
+    skip_gone_layers(model, config, masks)
     return masks
 
 

@@ -80,8 +80,14 @@ def prunable_sites(model: nn.Module, config: PruningConfig) -> Sites:
     return sites
 
 
-def gone_layers(model: nn.Module, masks: decision.Masks) -> list[int]:
-    """The layers of which the masks keep nothing, by their place."""
+def skip_gone_layers(model: nn.Module, config: PruningConfig | None, masks: decision.Masks) -> None:
+    """Makes a MultitaskModel skip the layers of which the masks keep no weight, if `config` prunes layers."""
+    if config and "layer" in config.granularity:
+        model.skip_layers(sorted({*model.config.skipped_layers, *_gone_layers(model, masks)}))
+
+
+def _gone_layers(model: nn.Module, masks: decision.Masks) -> list[int]:
+    """The indices of the layers of which the masks keep no weight."""
     layers = encoder_layers(model.base_model)
     keeps = {id(p): bool(masks[name].any()) for name, p in model.named_parameters() if name in masks}
     by_layer = [[keeps[id(p)] for p in layer.parameters() if id(p) in keeps] for layer in layers]

@@ -7,8 +7,6 @@ from hf_disparse.config import UserError
 from hf_disparse.tasks.batches import TaskBatchSampler, TaskDataset, TaskStream
 from hf_disparse.trainer.arguments import DisparseTrainingArguments, is_streamed, lengths_by_task
 
-_FAR = 1_000_000_000  # an epoch of a stream that training never reaches
-
 
 class Resuming(TrainerCallback):
     """Corrects two things that transformers' Trainer does on a resume.

@@ -14,7 +14,7 @@ from hf_disparse.distributed.fsdp import is_sharded, place, reshard
 from hf_disparse.distributed.processes import require_same, share
 from hf_disparse.methods import Update, new_method
 from hf_disparse.model.multitask import MultitaskModel
-from hf_disparse.model.prunable import gone_layers, prunable_parameters, prunable_sites
+from hf_disparse.model.prunable import prunable_parameters, prunable_sites, skip_gone_layers
 from hf_disparse.pruning.decision import Masks
 from hf_disparse.pruning.granularity import granularity_of
 from hf_disparse.pruning.masks import MaskHooks, apply_masks, find_masks
@@ -284,8 +284,7 @@ class PruningCallback(TrainerCallback):
         parameters = dict(model.named_parameters())
         self.masks = {n: place(keep, parameters[n]) if n in parameters else keep for n, keep in masks.items()}
         apply_masks(model, self.masks)  # raises if the masks belong to another model
-        if self.config and "layer" in self.config.granularity:
-            model.skip_layers(sorted({*model.config.skipped_layers, *gone_layers(model, self.masks)}))
+        skip_gone_layers(model, self.config, self.masks)
         self._mask_hooks = MaskHooks(model, self.masks)
 
     def release(self) -> None:

@@ -33,8 +33,8 @@ from hf_disparse.pruning.scores import (
 from hf_disparse.pruning.stored_scores import keep_scores
 from hf_disparse.tasks.batches import TaskBatchSampler, blocks_of
 from hf_disparse.trainer.arguments import lengths_by_task
-from hf_disparse.trainer.batches import _FAR
 
+_FAR = 1_000_000_000  # an epoch of a stream that training never reaches
 _RECONSTRUCTION_BATCHES = 8  # per task at most; docs/glue.md shows that 4 are nearly as good
 
 
