@@ -13,6 +13,7 @@ from hf_disparse import (
     TaskConfig,
     prunable_parameters,
 )
+from hf_disparse.pruning.schedule import sparsity_at, update_steps
 from tests.helpers.tiny import CONFIGS, three_datasets, tiny_model, tiny_tokenizer
 
 BINARY = TaskConfig(name="two", columns="text", labels=["no", "yes"])
@@ -110,3 +111,12 @@ def saved_run(folder, config=SCORED, tasks=None, **changes) -> DisparseTrainer:
 
 def count_pruned(masks) -> int:
     return sum(int((~keep).sum()) for keep in masks.values())
+
+
+def scheduled_zeros(config: PruningConfig, total: int, steps: int) -> list[int]:
+    """How many of `total` weights the schedule of `config` has pruned after each of the first steps."""
+    expected, now = [], 0
+    for step in range(steps):
+        now = round(sparsity_at(config, step) * total) if step in update_steps(config) else now
+        expected.append(now)
+    return expected

@@ -21,7 +21,7 @@ from hf_disparse.export.card import write_card
 from hf_disparse.methods.group_lasso import group_sizes, penalty_in_time, rms, scale_groups, shrinkage
 from hf_disparse.model.prunable import prunable_sites
 from hf_disparse.pruning.parts import Site, channels, sum_by_part
-from tests.helpers.resuming import DieAt, Died
+from tests.helpers.resuming import killed_and_resumed
 from tests.helpers.tiny import three_datasets, tiny_model, tiny_tokenizer
 from tests.helpers.training import arguments, assert_same, multitask_trainer, weights
 
@@ -201,10 +201,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, granularity):
     whole = multitask_trainer(tmp_path / "whole", config, **run)
     whole.train()
     for die in (7, 18):
-        with pytest.raises(Died):
-            multitask_trainer(tmp_path / str(die), config, callbacks=[DieAt(die)], **run).train()
-        again = multitask_trainer(tmp_path / str(die), config, **run)
-        again.train(resume_from_checkpoint=True)
+        again = killed_and_resumed(tmp_path / str(die), config, die, **run)
         assert_same(weights(whole.model), weights(again.model))
         assert_same(whole.pruner.masks, again.pruner.masks)
 

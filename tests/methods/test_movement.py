@@ -9,11 +9,11 @@ from transformers import TrainerCallback
 
 from hf_disparse import DisparseTrainer, MovementConfig, MultitaskModel, UserError, decide, prunable_parameters
 from hf_disparse.methods.movement import above_threshold, hard_step, soft_step
-from hf_disparse.pruning.schedule import sparsity_at, update_steps
+from hf_disparse.pruning.schedule import sparsity_at
 from hf_disparse.trainer.checkpoints import PRUNING_STATE_NAME
 from tests.helpers.resuming import STEPS, DieAt, Died, killed_and_resumed
 from tests.helpers.tiny import three_datasets, tiny_model, tiny_tokenizer
-from tests.helpers.training import Watch, arguments, assert_same, multitask_trainer, weights
+from tests.helpers.training import Watch, arguments, assert_same, multitask_trainer, scheduled_zeros, weights
 
 HARD = dict(sparsity=0.8, end_step=16, update_every=4)
 SOFT = dict(mode="soft", score_learning_rate=0.5, penalty=4.0)
@@ -125,10 +125,7 @@ def test_hard_mode_has_the_exact_count_at_every_update_and_in_the_file(tmp_path,
     watch.trainer = trainer = multitask_trainer(tmp_path, config, callbacks=[watch], **STEPS)
     total = sum(p.numel() for p in prunable_parameters(trainer.model).values())
     trainer.train()
-    expected, now = [], 0
-    for step in range(20):
-        now = round(sparsity_at(config, step) * total) if step in update_steps(config) else now
-        expected.append(now)
+    expected = scheduled_zeros(config, total, steps=20)
     assert watch.zeros == expected
     assert expected[-1] == round(0.8 * total)
     assert all(watch.agree)

@@ -6,10 +6,10 @@ import torch
 
 from hf_disparse import DisparseTrainer, MultitaskModel, PlatonConfig, UserError, decide, prunable_parameters
 from hf_disparse.methods.platon import smooth, upper_confidence
-from hf_disparse.pruning.schedule import sparsity_at, update_steps
+from hf_disparse.pruning.schedule import sparsity_at
 from tests.helpers.resuming import STEPS, killed_and_resumed
 from tests.helpers.tiny import three_datasets, tiny_model, tiny_tokenizer
-from tests.helpers.training import Watch, arguments, assert_same, multitask_trainer, weights
+from tests.helpers.training import Watch, arguments, assert_same, multitask_trainer, scheduled_zeros, weights
 
 CUBIC = dict(sparsity=0.8, end_step=16, update_every=4)
 
@@ -91,11 +91,7 @@ def test_the_count_is_exact_at_every_update_and_in_the_file(tmp_path, decision):
     watch.trainer = trainer = multitask_trainer(tmp_path, config, callbacks=[watch], **STEPS)
     total = sum(p.numel() for p in prunable_parameters(trainer.model).values())
     trainer.train()
-    expected, now = [], 0
-    for step in range(20):
-        now = round(sparsity_at(config, step) * total) if step in update_steps(config) else now
-        expected.append(now)
-    assert watch.zeros == expected
+    assert watch.zeros == scheduled_zeros(config, total, steps=20)
     assert all(watch.agree)
     assert trainer.pruner.method.buffers == {}, "memory is held for nothing"
     assert trainer.pruner.backward_passes == 0

@@ -14,7 +14,7 @@ from hf_disparse.model.prunable import prunable_sites
 from hf_disparse.pruning.part_criteria import agreement_and_need, agreement_score, taylor
 from hf_disparse.pruning.parts import Site, sum_by_part
 from hf_disparse.pruning.scores import gradients, score
-from tests.helpers.resuming import DieAt, Died
+from tests.helpers.resuming import killed_and_resumed
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 from tests.helpers.training import assert_same, multitask_trainer, weights
 
@@ -217,10 +217,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, criterion, decision):
     whole = multitask_trainer(tmp_path / "whole", config, **run)
     whole.train()
     for die in (6, 9):
-        with pytest.raises(Died):
-            multitask_trainer(tmp_path / str(die), config, callbacks=[DieAt(die)], **run).train()
-        again = multitask_trainer(tmp_path / str(die), config, **run)
-        again.train(resume_from_checkpoint=True)
+        again = killed_and_resumed(tmp_path / str(die), config, die, **run)
         assert_same(weights(whole.model), weights(again.model))
         assert_same(whole.pruner.masks, again.pruner.masks)
         assert whole.backward_passes == again.backward_passes

@@ -19,7 +19,7 @@ from hf_disparse.pruning.patterns import (
     ranks_in_groups,
 )
 from hf_disparse.recipes.recipe import read_recipe
-from tests.helpers.resuming import DieAt, Died
+from tests.helpers.resuming import killed_and_resumed
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 from tests.helpers.training import Watch, assert_same, multitask_trainer, weights
 
@@ -214,10 +214,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, pruning):
     whole = multitask_trainer(tmp_path / "whole", config, **steps)
     whole.train()
     for die in (5, 9):
-        with pytest.raises(Died):
-            multitask_trainer(tmp_path / str(die), config, callbacks=[DieAt(die)], **steps).train()
-        again = multitask_trainer(tmp_path / str(die), config, **steps)
-        again.train(resume_from_checkpoint=True)
+        again = killed_and_resumed(tmp_path / str(die), config, die, **steps)
         assert_same(weights(whole.model), weights(again.model))
         assert_same(whole.pruner.masks, again.pruner.masks)
 
