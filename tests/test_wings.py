@@ -17,6 +17,7 @@ WINGS = (
     "export",
     "methods",
     "analysis",
+    "fast",
     "model",
     "tasks",
     "pruning",

@@ -24,6 +24,8 @@ def test_the_wheel_installs_and_runs_without_the_checkout(tmp_path):
     site = tmp_path / "site"
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(site), str(wheel))
     assert (site / "hf_disparse" / "py.typed").is_file()
+    code = ({path.name for path in (root / "hf_disparse" / "fast").glob("*.[ch]")} for root in (ROOT, site))
+    assert next(code) == next(code)
     where = run(sys.executable, "-c", "import hf_disparse; print(hf_disparse.__file__)", PYTHONPATH=str(site))
     assert Path(where.strip()).is_relative_to(site)
     shown = run(sys.executable, str(site / "bin" / "hf-disparse"), "train", "--help", PYTHONPATH=str(site))
