@@ -111,9 +111,10 @@ def vote_masks(
 ) -> tuple[Masks, dict[str, float]]:
     """Returns what a new task may keep of its own layers, by the vote of the stored tasks that are most similar to it.
 
-    Two tasks are as similar as the rank correlation of their scores over the non-zero weights. The `nearest` tasks vote with the
+    The similarity of two tasks is the rank correlation of their scores over the non-zero weights. The `nearest` tasks vote with the
     masks that each would have alone at the sparsity of `config`, and the majority decides. Zeros of the model stay zero. Only the
-    new task's own layers are affected, so call `unshare` first, or start the task alone with `MultitaskModel.from_encoder`. Source: Meta-Vote Pruning, Zhao et al. 2023 (arXiv 2301.11560), without its meta-training.
+    new task's own layers are affected, so call `unshare` first, or start the task alone with `MultitaskModel.from_encoder`.
+    Source: Meta-Vote Pruning, Zhao et al. 2023 (arXiv 2301.11560), without its meta-training.
 
     The new task's scores are noise while its head is untrained: first train the head with the encoder frozen. Only the order of the
     correlations matters: as |w| is part of every score, they tend to be above 0 for any two tasks.
@@ -128,34 +129,20 @@ def vote_masks(
         The masks of all prunable weights, for `DisparseTrainer(model, masks=...)`, and {stored task: correlation}, largest first.
     """
     config = config or PruningConfig.from_pretrained(folder)
-    if config.criterion not in GRADIENT_CRITERIA:
-        raise UserError(
-            f"pruning.criterion: expected scores by gradients, which tell tasks apart, got {config.criterion}"
-        )
-    if config.granularity != ("weight",):
-        got = ", ".join(config.granularity)
-        raise UserError(f"pruning.granularity: expected weight, as a task's own mask is of single weights, got {got}")
-    if task not in model.heads or (len(model.heads) > 1 and task not in model.config.unshared):
-        raise UserError(
-            f"task: expected one with layers of its own, got {task!r}; see unshare, or start it alone by from_encoder"
-        )
+    _check_vote(model, task, config)
     files = _files(folder, [])
     if type(nearest) is not int or not 1 <= nearest <= len(files):
         raise UserError(f"nearest: expected 1 to {len(files)}, as many as there are stored tasks, got {nearest!r}")
     own = _parameters_of(model, task, config)  # the stored name -> (the name in the model, the weight)
     weights = {name: weight for name, (_, weight) in own.items()}
-    stream = score(
+    [(_, mine)] = score(
         model,
         {task: batches},
         config.criterion,
         parameters=weights,
         loss_fn=lambda model, batch: model_loss(model, {**batch, "task": task}),
     )
-    [(_, mine)] = stream
-    live = {name: weight.detach().cpu() != 0 for name, weight in weights.items()}
-    mine = _flat(mine, live)
-    similarity = {t: rank_correlation(mine, _flat(load_scores(path, weights)[0], live)) for t, path in files.items()}
-    similarity = dict(sorted(similarity.items(), key=lambda entry: -entry[1]))
+    similarity = _similarity(mine, files, weights)
     voters = list(similarity)[:nearest]
     votes = majority((decide({t: load_scores(files[t], weights)[0]}, config.sparsity) for t in voters), nearest)
     masks = {name: keep.cpu() for name, keep in find_masks(prunable_parameters(model, config)).items()}
@@ -184,6 +171,21 @@ def majority(masks: Iterable[Masks], voters: int) -> Masks:
     return {name: 2 * count > voters for name, count in votes.items()}
 
 
+def _check_vote(model: MultitaskModel, task: str, config: PruningConfig) -> None:
+    """Raises UserError if tasks cannot be compared by these scores, or `task` shares all its layers."""
+    if config.criterion not in GRADIENT_CRITERIA:
+        raise UserError(
+            f"pruning.criterion: expected scores by gradients, which tell tasks apart, got {config.criterion}"
+        )
+    if config.granularity != ("weight",):
+        got = ", ".join(config.granularity)
+        raise UserError(f"pruning.granularity: expected weight, as a task's own mask is of single weights, got {got}")
+    if task not in model.heads or (len(model.heads) > 1 and task not in model.config.unshared):
+        raise UserError(
+            f"task: expected one with layers of its own, got {task!r}; see unshare, or start it alone by from_encoder"
+        )
+
+
 def _files(folder: str | Path, without: Sequence[str]) -> dict[str, Path]:
     files = scored_tasks(folder)
     if isinstance(without, str) or not set(without) < set(files):
@@ -205,6 +207,16 @@ def _parameters_of(model: MultitaskModel, task: str, config: PruningConfig) -> d
         elif inner.split(".")[1] == task:
             own[shared] = (name, weight)
     return own
+
+
+def _similarity(
+    mine: Mapping[str, Tensor], files: Mapping[str, Path], weights: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """The rank correlation of `mine` with each stored task's scores over the non-zero weights, largest first."""
+    live = {name: weight.detach().cpu() != 0 for name, weight in weights.items()}
+    flat = _flat(mine, live)
+    similarity = {t: rank_correlation(flat, _flat(load_scores(path, weights)[0], live)) for t, path in files.items()}
+    return dict(sorted(similarity.items(), key=lambda entry: -entry[1]))
 
 
 def _flat(scores: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
-from hf_disparse.config import PART_CRITERIA, TaskConfig, UserError, closest, is_number, require
+from hf_disparse.config import PART_CRITERIA, PruningConfig, TaskConfig, UserError, closest, is_number, require
 from hf_disparse.distributed.processes import differing_ranks
 from hf_disparse.tasks.batches import TaskBatchSampler
 
@@ -93,15 +93,13 @@ def check_fsdp(trainer: Trainer) -> None:
     require(version == 2, "fsdp", "version 2", version)
     if config is None or not config.sparsity:
         return
-    require(
-        config.method == "saliency",
-        "pruning.method",
-        "saliency with FSDP; the others run on DDP (torchrun)",
-        config.method,
-    )
+    if config.method != PruningConfig.method:
+        got = config.method
+        raise UserError(f"pruning.method: expected saliency with FSDP; the others run on DDP (torchrun), got {got!r}")
     require(config.criterion not in PART_CRITERIA, "pruning.criterion", "one of weights with FSDP", config.criterion)
-    whole = not {"layer", "channel"} & set(config.granularity)
-    require(whole, "pruning.granularity", "weights, patterns, heads or neurons with FSDP", config.granularity)
+    if "layer" in config.granularity:
+        got = config.granularity
+        raise UserError(f"pruning.granularity: expected weights, patterns, heads or neurons with FSDP, got {got!r}")
     for key in ("max_drop", "reconstruct", "reinitialise"):
         if (value := getattr(config, key)) is not None and value is not False:
             raise UserError(f"pruning.{key}: not supported with FSDP, got {value!r}; use DDP (torchrun)")
@@ -158,6 +156,18 @@ def check_datasets(tasks: Mapping[str, TaskConfig], **datasets) -> None:
         for task in value:
             if task not in tasks:
                 raise UserError(f"{key}: the model has no task '{task}'{closest(task, tasks)}")
+
+
+def rows_to_evaluate(asked, known: Mapping[str, Any] | None):
+    """Returns the {task: rows} to evaluate: `asked` itself, the `known` rows of the task that it names, or all if it is None."""
+    rows = known if asked is None else asked
+    if rows is None or (isinstance(rows, str) and not known):
+        raise UserError("eval_dataset: expected a dict of task -> Dataset to evaluate on, got None")
+    if isinstance(rows, str):
+        if rows not in known:
+            raise UserError(f"eval_dataset: there are no rows for a task '{rows}'{closest(rows, known)}")
+        rows = {rows: known[rows]}
+    return rows
 
 
 def check_same_rows(datasets: Mapping[str, Any]) -> None:

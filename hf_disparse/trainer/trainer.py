@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 
-from hf_disparse.config import PruningConfig, UserError, closest
+from hf_disparse.config import PruningConfig, UserError
 from hf_disparse.distributed.processes import among_processes, mean_over_processes, processes
 from hf_disparse.export.card import write_card
 from hf_disparse.export.results import results_of_log
@@ -23,7 +23,7 @@ from hf_disparse.pruning.stored_scores import SCORES_FOLDER
 from hf_disparse.tasks.averages import average
 from hf_disparse.tasks.batches import MultitaskCollator, TaskDataset
 from hf_disparse.tasks.metrics import compute_metrics
-from hf_disparse.trainer.arguments import check_arguments, check_datasets, check_same_rows
+from hf_disparse.trainer.arguments import check_arguments, check_datasets, check_same_rows, rows_to_evaluate
 from hf_disparse.trainer.batches import Resuming, training_batches
 from hf_disparse.trainer.callback import PruningCallback
 from hf_disparse.trainer.checkpoints import checkpointing, load_state, save_state, seal, to_resume, whole_weights
@@ -112,20 +112,9 @@ class DisparseTrainer(Trainer):
         """As in Trainer, for one task given by its name or as {task: rows}."""
         if not self.is_multitask:
             return super().get_eval_dataloader(eval_dataset)
-        loader = super().get_eval_dataloader(self._joined(self._eval_rows(eval_dataset)))
+        loader = super().get_eval_dataloader(self._joined(rows_to_evaluate(eval_dataset, self.eval_dataset)))
         self.__dict__.pop("_eval_dataloaders", None)  # Trainer keeps persistent loaders under one key for all tasks
         return loader
-
-    def _eval_rows(self, eval_dataset):
-        """Returns the {task: rows} to evaluate, given as such or by a task's name; None stands for all tasks."""
-        rows, known = self.eval_dataset if eval_dataset is None else eval_dataset, self.eval_dataset or {}
-        if rows is None or (isinstance(rows, str) and not known):
-            raise UserError("eval_dataset: expected a dict of task -> Dataset to evaluate on, got None")
-        if isinstance(rows, str):
-            if rows not in known:
-                raise UserError(f"eval_dataset: there are no rows for a task '{rows}'{closest(rows, known)}")
-            rows = {rows: known[rows]}
-        return rows
 
     def _get_eval_sampler(self, eval_dataset):
         # Trainer's sampler may group by length, and would return predictions in that order.
@@ -245,7 +234,7 @@ class DisparseTrainer(Trainer):
         """
         if not self.is_multitask:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        datasets = self._eval_rows(eval_dataset)
+        datasets = rows_to_evaluate(eval_dataset, self.eval_dataset)
         check_datasets(self.tasks, eval_dataset=datasets)
         metrics, values = self.evaluate_tasks(datasets, ignore_keys, metric_key_prefix)
         losses = [metrics[key] for key in (f"{metric_key_prefix}_{task}_loss" for task in datasets) if key in metrics]
@@ -293,9 +282,8 @@ class DisparseTrainer(Trainer):
         state = self.accelerator.gradient_state
         if processes() > 1 and loss is not None and state.end_of_dataloader and state.remainder > 0:
             rows = find_batch_size(inputs)
-            mine = min(
-                max(state.remainder - self.args.process_index * rows, 1), rows
-            )  # a process without any counts one
+            # A process without any row of its own counts one.
+            mine = min(max(state.remainder - self.args.process_index * rows, 1), rows)
             kept = {key: value[:mine] if isinstance(value, Tensor) else value for key, value in inputs.items()}
             loss = super().prediction_step(model, kept, True, ignore_keys)[0]
         return loss, logits, labels
@@ -358,9 +346,8 @@ class DisparseTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (state := load_state(self, Path(checkpoint))):
             self._trained, self.loss_means = state["backward_passes"], state["loss_means"]
-            self.pruner.scorer.backward_passes = (
-                0  # the total includes these; here are those of a try that ran out of memory
-            )
+            # The total includes scoring; what is counted here comes from a try that ran out of memory.
+            self.pruner.scorer.backward_passes = 0
             self._earlier = state.get("seconds", 0.0)  # an earlier version did not write them
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
