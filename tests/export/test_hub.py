@@ -7,13 +7,13 @@ import torch
 from huggingface_hub import HfApi, ModelCard, constants
 from safetensors.torch import load_file
 
-from hf_disparse import MultitaskModel, PruningConfig, UserError
+from hf_disparse import DisparseTrainer, MultitaskModel, PruningConfig, UserError
 from hf_disparse.export import push
 from tests.helpers.commands import refused
 from tests.helpers.compacting import prune_parts
 from tests.helpers.hub_server import run_with_hub, serve
-from tests.helpers.tiny import tiny_model, tiny_tokenizer
-from tests.helpers.training import plain_model
+from tests.helpers.tiny import three_datasets, tiny_model, tiny_tokenizer
+from tests.helpers.training import arguments, plain_model
 
 
 @pytest.fixture
@@ -177,21 +177,21 @@ def test_an_unknown_form_is_refused(folder):
         push(folder, "me/sparse", "zip", api=client("http://127.0.0.1:9"))
 
 
-@pytest.mark.slow
-def test_a_trainer_pushes_while_it_trains(hub, tmp_path):
-    store, address = hub
-    code = (
-        "from hf_disparse import DisparseTrainer, DisparseTrainingArguments, PruningConfig\n"
-        "from tests.helpers.tiny import three_datasets, tiny_model, tiny_tokenizer\n"
-        f"args = DisparseTrainingArguments({str(tmp_path / 'out')!r}, max_steps=4, save_steps=2, report_to='none', use_cpu=True,\n"
-        "    per_device_train_batch_size=4, push_to_hub=True, hub_model_id='me/trained', hub_strategy='checkpoint',\n"
-        "    hub_always_push=True, logging_steps=1)\n"
-        "trainer = DisparseTrainer(tiny_model(), args, pruning_config=PruningConfig(sparsity=0.5, score_batches=2),\n"
-        "    train_dataset=three_datasets(), eval_dataset=three_datasets(), processing_class=tiny_tokenizer())\n"
-        "trainer.train(); trainer.evaluate(); trainer.push_to_hub()\n"
+def test_a_trainer_pushes_while_it_trains(hub, tmp_path, monkeypatch):
+    store, _ = hub
+    monkeypatch.setenv("HF_TOKEN", "good")
+    pushing = dict(push_to_hub=True, hub_model_id="me/trained", hub_strategy="checkpoint", hub_always_push=True)
+    trainer = DisparseTrainer(
+        tiny_model(),
+        arguments(tmp_path / "out", max_steps=4, save_strategy="steps", save_steps=2, logging_steps=1, **pushing),
+        pruning_config=PruningConfig(sparsity=0.5, score_batches=2),
+        train_dataset=three_datasets(),
+        eval_dataset=three_datasets(),
+        processing_class=tiny_tokenizer(),
     )
-    done = run_with_hub(code, address, tmp_path)
-    assert done.returncode == 0, done.stderr
+    trainer.train()
+    trainer.evaluate()
+    trainer.push_to_hub()
     files = store.files("me/trained")
     assert {"last-checkpoint/pruning_masks.safetensors", "last-checkpoint/optimizer.pt", "pruning_config.json"} <= set(
         files

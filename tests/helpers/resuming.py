@@ -18,6 +18,11 @@ GUARDED = PruningConfig(**FIELDS, max_drop=5.0)
 STEPS = dict(max_steps=20, gradient_accumulation_steps=2, save_strategy="steps", save_steps=3, learning_rate=3e-3)
 
 
+def slow(*values) -> list:
+    """Parameters whose tests run with the slow ones."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 class Died(Exception):
     pass
 

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 from hf_disparse import DynamicConfig, MultitaskModel, PruningCallback, PruningConfig, find_masks, prunable_parameters
 from hf_disparse.methods.dynamic import allocate
 from tests.helpers.dynamic import brute_force
-from tests.helpers.resuming import STEPS, DieAt, Died, killed_and_resumed
+from tests.helpers.resuming import STEPS, DieAt, Died, killed_and_resumed, slow
 from tests.helpers.tiny import tiny_model, tiny_tokenizer, tokenized_rows
 from tests.helpers.training import BINARY, Watch, arguments, assert_same, multitask_trainer, plain_model, weights
 
@@ -190,7 +190,7 @@ def test_given_masks_are_where_it_starts_and_are_brought_to_the_budget(tmp_path,
     assert shared > 0.3 * expected
 
 
-@pytest.fixture(scope="module", params=[RIGL, {"drop": "disentangled"}])
+@pytest.fixture(scope="module", params=[RIGL, *slow({"drop": "disentangled"})])
 def undisturbed(request, tmp_path_factory):
     config = DynamicConfig(sparsity=0.8, update_every=4, **request.param)
     trainer = multitask_trainer(tmp_path_factory.mktemp("whole"), config, **STEPS)
@@ -198,9 +198,8 @@ def undisturbed(request, tmp_path_factory):
     return config, weights(trainer.model), trainer.pruner.masks, trainer.backward_passes
 
 
-@pytest.mark.slow
 # Checkpoints are at every third step: at 12 masks change right after one, 7 resumes before an update, 19 after the last.
-@pytest.mark.parametrize("step", [4, 7, 12, 13, 19])
+@pytest.mark.parametrize("step", [12, *slow(4, 7, 13, 19)])
 def test_a_killed_run_ends_in_the_bits_of_the_undisturbed_one(tmp_path, undisturbed, step):
     config, expected, masks, passes = undisturbed
     trainer = killed_and_resumed(tmp_path, config, step, **STEPS)

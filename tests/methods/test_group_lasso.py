@@ -21,7 +21,7 @@ from hf_disparse.export.card import write_card
 from hf_disparse.methods.group_lasso import group_sizes, penalty_in_time, rms, scale_groups, shrinkage
 from hf_disparse.model.prunable import prunable_sites
 from hf_disparse.pruning.parts import Site, channels, sum_by_part
-from tests.helpers.resuming import killed_and_resumed
+from tests.helpers.resuming import killed_and_resumed, slow
 from tests.helpers.tiny import three_datasets, tiny_model, tiny_tokenizer
 from tests.helpers.training import arguments, assert_same, multitask_trainer, weights
 
@@ -193,17 +193,16 @@ def test_every_matrix_is_shrunk_by_its_own_learning_rate(tmp_path):
         torch.testing.assert_close(seen[0][name], before[name] * factor, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("granularity", [("head", "neuron"), ("channel",)])
-def test_a_killed_run_resumes_bit_for_bit(tmp_path, granularity):
+@pytest.mark.parametrize("die", [7, *slow(18)])
+@pytest.mark.parametrize("granularity", [("head", "neuron"), *slow(("channel",))])
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, granularity, die):
     config = GroupLassoConfig(sparsity=0.5, granularity=granularity, start_step=2, end_step=16)
     run = RUN | dict(save_strategy="steps", save_steps=4)
     whole = multitask_trainer(tmp_path / "whole", config, **run)
     whole.train()
-    for die in (7, 18):
-        again = killed_and_resumed(tmp_path / str(die), config, die, **run)
-        assert_same(weights(whole.model), weights(again.model))
-        assert_same(whole.pruner.masks, again.pruner.masks)
+    again = killed_and_resumed(tmp_path / "killed", config, die, **run)
+    assert_same(weights(whole.model), weights(again.model))
+    assert_same(whole.pruner.masks, again.pruner.masks)
 
 
 @pytest.mark.parametrize("granularity", [("head",), ("neuron",)])

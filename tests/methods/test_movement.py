@@ -11,7 +11,7 @@ from hf_disparse import DisparseTrainer, MovementConfig, MultitaskModel, UserErr
 from hf_disparse.methods.movement import above_threshold, hard_step, soft_step
 from hf_disparse.pruning.schedule import sparsity_at
 from hf_disparse.trainer.checkpoints import PRUNING_STATE_NAME
-from tests.helpers.resuming import STEPS, DieAt, Died, killed_and_resumed
+from tests.helpers.resuming import STEPS, DieAt, Died, killed_and_resumed, slow
 from tests.helpers.tiny import three_datasets, tiny_model, tiny_tokenizer
 from tests.helpers.training import Watch, arguments, assert_same, multitask_trainer, scheduled_zeros, weights
 
@@ -191,7 +191,7 @@ def test_soft_scores_move_in_units_that_no_scale_of_the_loss_changes():
     torch.testing.assert_close(run(1.0), run(1e-7), rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture(scope="module", params=["hard", "soft"])
+@pytest.fixture(scope="module", params=["hard", *slow("soft")])
 def undisturbed(request, tmp_path_factory):
     config = MovementConfig(**HARD, **(SOFT if request.param == "soft" else {}))
     trainer = multitask_trainer(tmp_path_factory.mktemp("whole"), config, **STEPS)
@@ -199,8 +199,7 @@ def undisturbed(request, tmp_path_factory):
     return config, weights(trainer.model), trainer.pruner.masks
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("step", [5, 8, 10, 16, 19])
+@pytest.mark.parametrize("step", [10, *slow(5, 8, 16, 19)])
 def test_a_killed_run_ends_in_the_bits_of_the_undisturbed_one(tmp_path, undisturbed, step):
     config, expected, masks = undisturbed
     trainer = killed_and_resumed(tmp_path, config, step, **STEPS)

@@ -21,7 +21,7 @@ from hf_disparse import (
 from hf_disparse.methods.flop import Flop
 from hf_disparse.model.low_rank import low_rank_modules
 from tests.helpers.compacting import close, logits, same
-from tests.helpers.resuming import DieAt, Died, killed_and_resumed
+from tests.helpers.resuming import DieAt, Died, killed_and_resumed, slow
 from tests.helpers.tiny import DENSE, tiny_model, tiny_tokenizer, tokenized_rows
 from tests.helpers.training import BINARY, arguments, assert_same, multitask_trainer, plain_model, weights
 
@@ -240,8 +240,7 @@ def gated(tmp_path_factory):
     return weights(trainer.model), trainer.pruner.masks
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("step", [3, 8])
+@pytest.mark.parametrize("step", [8, *slow(3)])
 def test_a_killed_run_with_gates_ends_in_the_same_bits(step, gated, tmp_path):
     config = FlopConfig(sparsity=0.6, end_step=9)
     again = killed_and_resumed(tmp_path, config, step, **STEPS)

@@ -200,8 +200,9 @@ def test_the_trainer_keeps_the_heads_that_the_pure_function_scores_highest(tmp_p
     assert torch.equal(kept, flat >= limit)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("criterion", "decision"), [("taylor", "max"), ("agreement", "joint")])
+@pytest.mark.parametrize(
+    ("criterion", "decision"), [("taylor", "max"), pytest.param("agreement", "joint", marks=pytest.mark.slow)]
+)
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, criterion, decision):
     config = PruningConfig(
         sparsity=0.5,

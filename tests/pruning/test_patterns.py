@@ -19,7 +19,7 @@ from hf_disparse.pruning.patterns import (
     ranks_in_groups,
 )
 from hf_disparse.recipes.recipe import read_recipe
-from tests.helpers.resuming import killed_and_resumed
+from tests.helpers.resuming import killed_and_resumed, slow
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 from tests.helpers.training import Watch, assert_same, multitask_trainer, weights
 
@@ -200,11 +200,10 @@ def test_blocks_are_decided_by_the_sum_of_their_scores(tmp_path):
         assert (kept.any(axis=(1, 3)) == (sums[name] > limit)).all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "pruning",
     [
-        dict(sparsity=0.75, granularity="1:4", start_step=4),
+        *slow(dict(sparsity=0.75, granularity="1:4", start_step=4)),
         dict(sparsity=0.6, granularity="block8x8", schedule="cubic", start_step=1, end_step=10, update_every=3),
     ],
 )

@@ -250,7 +250,6 @@ def test_training_goes_on_from_the_fit_on_the_scoring_batches_of_all_tasks(tmp_p
     assert all(not p[~masks[name]].any() for name, p in prunable_parameters(trainer.model).items())
 
 
-@pytest.mark.slow
 def test_a_run_that_reconstructs_resumes_bit_for_bit(tmp_path):
     config = dataclasses.replace(CUBIC, reconstruct=True)
     whole = multitask_trainer(tmp_path / "whole", config, **STEPS)

@@ -21,7 +21,7 @@ from tests.helpers.losses import (
     some_labels,
     vector,
 )
-from tests.helpers.resuming import CUBIC, STEPS, DieAt, Died
+from tests.helpers.resuming import CUBIC, STEPS, DieAt, Died, slow
 from tests.helpers.tiny import three_datasets, three_tasks, tiny_bert_config, tiny_model, tiny_tokenizer, tokenized_rows
 from tests.helpers.training import BINARY, arguments, assert_same, plain_model, weights
 
@@ -235,9 +235,11 @@ def test_what_a_plain_model_or_lone_batches_cannot_follow_is_refused(tmp_path, m
 UNCERTAINTY, PCGRAD = ({"loss_weighting": way} for way in ("uncertainty", "pcgrad"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("changes", [UNCERTAINTY, PCGRAD, {"distillation": 0.5, "distillation_hidden": 0.1}], ids=str)
-def test_a_killed_run_ends_in_the_bits_of_the_undisturbed_one(tmp_path, changes):
+@pytest.mark.parametrize("step", [7, *slow(19)])
+@pytest.mark.parametrize(
+    "changes", [UNCERTAINTY, *slow(PCGRAD, {"distillation": 0.5, "distillation_hidden": 0.1})], ids=str
+)
+def test_a_killed_run_ends_in_the_bits_of_the_undisturbed_one(tmp_path, changes, step):
     """Checkpoints are at 6, while the masks grow, and at 18, in the second epoch."""
 
     def trainer(folder):
@@ -246,15 +248,14 @@ def test_a_killed_run_ends_in_the_bits_of_the_undisturbed_one(tmp_path, changes)
     whole = trainer("whole")
     whole.train()
     assert bool(whole.loss_means) == (changes == UNCERTAINTY)
-    for step in (7, 19):
-        killed, again = trainer(f"killed-{step}"), trainer(f"killed-{step}")
-        killed.add_callback(DieAt(step))
-        with pytest.raises(Died):
-            killed.train()
-        torch.manual_seed(99)  # what the new process did before must not matter
-        again.train(resume_from_checkpoint=True)
-        assert_same(weights(whole.model), weights(again.model))
-        assert again.loss_means == whole.loss_means
+    killed, again = trainer("killed"), trainer("killed")
+    killed.add_callback(DieAt(step))
+    with pytest.raises(Died):
+        killed.train()
+    torch.manual_seed(99)  # what the new process did before must not matter
+    again.train(resume_from_checkpoint=True)
+    assert_same(weights(whole.model), weights(again.model))
+    assert again.loss_means == whole.loss_means
 
 
 @pytest.mark.parametrize(

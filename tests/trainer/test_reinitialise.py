@@ -7,7 +7,7 @@ import torch
 
 from hf_disparse import DynamicConfig, MultitaskConfig, MultitaskModel, PruningConfig, UserError, prunable_parameters
 from hf_disparse.trainer.reinitialise import reinitialise
-from tests.helpers.resuming import STEPS, killed_and_resumed
+from tests.helpers.resuming import STEPS, killed_and_resumed, slow
 from tests.helpers.tiny import CONFIGS, three_tasks, tiny_model
 from tests.helpers.training import StateAt, Watch, assert_same, multitask_trainer, weights
 
@@ -95,8 +95,7 @@ def test_parts_stay_pruned_when_the_encoder_is_drawn_anew(tmp_path, granularity)
     assert len(trainer.model.config.skipped_layers) == (granularity == "layer")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("step", [8, 9, 10, 13])
+@pytest.mark.parametrize("step", [10, *slow(8, 9, 13)])
 def test_a_killed_run_draws_once_and_ends_in_the_bits_of_the_undisturbed_one(tmp_path, step):
     whole = multitask_trainer(tmp_path / "whole", CUBIC, **STEPS | {"max_steps": 14})
     whole.train()

@@ -7,7 +7,7 @@ from datasets import IterableDataset
 
 from hf_disparse import DisparseTrainer, PruningConfig, UserError, last_whole_checkpoint
 from hf_disparse.tasks.batches import TaskStream, blocks_of
-from tests.helpers.resuming import DieAt, Died
+from tests.helpers.resuming import DieAt, Died, slow
 from tests.helpers.tiny import three_datasets, tiny_model, tiny_tokenizer, tokenized_rows
 from tests.helpers.training import BINARY, arguments, assert_same, plain_model, weights
 
@@ -76,8 +76,7 @@ def test_training_prunes_exactly_and_scores_on_other_rows_at_every_update(undist
     assert seen[0] != seen[1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("step", [4, 7, 14])
+@pytest.mark.parametrize("step", [7, *slow(4, 14)])
 def test_a_killed_run_on_streams_ends_in_the_bits_of_the_undisturbed_one(tmp_path, undisturbed, step):
     with pytest.raises(Died):
         stream_trainer(tmp_path, [DieAt(step)]).train()
