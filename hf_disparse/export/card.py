@@ -18,6 +18,7 @@ from hf_disparse.export.measurements import size_and_speed
 from hf_disparse.export.results import read_results, using_results
 from hf_disparse.model.loading import load_as_saved
 from hf_disparse.model.multitask import MultitaskModel
+from hf_disparse.pruning.granularity import granularity_of
 from hf_disparse.tasks.averages import average, average_name
 
 CARD_NAME = "README.md"
@@ -102,7 +103,7 @@ def _summary(name: str, model: MultitaskModel, results: Mapping[str, Any], pruni
     tasks, base = ", ".join(model.tasks), results.get("recipe", {}).get("encoder") or model.encoder.config.model_type
     how = ""
     if pruning and pruning.sparsity:
-        what = _pruned_things(pruning)
+        what = granularity_of(pruning).describe()
         chosen = pruning.chosen_by()
         how = f"{100 * pruning.sparsity:g} % of the {what} of its layers are pruned, {chosen}."
         if stopped := results.get("guard", {}).get("stopped"):
@@ -117,17 +118,6 @@ def _summary(name: str, model: MultitaskModel, results: Mapping[str, Any], pruni
     if apart:
         how += f" These tasks have their own PEFT adapters on the frozen encoder: {', '.join(apart)}."
     return f"# {name}\n\nOne shared encoder ({base}) with one head for each of these tasks: {tasks}. {how.strip()}".rstrip()
-
-
-def _pruned_things(pruning: PruningConfig) -> str:
-    if pruning.n_of_m:
-        n, m = pruning.n_of_m
-        return f"weights ({m - n} of every {m} along each row: the pattern {n}:{m})"
-    if pruning.block:
-        return "{} x {} blocks".format(*pruning.block)
-    if pruning.granularity == ("rank",):
-        return "parameters of the matrices (each the product of two, whose rank is cut)"
-    return " and ".join({"channel": "input channels"}.get(kind, f"{kind}s") for kind in pruning.granularity)
 
 
 def _metrics(results: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Which weights and parts of a model are pruned."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import regex
 from torch import nn
@@ -10,8 +11,9 @@ from hf_disparse.model.adapters import has_adapters
 from hf_disparse.model.architectures import encoder_layers, find_sites
 from hf_disparse.model.low_rank import low_rank_modules
 from hf_disparse.model.unshared import shared_name
-from hf_disparse.pruning import decision
-from hf_disparse.pruning.parts import Sites, channels
+from hf_disparse.pruning.decision import Masks
+from hf_disparse.pruning.granularity import granularity_of
+from hf_disparse.pruning.parts import Sites
 
 
 def prunable_parameters(model: nn.Module, config: PruningConfig | None = None) -> dict[str, nn.Parameter]:
@@ -39,9 +41,8 @@ def prunable_parameters(model: nn.Module, config: PruningConfig | None = None) -
         place = f"{prefix}.{name}" if prefix else name
         full = shared_name(encoder, name)  # a task's own layer is matched by the name of the layer it was copied from
         full = f"{prefix}.{full}" if prefix else full
-        full = (
-            full.rpartition(".")[0] if name.rpartition(".")[0] in factorised else full
-        )  # a factor is matched by the name of its matrix
+        if name.rpartition(".")[0] in factorised:
+            full = full.rpartition(".")[0]  # a factor is matched by the name of its matrix
         wanted = name.startswith(tuple(lists)) if target is None else _matches(full, target)
         if wanted and not (exclude is not None and _matches(full, exclude)):
             if id(module.weight) not in seen:  # a weight shared by two modules appears under its first name
@@ -65,28 +66,20 @@ def _matches(name: str, patterns: str | Sequence[str]) -> bool:
 
 
 def prunable_sites(model: nn.Module, config: PruningConfig) -> Sites:
-    """The sites of the parts that `config` prunes, empty for weights; names are those of `model`'s modules."""
-    if not config.prunes_parts:
-        return {}
-    if config.granularity == ("channel",):
-        return {"channel": channels(prunable_parameters(model, config))}
+    """Returns the sites of the parts that `config` prunes, empty for weights; names are those of `model`'s modules."""
     encoder = model.base_model
     prefix = next(name for name, module in model.named_modules() if module is encoder)
-    sites = find_sites(encoder, f"{prefix}." if prefix else "")
-    sites = {kind: sites.get(kind, {}) for kind in config.granularity}
-    if config.granularity == ("rank",):
-        mine = prunable_parameters(model, config)
-        sites["rank"] = {name: site for name, site in sites["rank"].items() if f"{name}.up.weight" in mine}
-    return sites
+    find = partial(find_sites, encoder, f"{prefix}." if prefix else "")
+    return granularity_of(config).sites(prunable_parameters(model, config), find)
 
 
-def skip_gone_layers(model: nn.Module, config: PruningConfig | None, masks: decision.Masks) -> None:
+def skip_gone_layers(model: nn.Module, config: PruningConfig | None, masks: Masks) -> None:
     """Makes a MultitaskModel skip the layers of which the masks keep no weight, if `config` prunes layers."""
     if config and "layer" in config.granularity:
         model.skip_layers(sorted({*model.config.skipped_layers, *_gone_layers(model, masks)}))
 
 
-def _gone_layers(model: nn.Module, masks: decision.Masks) -> list[int]:
+def _gone_layers(model: nn.Module, masks: Masks) -> list[int]:
     """The indices of the layers of which the masks keep no weight."""
     layers = encoder_layers(model.base_model)
     keeps = {id(p): bool(masks[name].any()) for name, p in model.named_parameters() if name in masks}

@@ -1,6 +1,6 @@
 """What is pruned: single weights, N of every M, blocks, or parts. Each class decides, counts and checks in its own unit."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,13 +9,26 @@ from torch import Tensor
 from hf_disparse.config import PruningConfig, UserError
 from hf_disparse.pruning.decision import Masks
 from hf_disparse.pruning.masks import count_pruned
-from hf_disparse.pruning.parts import Sites, parameters_saved, sum_by_part
+from hf_disparse.pruning.parts import Sites, channels, parameters_saved, sum_by_part
 from hf_disparse.pruning.patterns import decide_n_of_m, expand_blocks, misfits, pool_blocks, pruned_in_groups
 from hf_disparse.pruning.rules import decide_by, decide_parts
 
 
 class Weights:
     """Single weights."""
+
+    def describe(self) -> str:
+        """Returns what is pruned, in the words of the model card."""
+        return "weights"
+
+    def sites(self, parameters: Mapping[str, Tensor], find: Callable[[], Sites]) -> Sites:
+        """Returns kind -> name -> site of the parts that are pruned, empty for weights.
+
+        Args:
+            parameters: the prunable weights by name.
+            find: returns all sites of the encoder; raises UserError if it does not know its architecture.
+        """
+        return {}
 
     def check(self, parameters: Mapping[str, Tensor], masks: Masks) -> None:
         """Accepts every model."""
@@ -35,6 +48,10 @@ class NofM(Weights):
 
     n: int
     m: int
+
+    def describe(self) -> str:
+        """As in `Weights`."""
+        return f"weights ({self.m - self.n} of every {self.m} along each row: the pattern {self.n}:{self.m})"
 
     def check(self, parameters: Mapping[str, Tensor], masks: Masks) -> None:
         """Raises UserError if a matrix does not divide into groups of M, or its mask keeps fewer than N of one."""
@@ -62,6 +79,10 @@ class Blocks(Weights):
     rows: int
     columns: int
 
+    def describe(self) -> str:
+        """As in `Weights`."""
+        return f"{self.rows} x {self.columns} blocks"
+
     def check(self, parameters: Mapping[str, Tensor], masks: Masks) -> None:
         """Raises UserError if a matrix does not divide into blocks."""
         _check_multiple(parameters, self.rows, self.columns, f"block{self.rows}x{self.columns}")
@@ -79,22 +100,61 @@ class Blocks(Weights):
         return {"block": (int((kept == 0).sum()), len(kept))}
 
 
+@dataclass(frozen=True)
 class Parts(Weights):
-    """Heads, neurons, layers, channels or ranks, which are pruned as a whole at their sites."""
+    """Heads, neurons or layers, or several of these kinds, which are pruned as a whole at their sites."""
+
+    kinds: tuple[str, ...]
+
+    def describe(self) -> str:
+        """As in `Weights`."""
+        return " and ".join(f"{kind}s" for kind in self.kinds)
+
+    def sites(self, parameters: Mapping[str, Tensor], find: Callable[[], Sites]) -> Sites:
+        """Returns the sites of these kinds."""
+        found = find()
+        return {kind: found.get(kind, {}) for kind in self.kinds}
 
     def decide(self, config: PruningConfig, task_scores, sparsity: float, active: Masks, sites: Sites) -> Masks:
         """Decides over the parts of each kind; see `decide_parts`."""
         return decide_parts(config, task_scores, sparsity, active, sites)
 
     def count(self, masks: Masks, sites: Sites) -> dict[str, tuple[int, int]]:
-        """Counts the parts of each kind of which nothing is kept; for ranks, the parameters that the factors save."""
-        if "rank" in sites:
-            return {"parameter": parameters_saved(masks, sites["rank"])}
+        """Counts the parts of each kind of which nothing is kept."""
         counts = {}
         for kind, places in sites.items():
             gone = torch.cat([sum_by_part(masks, site) == 0 for site in places.values()])
             counts[kind] = (int(gone.sum()), len(gone))
         return counts
+
+
+class Channels(Parts):
+    """Input channels: the columns of every matrix, so that any architecture will do."""
+
+    def describe(self) -> str:
+        """As in `Weights`."""
+        return "input channels"
+
+    def sites(self, parameters: Mapping[str, Tensor], find: Callable[[], Sites]) -> Sites:
+        """Makes every matrix a site."""
+        return {"channel": channels(parameters)}
+
+
+class Ranks(Parts):
+    """Ranks of matrices in two factors."""
+
+    def describe(self) -> str:
+        """As in `Weights`."""
+        return "parameters of the matrices (each the product of two, whose rank is cut)"
+
+    def sites(self, parameters: Mapping[str, Tensor], find: Callable[[], Sites]) -> Sites:
+        """Returns the sites of the matrices whose factors are prunable."""
+        ranks = find().get("rank", {})
+        return {"rank": {name: site for name, site in ranks.items() if f"{name}.up.weight" in parameters}}
+
+    def count(self, masks: Masks, sites: Sites) -> dict[str, tuple[int, int]]:
+        """Counts the parameters that the factors save."""
+        return {"parameter": parameters_saved(masks, sites["rank"])}
 
 
 def granularity_of(config: PruningConfig) -> Weights:
@@ -103,7 +163,9 @@ def granularity_of(config: PruningConfig) -> Weights:
         return NofM(*config.n_of_m)
     if config.block:
         return Blocks(*config.block)
-    return Parts() if config.prunes_parts else Weights()
+    if not config.prunes_parts:
+        return Weights()
+    return {"channel": Channels, "rank": Ranks}.get(config.granularity[0], Parts)(config.granularity)
 
 
 def _check_multiple(parameters: Mapping[str, Tensor], rows: int, columns: int, pattern: str) -> None:
