@@ -58,10 +58,8 @@ def decide_scored_parts(
 ) -> decision.Masks:
     """Does what `decide_parts` does, from scores of parts: (task, kind -> site -> (parts,))."""
     masks = dict(active)
-    layers_first = sorted(
-        sites, key=lambda kind: kind != "layer"
-    )  # heads and neurons of a pruned layer count as pruned
-    for kind in layers_first:
+    # Layers first: heads and neurons of a pruned layer count as pruned.
+    for kind in sorted(sites, key=lambda kind: kind != "layer"):
         places = sites[kind]
         live = {name: sum_by_part(masks, site) > 0 for name, site in places.items()}
         keep = keep_parts(config, kind, [(task, scores[kind]) for task, scores in by_part], sparsity, live)
