@@ -16,32 +16,30 @@ from hf_disparse.distributed.processes import (
     require_same,
 )
 from hf_disparse.pruning import scores
-from tests.helpers.ddp_worker import METHODS, ODD, VARIANTS, evaluated, trained, trainer_of
-from tests.helpers.launching import in_processes
+from tests.helpers.ddp_worker import METHODS, ODD, VARIANTS, evaluated, main, trained, trainer_of
+from tests.helpers.processes import in_processes
+from tests.helpers.resuming import slow
 from tests.helpers.tiny import tiny_model
 from tests.helpers.training import assert_same
 
-pytestmark = pytest.mark.slow
 
-FAST = [name for name in VARIANTS if name != "compiled"]
-OTHERS = ["evaluated", "disturbed", "other_data"]
-
-
-@pytest.fixture(scope="module")
-def of_two(tmp_path_factory):
-    """name -> what each of two processes was left with."""
-    return run(tmp_path_factory.mktemp("two"), 2, [*METHODS, *FAST, *OTHERS])
-
-
-def run(folder, count: int, names: list[str]):
-    in_processes(count, "tests.helpers.ddp_worker", folder, *names)
+def run(folder, count: int, *names: str) -> dict[str, list]:
+    """name -> what each process was left with."""
+    assert in_processes(count, main, folder, names) == [([], 0)] * count
     return {
         name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(count)] for name in names
     }
 
 
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory) -> list[dict]:
+    """What each of two processes evaluated."""
+    return run(tmp_path_factory.mktemp("two"), 2, "evaluated")["evaluated"]
+
+
 def assert_as_one(several: list[dict], folder, name: str, tolerance: float) -> None:
     """All processes have the same bits; the masks of one process differ in at most 0.1 % of the weights, in no count."""
+    folder = folder / "one"
     one = trained(folder, METHODS.get(name, METHODS["saliency"]), **VARIANTS.get(name, {}))
     for theirs in several:
         assert theirs["tasks"] == one["tasks"] and len(set(one["tasks"])) > 1
@@ -56,26 +54,28 @@ def assert_as_one(several: list[dict], folder, name: str, tolerance: float) -> N
         torch.testing.assert_close(several[0]["weights"][n], weight, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_two_processes_prune_as_one_does_on_the_same_examples(of_two, tmp_path, name):
-    assert_as_one(of_two[name], tmp_path, name, 1e-5)
+@pytest.mark.parametrize("name", ["saliency", *slow(*(name for name in METHODS if name != "saliency"))])
+def test_two_processes_prune_as_one_does_on_the_same_examples(tmp_path, name):
+    assert_as_one(run(tmp_path, 2, name)[name], tmp_path, name, 1e-5)
 
 
-@pytest.mark.parametrize("name", FAST)
-def test_masks_hold_exactly_and_alike_in_two_processes_with(of_two, tmp_path, name):
-    assert_as_one(of_two[name], tmp_path, name, 1e-3 if name == "bf16" else 1e-5)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "compiled"])
+def test_masks_hold_exactly_and_alike_in_two_processes_with(tmp_path, name):
+    assert_as_one(run(tmp_path, 2, name)[name], tmp_path, name, 1e-3 if name == "bf16" else 1e-5)
 
 
+@pytest.mark.slow
 def test_masks_hold_in_compiled_models_and_in_four_processes(tmp_path):
     for count, names in ((2, ["compiled"]), (4, ["saliency", "movement", "platon", "l0"])):
-        several = run(tmp_path, count, names)
+        several = run(tmp_path, count, *names)
         for name in names:
             assert_as_one(several[name], tmp_path / name, name, 1e-5)
 
 
 def test_metrics_and_losses_are_those_of_one_process_where_no_batch_is_full(of_two, tmp_path):
     one = evaluated(tmp_path)
-    for theirs in of_two["evaluated"]:
+    for theirs in of_two:
         assert theirs["counts"] == ODD
         assert set(theirs["metrics"]) == set(one["metrics"])
         for key, value in one["metrics"].items():
@@ -87,16 +87,16 @@ def test_the_loss_of_an_evaluation_is_the_mean_over_its_examples(of_two, tmp_pat
     trainer = trainer_of(tmp_path)
     output = trainer.predict({"two": trainer.eval_dataset["two"]})
     mean = cross_entropy(torch.tensor(output.predictions), torch.tensor(output.label_ids)).item()
-    assert of_two["evaluated"][1]["metrics"]["eval_two_loss"] == pytest.approx(mean, abs=1e-6)
+    assert of_two[1]["metrics"]["eval_two_loss"] == pytest.approx(mean, abs=1e-6)
 
 
-def test_masks_that_differ_are_refused_on_all_processes_with_the_rank(of_two):
-    for said in of_two["disturbed"]:
+def test_masks_that_differ_are_refused_on_all_processes_with_the_rank(tmp_path):
+    for said in run(tmp_path, 2, "disturbed")["disturbed"]:
         assert "expected the same masks on all 2 processes at step 5, but rank 1 decided otherwise than rank 0" in said
 
 
-def test_other_rows_on_a_process_are_refused_with_its_rank(of_two):
-    for said in of_two["other_data"]:
+def test_other_rows_on_a_process_are_refused_with_its_rank(tmp_path):
+    for said in run(tmp_path, 2, "other_data")["other_data"]:
         assert "expected the same rows on all processes" in said and "rank 1 has other tasks or numbers" in said
 
 

@@ -12,24 +12,24 @@ from hf_disparse.distributed.fsdp import gather, is_sharded, local, place
 from hf_disparse.trainer.arguments import check_fsdp
 from hf_disparse.trainer.checkpoints import SEAL_NAME, last_whole_checkpoint, torn
 from tests.helpers.ddp_worker import trained, trainer_of
-from tests.helpers.fsdp_worker import CONFIGS, ROUND
-from tests.helpers.launching import in_processes
+from tests.helpers.fsdp_worker import CONFIGS, ROUND, main
+from tests.helpers.processes import in_processes
+from tests.helpers.resuming import slow
 from tests.helpers.training import assert_same, multitask_trainer
-
-pytestmark = pytest.mark.slow
 
 RESUMED = ["saliency", "sharded"]
 
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
-    """The folder of two processes, and name -> what each was left with."""
+    """The folder of two processes whose runs are resumed, and name -> what each was left with."""
     folder = tmp_path_factory.mktemp("two")
-    in_processes(2, "tests.helpers.fsdp_worker", folder, *CONFIGS)
-    return folder, loaded(folder, 2, CONFIGS)
+    return folder, run(folder, 2, RESUMED)
 
 
-def loaded(folder, count: int, names) -> dict[str, list[dict]]:
+def run(folder, count: int, jobs: list[str]) -> dict[str, list[dict]]:
+    assert in_processes(count, main, folder, jobs) == [([], 0)] * count
+    names = [job.partition("@")[0] for job in jobs]
     return {
         name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(count)] for name in names
     }
@@ -56,13 +56,14 @@ def assert_as_one(several: list[dict], one: dict) -> None:
         torch.testing.assert_close(several[0]["weights"][n], weight, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_two_processes_with_parts_prune_as_one_with_the_whole(of_two, tmp_path, name):
-    one = trained(tmp_path, CONFIGS[name], **ROUND)
-    assert_as_one(of_two[1][name], one)
-    assert [theirs["passes"] for theirs in of_two[1][name]] == [one["passes"]] * 2
+@pytest.mark.parametrize("name", ["saliency", *slow(*(name for name in CONFIGS if name != "saliency"))])
+def test_two_processes_with_parts_prune_as_one_with_the_whole(tmp_path, name):
+    several, one = run(tmp_path, 2, [name])[name], trained(tmp_path / "one", CONFIGS[name], **ROUND)
+    assert_as_one(several, one)
+    assert [theirs["passes"] for theirs in several] == [one["passes"]] * 2
 
 
+@pytest.mark.slow
 def test_whole_and_sharded_checkpoints_are_found_and_a_torn_one_is_not(of_two, tmp_path):
     folder, several = of_two
     for name in RESUMED:
@@ -79,6 +80,7 @@ def test_whole_and_sharded_checkpoints_are_found_and_a_torn_one_is_not(of_two, t
         assert part in torn(last)
 
 
+@pytest.mark.slow
 def test_the_main_process_has_for_the_log_how_much_the_tasks_agree(of_two, tmp_path):
     """Of weights in parts the masks tell which are zero."""
     trainer = trainer_of(tmp_path, CONFIGS["saliency"], **ROUND)
@@ -88,10 +90,10 @@ def test_the_main_process_has_for_the_log_how_much_the_tasks_agree(of_two, tmp_p
     assert kept["measures"] == pytest.approx(trainer.pruner.measures, abs=0.02)
 
 
+@pytest.mark.slow
 def test_four_processes_go_on_where_two_were_and_prune_as_one(of_two, tmp_path_factory, tmp_path):
     four = tmp_path_factory.mktemp("four")
-    in_processes(4, "tests.helpers.fsdp_worker", four, "random", *(f"{name}@{of_two[0]}" for name in RESUMED))
-    several = loaded(four, 4, ["random", *RESUMED])
+    several = run(four, 4, ["random", *(f"{name}@{of_two[0]}" for name in RESUMED)])
     for name, theirs in several.items():
         assert_as_one(theirs, trained(tmp_path / name, CONFIGS[name], **ROUND))
     assert all(len(several[name][0]["tasks"]) == 6 for name in RESUMED)  # steps 5 to 10

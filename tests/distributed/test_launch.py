@@ -14,9 +14,8 @@ from safetensors.torch import load_file
 
 from hf_disparse.trainer.checkpoints import last_whole_checkpoint
 from tests.helpers.commands import changed, write_inputs, write_recipe
-from tests.helpers.launching import ROOT, in_processes, torchrun
-
-pytestmark = pytest.mark.slow
+from tests.helpers.launching import ROOT, torchrun
+from tests.helpers.processes import in_processes, run_commands
 
 TRAIN, EVALUATE, COMPARE, AGAIN, WRONG, ANALYZE = range(6)
 ACCELERATE = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -32,9 +31,9 @@ def launched(tmp_path_factory):
     wrong = [*train, "--set", "tasks.two.label_column=nothing", "--output_dir", str(folder / "wrong")]
     evaluate, analyze = ["evaluate", str(folder / "run"), "--json"], ["analyze", str(folder / "run")]
     commands = [train, evaluate, compare, train, wrong, analyze]
-    (folder / "commands.json").write_text(json.dumps(commands))
-    in_processes(2, "tests.helpers.launch_worker", folder)
-    return folder, *(json.loads((folder / f"said-{rank}.json").read_text()) for rank in range(2))
+    ([first], status), ([second], other) = in_processes(2, run_commands, commands)
+    assert status == other == 0
+    return folder, first, second
 
 
 def test_both_processes_end_as_one_does_and_only_the_first_speaks(launched):
@@ -86,6 +85,7 @@ def test_a_checkpoint_without_the_random_state_of_a_process_is_not_whole(launche
     away.rename(state)
 
 
+@pytest.mark.slow
 def test_the_end_of_a_process_ends_all_and_the_same_command_goes_on(tmp_path):
     recipe = write_recipe(tmp_path, changed(write_inputs(tmp_path), "training.max_steps", 40))
     script = tmp_path / "die.py"
@@ -103,14 +103,15 @@ def test_the_end_of_a_process_ends_all_and_the_same_command_goes_on(tmp_path):
     done = torchrun(2, script, "train", recipe, "--no-analysis")
     assert done.returncode != 0 and not (tmp_path / "run" / "results.json").exists()
     assert Path(last_whole_checkpoint(tmp_path / "run" / "dense")).name == "checkpoint-4"
-    done = torchrun(2, "-m", "hf_disparse", "train", recipe, "--no-analysis")
-    assert done.returncode == 0 and "resumed from" in done.stderr, done.stderr[-3000:]
-    whole = torchrun(2, "-m", "hf_disparse", "train", recipe, "--output_dir", tmp_path / "whole", "--no-analysis")
-    assert whole.returncode == 0, whole.stderr[-3000:]
+    train = ["train", recipe, "--no-analysis"]
+    for command, words in ((train, "resumed from"), ([*train, "--output_dir", str(tmp_path / "whole")], "")):
+        ([[(status, _, err)]], _), ([[(other, _, _)]], _) = in_processes(2, run_commands, [command])
+        assert (status, other) == (0, 0) and words in err, err[-3000:]
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
     assert set(one) == set(other) and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+@pytest.mark.slow
 def test_accelerate_launches_the_recipe_of_several_gpus(tmp_path):
     """Here on CPUs, as the recipe of the training says: it is what the processes share that counts."""
     recipe = write_recipe(tmp_path, write_inputs(tmp_path))

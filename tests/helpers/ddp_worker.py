@@ -1,7 +1,5 @@
 """What tests/distributed/test_ddp.py does in one process and in two: trainings on the same examples, and what they leave behind."""
 
-import sys
-import time
 from pathlib import Path
 
 import torch
@@ -154,12 +152,10 @@ def said(function) -> str:
     return ""
 
 
-def main(folder: Path, names: list[str]) -> None:
-    torch.set_num_threads(1)
+def main(report, folder: Path, names: list[str]) -> None:
     trainer_of(folder)  # begins torch.distributed
     rank = torch.distributed.get_rank()
     for name in names:
-        print(name, time.perf_counter(), file=sys.stderr)
         if name in METHODS:
             result = trained(folder / name, METHODS[name])
         elif name in VARIANTS:
@@ -167,7 +163,3 @@ def main(folder: Path, names: list[str]) -> None:
         else:
             result = {"evaluated": evaluated, "disturbed": disturbed, "other_data": other_data}[name](folder / name)
         torch.save(result, folder / f"{name}-{rank}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])

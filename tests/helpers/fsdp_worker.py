@@ -3,7 +3,6 @@
 Accelerate shards on GPUs only, so the processes are made to look like such; the weights are sharded, gathered and reduced by gloo.
 """
 
-import sys
 from pathlib import Path
 
 import torch
@@ -64,16 +63,11 @@ def trained(folder: Path, name: str, checkpoint: Path | None = None) -> dict:
     }
 
 
-def main(folder: Path, jobs: list[str]) -> None:
+def main(report, folder: Path, jobs: list[str]) -> None:
     """A job is a name to train by, NAME@FOLDER to go on from step 4 of FOLDER."""
-    torch.set_num_threads(1)
     PartialState.__init__ = like_gpus
     PartialState(cpu=True)  # begins torch.distributed, by which the batches are made
     for job in jobs:
         name, _, start = job.partition("@")
         result = trained(folder / name, name, Path(start, name, "checkpoint-4") if start else None)
         torch.save(result, folder / f"{name}-{torch.distributed.get_rank()}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])

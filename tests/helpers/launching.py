@@ -15,9 +15,3 @@ def torchrun(processes: int, *words, **variables: str) -> subprocess.CompletedPr
     return subprocess.run(
         [*launcher, *map(str, words)], cwd=ROOT, env=environment, timeout=300, capture_output=True, text=True
     )
-
-
-def in_processes(processes: int, module: str, *words) -> None:
-    """Runs `python -m module words...` in so many processes and asserts that all end well."""
-    done = torchrun(processes, "-m", module, *words)
-    assert done.returncode == 0, done.stderr[-6000:]

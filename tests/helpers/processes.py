@@ -9,10 +9,12 @@ import io
 import multiprocessing
 import os
 import resource
+import socket
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from huggingface_hub import constants
@@ -54,6 +56,27 @@ def messages(connection):
             yield connection.recv()
     except (EOFError, ConnectionResetError):
         pass
+
+
+def in_processes(count: int, function, *arguments_) -> list[tuple[list, int]]:
+    """What each of `count` processes reports, and its exit status; torch.distributed joins them, and no launcher ends them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with ExitStack() as stack:
+        started = [
+            stack.enter_context(child(_as_rank, rank, count, port, function, *arguments_)) for rank in range(count)
+        ]
+        reports = [list(messages(connection)) for _, connection in started]
+        for process, _ in started:
+            process.join(60)
+        return [(said, process.exitcode) for said, (process, _) in zip(reports, started, strict=True)]
+
+
+def _as_rank(report, rank: int, count: int, port: int, function, *arguments_) -> None:
+    values = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update({key: str(value) for key, value in values.items()})
+    function(report, *arguments_)
 
 
 def _run(function, report, *arguments_) -> None:
@@ -151,14 +174,21 @@ def train_where_the_folder_becomes_read_only(report, folder: str) -> None:
     multitask_trainer(folder, CUBIC, callbacks=[At(4, lock)], **STEPS).train()
 
 
-def train_as_rank(report, folder: str, rank: int, port: int, die: int | None) -> None:
-    """One of two processes without a launcher that would end them; rank 1 dies at the step `die`."""
-    values = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    os.environ.update({key: str(value) for key, value in values.items()})
-    callbacks = [At(die, lambda: os.kill(os.getpid(), 9))] if die and rank == 1 else []
+def train_as_rank(report, folder: str, deaths: dict[int, int]) -> None:
+    """Trains what is left of a run; `deaths` has the ranks that are killed, and at which step."""
+    rank = int(os.environ["RANK"])
+    callbacks = [At(deaths[rank], lambda: os.kill(os.getpid(), 9))] if rank in deaths else []
     mine = multitask_trainer(folder, CUBIC, callbacks=callbacks, **STEPS)
+    assert mine.args.world_size > 1
     mine.train(resume_from_checkpoint=last_whole_checkpoint(folder))
-    report.send(("end", {name: tensor.numpy() for name, tensor in mine.model.state_dict().items()}))
+    tensors = (mine.model.state_dict(), mine.pruner.masks)
+    report.send(("end", *({name: tensor.numpy() for name, tensor in each.items()} for each in tensors)))
+
+
+def run_commands(report, commands: list[list[str]]) -> None:
+    """Commands of `hf-disparse`, one after the other; reports what they answer."""
+    with patch.object(cli, "_leave", lambda: None), patch.object(cli, "_GRACE", 0.0):
+        report.send([hf_disparse(*words) for words in commands])
 
 
 def push_command(report, folder: str, address: str) -> None:

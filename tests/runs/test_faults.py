@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from tests.helpers.hub_server import serve
 from tests.helpers.processes import (
     child,
     export_command,
+    in_processes,
     messages,
     push_command,
     train_as_rank,
@@ -249,26 +249,16 @@ def test_a_data_file_that_vanished_is_one_error_and_the_run_goes_on_once_it_is_b
 
 @pytest.mark.slow
 def test_a_dead_rank_ends_the_other_with_one_error_and_both_resume(tmp_path):
-    def run(folder: Path, die: int | None):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        with (
-            child(train_as_rank, str(folder), 0, port, die) as (first, connection),
-            child(train_as_rank, str(folder), 1, port, die) as (second, other),
-        ):
-            told = list(messages(connection)), list(messages(other))
-            first.join(60)
-            second.join(60)
-            return told, second.exitcode
+    def run(name: str, deaths: dict[int, int]):
+        return in_processes(2, train_as_rank, str(tmp_path / name), deaths)
 
-    ((whole,), (same,)), _ = run(tmp_path / "whole", None)
-    (((kind, said),), nothing), status = run(tmp_path / "killed", 8)
-    assert (nothing, status) == ([], -signal.SIGKILL)
+    ([whole], _), ([same], _) = run("whole", {})
+    ([(kind, said)], _), killed = run("killed", {1: 8})
+    assert killed == ([], -signal.SIGKILL)
     assert kind == "refused" and len(said.splitlines()) == 2, said
     assert "another process has stopped responding" in said and "Training resumes" in said
     assert last_whole_checkpoint(tmp_path / "killed") == str(tmp_path / "killed" / "checkpoint-6")
-    ((ours,), (theirs,)), _ = run(tmp_path / "killed", None)
-    for _, state in (same, ours, theirs):
+    ([ours], _), ([theirs], _) = run("killed", {})
+    for _, state, _ in (same, ours, theirs):
         assert list(state) == list(whole[1])
         assert all(np.array_equal(state[name], value) for name, value in whole[1].items())

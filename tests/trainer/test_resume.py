@@ -3,11 +3,11 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import Trainer
@@ -22,6 +22,7 @@ from hf_disparse import (
 )
 from hf_disparse.pruning.masks import MASKS_NAME
 from hf_disparse.trainer.checkpoints import SEAL_NAME, STATE_NAME
+from tests.helpers.processes import in_processes, train_as_rank
 from tests.helpers.resuming import CUBIC, STEPS, DieAt, Died, killed_and_resumed
 from tests.helpers.tiny import tiny_tokenizer, tokenized_rows
 from tests.helpers.training import BINARY, arguments, assert_same, multitask_trainer, plain_model, weights
@@ -197,44 +198,22 @@ def test_nothing_to_resume_from_says_so(tmp_path):
         multitask_trainer(tmp_path, **STEPS).train(resume_from_checkpoint=True)
 
 
-_TWO = """
-import sys, torch
-from pathlib import Path
-from tests.helpers.resuming import CUBIC, STEPS, DieAt, Died
-from tests.helpers.training import multitask_trainer
-from hf_disparse import last_whole_checkpoint
-torch.set_num_threads(1)
-folder, die = sys.argv[1], int(sys.argv[2])
-trainer = multitask_trainer(folder, CUBIC, callbacks=[DieAt(die)], **STEPS)
-assert trainer.args.world_size == 2
-try:
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
-except Died:
-    sys.exit(0)
-torch.save([trainer.model.state_dict(), trainer.pruner.masks], Path(folder, f"end-{trainer.args.process_index}.pt"))
-"""
-
-
 @pytest.mark.slow
 def test_two_processes_agree_on_masks_and_resume_in_the_second_epoch(tmp_path):
     """An epoch has 6 steps here, so that step 19 is in the fourth."""
-    root = Path(__file__).parents[2]
-    (tmp_path / "two.py").write_text(_TWO)
 
-    def run(folder: str, die: int) -> None:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-        command = [*launcher, str(tmp_path / "two.py"), str(tmp_path / folder), str(die)]
-        environment = {**os.environ, "PYTHONPATH": str(root)}
-        subprocess.run(command, cwd=root, env=environment, check=True, timeout=300, capture_output=True)
+    def run(name: str, deaths: dict[int, int]):
+        return in_processes(2, train_as_rank, str(tmp_path / name), deaths)
 
-    run("whole", 99)
-    run("killed", 19)
+    whole = run("whole", {})
+    assert [status for _, status in run("killed", {0: 19, 1: 19})] == [-signal.SIGKILL] * 2
     assert Path(last_whole_checkpoint(tmp_path / "killed")).name == "checkpoint-18"
-    run("killed", 99)
-    ends = [torch.load(tmp_path / f / f"end-{r}.pt", weights_only=True) for f in ("whole", "killed") for r in (0, 1)]
-    for weights_, masks in ends[1:]:
-        assert_same(ends[0][0], weights_)
-        assert_same(ends[0][1], masks)
+    ends = [end for reports, _ in (*whole, *run("killed", {})) for end in reports]
+    assert len(ends) == 4
+    for _, *tensors in ends[1:]:
+        for mine, first in zip(tensors, ends[0][1:], strict=True):
+            assert list(mine) == list(first)
+            assert all(np.array_equal(array, first[name]) for name, array in mine.items())
 
 
 @pytest.mark.parametrize(
