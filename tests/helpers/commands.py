@@ -10,10 +10,12 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
+import pytest
 import yaml
 from transformers import BertModel, set_seed
 
 from hf_disparse.cli import main as cli
+from hf_disparse.config import UserError
 from tests.helpers.tiny import WORDS, tiny_bert_config, tiny_tokenizer
 
 LABELS = {"two": ["no", "yes"], "three": ["a", "b", "c"]}
@@ -146,3 +148,15 @@ VALID = {
     "seed": 3,
     "output_dir": "runs/x",
 }
+
+
+def valid_with(section: str, **values) -> dict:
+    """VALID, with these values of a section changed or added."""
+    return {**VALID, section: {**VALID.get(section, {}), **values}}
+
+
+def refusal(function, *arguments) -> str:
+    """The message of the UserError that a call raises."""
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    return str(caught.value)

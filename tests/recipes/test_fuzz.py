@@ -1,5 +1,9 @@
-"""Thousands of mistakes in recipes, overrides and configs: each is status 2 and at most three lines that name the key."""
+"""Thousands of mistakes in recipes, overrides and configs: each is status 2 and at most three lines that name the key.
 
+Recipes mutated at random are read or refused, and what a run folder remembers reads as it was.
+"""
+
+import copy
 import datetime
 import json
 import string
@@ -12,6 +16,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from hf_disparse import PruningConfig, UserError
+from hf_disparse.recipes.recipe import parse_recipe
+from hf_disparse.recipes.yaml_text import dump_yaml, parse_yaml
 from hf_disparse.runs import train as run
 from tests.helpers.commands import VALID, changed, hf_disparse, without
 
@@ -191,3 +197,60 @@ def test_a_mistake_is_named_by_the_command(tmp_path, mistake):
     ]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300)
     assert name in said(done.returncode, done.stdout, done.stderr)
+
+
+# Without the command
+
+
+def paths(values: dict, above: tuple = ()) -> list[tuple]:
+    """The path of every key of nested mappings."""
+    found = []
+    for key, value in values.items():
+        found.append((*above, key))
+        if isinstance(value, dict):
+            found += paths(value, (*above, key))
+    return found
+
+
+KEYS = st.one_of(st.text(max_size=6), st.integers(), st.none(), st.sampled_from(["a\nb\nc\nd\n", "labels", "sparsty"]))
+JUNK = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.dates(), st.just("a\nb\nc\nd")
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=4,
+)
+TEXTS = st.text(max_size=6) | st.sampled_from(
+    ["1e5", "-2E-5", "2:4", "12:30", "yes", "null", "0x1F", "1_000", "2026-01-02"]
+)
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3)))
+def test_what_a_run_folder_remembers_reads_as_it_was(values):
+    again = parse_yaml(dump_yaml(values))
+    assert again == values and repr(again) == repr(values)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_a_mutated_recipe_parses_or_is_refused_in_three_lines(data):
+    """An example takes out, replaces or adds one to three keys. Any other exception than UserError fails the test."""
+    recipe = copy.deepcopy(VALID)
+    for _ in range(data.draw(st.integers(1, 3))):
+        *above, last = data.draw(st.sampled_from(paths(recipe) or [("seed",)]))
+        place = recipe
+        for key in above:
+            place = place[key]
+        action = data.draw(st.sampled_from(["replace", "replace", "remove", "add"]))
+        if action == "remove":
+            place.pop(last, None)
+        else:
+            place[last if action == "replace" else data.draw(KEYS)] = data.draw(JUNK)
+    try:
+        parsed = parse_recipe(recipe)
+    except UserError as error:
+        assert 1 <= len(str(error).splitlines()) <= 3, str(error)
+    else:
+        assert parsed.values == recipe and parsed.tasks and 0 <= parsed.pruning.sparsity < 1
