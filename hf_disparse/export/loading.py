@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantizer
@@ -17,6 +18,7 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 from hf_disparse.config import UserError
 from hf_disparse.export.folder import digests
 from hf_disparse.export.packed import BITMASK, fill, zeros
+from hf_disparse.fast.speed_up import packed_weights, take_packed
 from hf_disparse.files import open_safetensors, read_json
 from hf_disparse.model.loading import CONFIG_NAME, WEIGHTS_NAME
 from hf_disparse.model.structure import METHOD, StoredForm, rebuild
@@ -79,6 +81,15 @@ class StoredFormReader(HfQuantizer):
                     f"{name}: expected shape {tuple(self._shapes[name])} according to {CONFIG_NAME}, "
                     f"got {tuple(tensor.shape)}"
                 )
+        self._keep_packed(model)
+
+    def _keep_packed(self, model: PreTrainedModel) -> None:
+        """Hands the weights that were not unpacked to the modules that multiply by them."""
+        weights, encoder = packed_weights.get(), model.base_model
+        if weights:
+            prefix = "" if encoder is model else f"{model.base_model_prefix}."
+            take_packed(encoder, weights, prefix)
+            weights.clear()
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """The conversion that transformers applies to every weight it reads."""
@@ -109,6 +120,10 @@ class Unpack(ConversionOps):
         if _SOURCES[1] not in tensors:
             return {full_layer_name: weight}
         values, bitmask = weight.cpu(), tensors[_SOURCES[1]].cpu()
+        kept = packed_weights.get()
+        if kept is not None and _multiplies_sparse(model, full_layer_name, values):
+            kept[full_layer_name] = (values, bitmask)
+            return {full_layer_name: torch.empty_like(parameter)}  # on the meta device: takes no memory
         try:
             matrix = zeros(values, bitmask, tuple(parameter.shape))
         except UserError as error:
@@ -134,6 +149,13 @@ class Unpack(ConversionOps):
     def reverse_op(self) -> ConversionOps:
         """Never used: the conversion is removed once the model is loaded."""
         raise NotImplementedError
+
+
+def _multiplies_sparse(model: PreTrainedModel, name: str, values: torch.Tensor) -> bool:
+    """Whether `speed_up` will store this weight without zeros: a Linear module's of the encoder, three quarters zeros."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    inside = any(module is m for n, m in model.base_model.named_modules() if "pooler" not in n.split("."))
+    return type(module) is nn.Linear and inside and values.numel() < 0.25 * module.weight.numel()
 
 
 def _refuse(error: UserError) -> None:

@@ -318,6 +318,9 @@ def _hand_on(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
+_hand_on.fast_path = "skip"  # a sped-up encoder leaves the layer out, too
+
+
 def auto_class(task: TaskConfig):
     """The Auto class of transformers for the heads of this task."""
     is_token = task.problem_type == "token_classification"

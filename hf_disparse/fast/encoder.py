@@ -1,0 +1,156 @@
+"""The forward of a sped-up encoder: one call of C for tokens without padding, or transformers' own forward."""
+
+import ctypes
+import inspect
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+
+from hf_disparse.config import UserError
+from hf_disparse.fast import operators, structs
+from hf_disparse.fast.compiler import library
+from hf_disparse.fast.families import family_of
+from hf_disparse.fast.linear import WAY_BACK, refuse_gradients
+from hf_disparse.fast.plan import EncoderPlan, Unfit
+
+
+class FastForward:
+    """Takes the place of an encoder's `forward`. Hidden states of padding are 0; nothing else differs.
+
+    Calls that ask for more than the last hidden state go to transformers' forward, on the same sparse matrices.
+    """
+
+    def __init__(self, encoder: nn.Module):
+        self.encoder = encoder
+        self.family = family_of(encoder)
+        self._plan: EncoderPlan | None = None
+        self._lock = threading.Lock()  # the plan's structs are one call's
+        self.number = operators.enter(self)
+
+    def __reduce__(self) -> tuple:  # pointers are this process's, and this object's, own
+        return FastForward, (self.encoder,)
+
+    def __deepcopy__(self, memo: dict) -> "FastForward":
+        return FastForward(memo.get(id(self.encoder), self.encoder))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the encoder's own forward."""
+        encoder = self.encoder
+        if encoder.training:
+            raise UserError(f"a sped-up model cannot be trained: call model.eval(), or, to train it, {WAY_BACK}")
+        if args:
+            kwargs |= zip(_names(type(encoder)), args, strict=False)
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        try:
+            if torch.compiler.is_compiling():
+                hidden = operators.encode(*self._takes(**given), self.number)
+            else:
+                hidden = self.hidden(**given)
+        except Unfit:
+            return type(encoder).forward(encoder, **kwargs)
+        pooler = getattr(encoder, "pooler", False)
+        if pooler is False:
+            return BaseModelOutput(last_hidden_state=hidden)
+        pooled = None if pooler is None else pooler(hidden)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
+
+    def _takes(self, input_ids=None, attention_mask=None, token_type_ids=None, **others: Any) -> tuple[Tensor | None, ...]:
+        """Returns ids, mask and types. Raises Unfit if the caller or the configuration asks for more."""
+        config = self.encoder.config
+        asked = {**{key: getattr(config, key, False) for key in ("output_hidden_states", "output_attentions")}, **others}
+        if asked.pop("return_dict", config.return_dict) is False or any(value is not False for value in asked.values()):
+            raise Unfit(f"more is asked for: {', '.join(asked)}")
+        return input_ids, attention_mask, token_type_ids
+
+    def hidden_or_slow(self, ids: Tensor, mask: Tensor | None, types: Tensor | None) -> Tensor:
+        """The last hidden state, by transformers' forward if this one cannot."""
+        given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+        given = {name: value for name, value in given.items() if value is not None}
+        try:
+            return self.hidden(**given)
+        except Unfit:
+            return type(self.encoder).forward(self.encoder, **given)[0]
+
+    def hidden(self, **given: Any) -> Tensor:
+        """The last hidden state, (batch, tokens, features), 0 where the mask is. Raises Unfit if transformers has to do it."""
+        ids, mask, types = (_array(tensor) for tensor in self._takes(**given))
+        if ids is None:
+            raise Unfit("no input_ids")
+        with self._lock:
+            if self._plan is None:
+                self._plan = EncoderPlan(self.encoder, self.family)
+            out = self._run(self._plan.ready(), ids, mask, types)
+        return refuse_gradients(out, next(self.encoder.parameters(), None))
+
+    def _run(self, struct: structs.Encoder, ids: np.ndarray, mask: np.ndarray | None, types: np.ndarray | None) -> Tensor:
+        start, place, target = _tokens(mask, ids.shape)
+        rows = self._rows(ids, types, target, place)
+        output = torch.empty if len(target) == ids.size else torch.zeros
+        out = output(*ids.shape, struct.features)
+        pointers = [structs.address(row) for row in rows] + [None] * (3 - len(rows))
+        batch = structs.Batch(
+            texts=len(start) - 1,
+            tokens=len(target),
+            start=structs.address(start),
+            place=structs.address(place),
+            row=(ctypes.c_void_p * 3)(*pointers),
+            target=structs.address(target),
+            out=structs.address(out),
+        )
+        if library().encode(structs.reference(struct), structs.reference(batch), torch.get_num_threads()):
+            raise MemoryError(f"a batch of {len(ids)} texts and {len(target)} tokens: out of memory")
+        return out
+
+    def _rows(self, ids: np.ndarray, types: np.ndarray | None, target: np.ndarray, place: np.ndarray) -> list[np.ndarray]:
+        """The row of each embedding table that each token takes."""
+        words = ids.reshape(-1)[target]
+        rows = []
+        for name, size in self._plan.tables:
+            if name == "token_type_embeddings":
+                row = np.zeros_like(words) if types is None else np.broadcast_to(types, ids.shape).reshape(-1)[target]
+            elif name == "position_embeddings" and self.family.positions == "skip padding":
+                padding = self.encoder.embeddings.padding_idx
+                row = padding + (np.cumsum(ids != padding, axis=1) * (ids != padding)).reshape(-1)[target]
+            else:
+                row = place if name == "position_embeddings" else words
+            if len(row) and not 0 <= row.min() <= row.max() < size:
+                raise Unfit(f"{name}: an index out of range, for which torch has an error")
+            rows.append(np.ascontiguousarray(row, dtype=np.int64))
+        if self.family.positions is None and ids.shape[1] > self.encoder.config.max_position_embeddings:
+            raise Unfit("longer than the table of rotary positions")
+        return rows
+
+
+def _names(kind: type) -> list[str]:
+    """Names of the arguments of a model's forward."""
+    return list(inspect.signature(kind.forward).parameters)[1:]
+
+
+def _array(tensor: Any) -> np.ndarray | None:
+    """A batch's ids or mask, (batch, tokens)."""
+    if tensor is None:
+        return None
+    if not isinstance(tensor, Tensor) or tensor.device.type != "cpu" or tensor.ndim != 2 or tensor.dtype == torch.bfloat16:
+        raise Unfit("expected a matrix on the CPU")
+    return tensor.detach().numpy()
+
+
+def _tokens(mask: np.ndarray | None, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where texts begin (texts + 1,), the tokens' places in their texts, and their places in the batch, both (tokens,)."""
+    texts, length = shape
+    if 0 in shape:
+        raise Unfit("an empty batch")
+    if mask is None:
+        target = np.arange(texts * length)
+        return np.arange(texts + 1) * length, target % length, target
+    if mask.shape != shape:
+        raise Unfit("the mask has another shape")
+    there = mask != 0
+    if np.count_nonzero(there[:, 1:] > there[:, :-1]) + np.count_nonzero(there[:, 0]) != texts or not there.any(1).all():
+        raise Unfit("a text with padding inside or without tokens")
+    target = np.flatnonzero(there)
+    return np.concatenate([[0], np.cumsum(there.sum(1))]), target % length, target

@@ -1,0 +1,51 @@
+"""The C calls as operators of torch, through which `torch.compile` and `torch.export` see a sped-up model.
+
+An operator takes tensors and numbers, so modules are named by a number that holds in this process alone: a program that
+`torch.export` has saved runs where the model is, not in another process.
+"""
+
+import itertools
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from hf_disparse.config import UserError
+
+_numbers, _modules = itertools.count(), WeakValueDictionary()
+
+
+def enter(module: Any) -> int:
+    """Returns a number by which the operators find `module` as long as it lives."""
+    number = next(_numbers)
+    _modules[number] = module
+    return number
+
+
+def _module(number: int) -> Any:
+    if number not in _modules:
+        raise UserError("this compiled or exported program needs the sped-up model it was made from, in the same process")
+    return _modules[number]
+
+
+@torch.library.custom_op("hf_disparse::encode", mutates_args=())
+def encode(ids: Tensor, mask: Tensor | None, types: Tensor | None, number: int) -> Tensor:
+    """The last hidden state of a `FastForward`: ids (batch, tokens) -> (batch, tokens, features)."""
+    return _module(number).hidden_or_slow(ids, mask, types)
+
+
+@encode.register_fake
+def _(ids: Tensor, mask: Tensor | None, types: Tensor | None, number: int) -> Tensor:
+    return ids.new_empty(*ids.shape, _module(number).encoder.config.hidden_size, dtype=torch.float32)
+
+
+@torch.library.custom_op("hf_disparse::multiply", mutates_args=())
+def multiply(inputs: Tensor, number: int) -> Tensor:
+    """The output of a `FastLinear`: (..., in) -> (..., out)."""
+    return _module(number).product(inputs)
+
+
+@multiply.register_fake
+def _(inputs: Tensor, number: int) -> Tensor:
+    return inputs.new_empty(*inputs.shape[:-1], _module(number).out_features)

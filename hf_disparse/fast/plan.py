@@ -1,0 +1,223 @@
+"""From the modules of an encoder to the structs that C runs, checked anew at every call.
+
+The fused path does not call the modules inside an encoder. So each call looks whether they are still what was read: the same
+modules and parameters, without hooks. What has changed is read again, or the call goes to transformers' own forward.
+"""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_disparse.fast import structs
+from hf_disparse.fast.families import Family, activation_of
+from hf_disparse.fast.linear import FastLinear
+
+_LANES = 64  # as in fast.h
+
+
+class Unfit(Exception):
+    """The fused path cannot run these modules as they are; transformers' forward can."""
+
+
+class Watch:
+    """Notices whether modules that are not called would do something else if they were."""
+
+    def __init__(self, root: nn.Module, but: tuple[nn.Module, ...] = ()):
+        inside = {id(m) for other in but for m in other.modules()}
+        self.modules = [(m, tuple(m._modules.values())) for m in root.modules() if id(m) not in inside]
+
+    def check(self) -> None:
+        """Raises Unfit if a module was replaced, hooked or given another forward."""
+        for module, children in self.modules:
+            changed = tuple(module._modules.values()) != children or "forward" in module.__dict__
+            if changed or module._forward_pre_hooks or module._forward_hooks:
+                hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+                if changed or not all(hasattr(hook, "fast_path") for hook in hooks):
+                    raise Unfit(f"{type(module).__name__} was changed or has hooks")
+
+
+class _Source:
+    """Reads the parameters of some modules, and tells when they are others than before."""
+
+    def __init__(self) -> None:
+        self.slots: list[tuple[dict, str]] = []
+        self.linears: list[FastLinear] = []
+
+    def norm(self, module: nn.Module) -> structs.Norm:
+        """What C reads of a LayerNorm or Identity."""
+        if isinstance(module, nn.Identity):
+            return structs.Norm(None, None, 0)
+        if not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) != 1:
+            raise Unfit(f"{type(module).__name__} is not a LayerNorm")
+        return structs.Norm(self._tensor(module, "weight"), self._tensor(module, "bias"), module.eps)
+
+    def matrix(self, module: nn.Module) -> structs.Matrix:
+        """What C reads of a FastLinear."""
+        if not isinstance(module, FastLinear):
+            raise Unfit(f"{type(module).__name__} is not a Linear")
+        self.linears.append(module)
+        struct = module.matrix.struct()
+        struct.bias = self._tensor(module, "bias")
+        return struct
+
+    def table(self, module: nn.Module) -> int:
+        """Where an embedding's rows are."""
+        if type(module) is not nn.Embedding or module.max_norm is not None:
+            raise Unfit(f"{type(module).__name__} is not a plain Embedding")
+        return self._tensor(module, "weight")
+
+    def _tensor(self, module: nn.Module, name: str) -> int | None:
+        self.slots.append((module._parameters, name))
+        tensor = module._parameters[name]
+        if tensor is not None and (tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous()):
+            raise Unfit(f"{type(module).__name__}.{name} is not in float32 on the CPU")
+        return structs.address(tensor)
+
+    def state(self) -> list:
+        """Changes if a parameter or matrix is exchanged; new values in the same place need no new structs."""
+        tensors = (slot[name] for slot, name in self.slots)
+        return [t if t is None else t.data_ptr() for t in tensors] + [linear.matrix for linear in self.linears]
+
+
+class _Plan:
+    """Structs made from modules by `read`, made again when the parameters are others."""
+
+    def __init__(self) -> None:
+        self.source, self.state, self.made = _Source(), None, None
+
+    def struct(self) -> Any:
+        """The struct, which is valid until the next call."""
+        if self.state is None or self.source.state() != self.state:
+            self.source, self.state = _Source(), None
+            self.made = self.read(self.source)
+            self.state = self.source.state()
+        return self.made
+
+    def read(self, source: _Source) -> Any:
+        """Makes the struct."""
+        raise NotImplementedError
+
+
+class LayerPlan(_Plan):
+    """One layer of the encoder."""
+
+    def __init__(self, encoder: nn.Module, family: Family, layer: nn.Module):
+        super().__init__()
+        self.encoder, self.family, self.layer, self.watch = encoder, family, layer, Watch(layer)
+        self.skipped = None
+
+    def check(self) -> bool:
+        """Whether the layer is run; False if it passes its input on. Raises Unfit."""
+        hooks = self.layer._forward_hooks.values()
+        if any(getattr(hook, "fast_path", None) == "skip" for hook in hooks):
+            return False
+        self.watch.check()
+        return True
+
+    def read(self, source: _Source) -> structs.Layer:
+        """Reads the layer's matrices and norms, and what its attention adds."""
+        get, family, config = self.layer.get_submodule, self.family, self.encoder.config
+        project = [source.matrix(get(name)) for name in family.project]
+        heads = project[0].rows * len(project) // 3 // head_size(config)
+        made = structs.Layer(heads=heads, projections=len(project), project=(structs.Matrix * 3)(*project), window=-1)
+        made.merge, made.up, made.down = (source.matrix(get(name)) for name in (family.merge, family.up, family.down))
+        made.before, made.after = source.norm(get(family.before)), source.norm(get(family.after))
+        self.kept = self._attention(made)
+        return made
+
+    def _attention(self, made: structs.Layer) -> list[Tensor]:
+        """Rotary positions, local attention and relative positions; returns the tensors that C will read."""
+        config, encoder = self.encoder.config, self.encoder
+        tensors = []
+        if hasattr(encoder, "rotary_emb"):
+            kind = self.layer.attention_type
+            places = torch.arange(config.max_position_embeddings).unsqueeze(0)
+            tensors = list(encoder.rotary_emb(torch.zeros(1), places, kind))
+            half = head_size(config) // 2
+            tensors = [t[0, :, :half].float().contiguous() for t in tensors]
+            made.cosines, made.sines = (structs.address(t) for t in tensors)
+            if kind == "sliding_attention":
+                made.window = config.sliding_window
+        stack = getattr(encoder, "encoder", None)
+        if hasattr(stack, "relative_attention_bias"):
+            bias = distance_bias(stack, config.max_position_embeddings)
+            for hook in self.layer.get_submodule(self.family.project[0].rpartition(".")[0])._forward_pre_hooks.values():
+                bias = bias[hook.places].contiguous()  # the heads that a compact layer still has
+            made.distance_bias = structs.address(bias)
+            tensors = [bias]
+        return tensors
+
+
+def head_size(config: Any) -> int:
+    """Features of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def reach(config: Any) -> int:
+    """How far from 0 the distances of a `distance_bias` go."""
+    return config.max_position_embeddings + _LANES
+
+
+def distance_bias(stack: nn.Module, positions: int) -> Tensor:
+    """MPNet's relative positions by distance, (heads, 2 * reach + 1), query's place - key's place from -reach on."""
+    distances = torch.arange(-(positions + _LANES), positions + _LANES + 1)
+    buckets = stack.relative_position_bucket(-distances, num_buckets=stack.relative_attention_bias.num_embeddings)
+    return stack.relative_attention_bias.weight.detach()[buckets].T.contiguous()
+
+
+class EncoderPlan(_Plan):
+    """The encoder around its layers."""
+
+    def __init__(self, encoder: nn.Module, family: Family):
+        super().__init__()
+        self.encoder, self.family = encoder, family
+        self.layers: dict[nn.Module, LayerPlan] = {}
+        stack = encoder.get_submodule(family.layers)
+        outside = tuple(m for m in (stack, getattr(encoder, "private", None), getattr(encoder, "pooler", None)) if m)
+        self.watch = Watch(encoder, outside)
+        self.watch.modules = [(m, c) for m, c in self.watch.modules if m is not encoder]
+
+    def read(self, source: _Source) -> structs.Encoder:
+        """Reads embeddings and norms."""
+        encoder, family, config = self.encoder, self.family, self.encoder.config
+        kind = activation_of(encoder)
+        if kind is None:
+            raise Unfit("the activation is unknown")
+        names = [name for name in family.tables if hasattr(encoder.embeddings, name)]
+        modules = [encoder.embeddings.get_submodule(name) for name in names]
+        self.tables = [(name, module.num_embeddings) for name, module in zip(names, modules, strict=True)]
+        made = structs.Encoder(
+            features=config.hidden_size,
+            head_size=head_size(config),
+            embedding_size=modules[0].embedding_dim,
+            activation=kind,
+            norm_first=family.norm_first,
+            gated=family.norm_first,
+            tables=len(modules),
+            scale=head_size(config) ** -0.5,
+            reach=reach(config),
+        )
+        for i, module in enumerate(modules):
+            made.table[i] = source.table(module)
+        made.embedding_norm = source.norm(encoder.get_submodule(family.embedding_norm))
+        if family.norm_first:
+            made.last_norm = source.norm(encoder.final_norm)
+        if hasattr(encoder, "embeddings_project"):
+            self.projection = source.matrix(encoder.embeddings_project)
+            made.projection = ctypes.pointer(self.projection)
+        return made
+
+    def ready(self) -> structs.Encoder:
+        """The encoder with the layers that it has now. Raises Unfit."""
+        self.watch.check()
+        made, running = self.struct(), []
+        for layer in self.encoder.get_submodule(self.family.layers):
+            if layer not in self.layers:
+                self.layers[layer] = LayerPlan(self.encoder, self.family, layer)
+            if self.layers[layer].check():
+                running.append(ctypes.pointer(self.layers[layer].struct()))
+        self.running = (ctypes.POINTER(structs.Layer) * len(running))(*running)
+        made.layers, made.layer = len(running), ctypes.cast(self.running, type(made.layer))
+        return made
