@@ -37,6 +37,9 @@ from .export.packed import save_packed as save_packed
 from .export.task import save_tasks as save_tasks
 from .export.task import task_model as task_model
 from .export.to_onnx import save_onnx as save_onnx
+from .fast.speed_up import load_fast as load_fast
+from .fast.speed_up import speed_up as speed_up
+from .fast.speed_up import undo_speed_up as undo_speed_up
 from .files import resolve as resolve
 from .methods.again import decide_again as decide_again
 from .methods.again import prune_again as prune_again

@@ -53,7 +53,7 @@ def _library(sources: tuple[Path, ...]) -> ctypes.CDLL:
     """Does what `library` says, once per process."""
     if not hasattr(os, "getuid"):
         raise UserError("the C code of the fast encoder is not supported on Windows; use the encoder as it is")
-    compiler, flags = _compiler(), (*FLAGS, *_words("CFLAGS"))
+    compiler, flags = _compiler(), (*_words("CFLAGS"), *FLAGS)
     folder = _cache_folder()
     key = _key(compiler, flags, sources) if folder else ""
     if folder and (cached := _cached(folder, key)):

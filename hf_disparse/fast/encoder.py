@@ -2,7 +2,6 @@
 
 import ctypes
 import inspect
-import threading
 from typing import Any
 
 import numpy as np
@@ -26,9 +25,7 @@ class FastForward:
 
     def __init__(self, encoder: nn.Module):
         self.encoder = encoder
-        self.family = family_of(encoder)
         self._plan: EncoderPlan | None = None
-        self._lock = threading.Lock()  # the plan's structs are one call's
         self.number = operators.enter(self)
 
     def __reduce__(self) -> tuple:  # pointers are this process's, and this object's, own
@@ -58,10 +55,15 @@ class FastForward:
         pooled = None if pooler is None else pooler(hidden)
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
 
-    def _takes(self, input_ids=None, attention_mask=None, token_type_ids=None, **others: Any) -> tuple[Tensor | None, ...]:
+    def _takes(
+        self, input_ids=None, attention_mask=None, token_type_ids=None, **others: Any
+    ) -> tuple[Tensor | None, ...]:
         """Returns ids, mask and types. Raises Unfit if the caller or the configuration asks for more."""
         config = self.encoder.config
-        asked = {**{key: getattr(config, key, False) for key in ("output_hidden_states", "output_attentions")}, **others}
+        asked = {
+            **{key: getattr(config, key, False) for key in ("output_hidden_states", "output_attentions")},
+            **others,
+        }
         if asked.pop("return_dict", config.return_dict) is False or any(value is not False for value in asked.values()):
             raise Unfit(f"more is asked for: {', '.join(asked)}")
         return input_ids, attention_mask, token_type_ids
@@ -80,13 +82,14 @@ class FastForward:
         ids, mask, types = (_array(tensor) for tensor in self._takes(**given))
         if ids is None:
             raise Unfit("no input_ids")
-        with self._lock:
-            if self._plan is None:
-                self._plan = EncoderPlan(self.encoder, self.family)
-            out = self._run(self._plan.ready(), ids, mask, types)
+        if self._plan is None:
+            self._plan = EncoderPlan(self.encoder, family_of(self.encoder))
+        out = self._run(self._plan.ready(), ids, mask, types)
         return refuse_gradients(out, next(self.encoder.parameters(), None))
 
-    def _run(self, struct: structs.Encoder, ids: np.ndarray, mask: np.ndarray | None, types: np.ndarray | None) -> Tensor:
+    def _run(
+        self, struct: structs.Encoder, ids: np.ndarray, mask: np.ndarray | None, types: np.ndarray | None
+    ) -> Tensor:
         start, place, target = _tokens(mask, ids.shape)
         rows = self._rows(ids, types, target, place)
         output = torch.empty if len(target) == ids.size else torch.zeros
@@ -105,14 +108,16 @@ class FastForward:
             raise MemoryError(f"a batch of {len(ids)} texts and {len(target)} tokens: out of memory")
         return out
 
-    def _rows(self, ids: np.ndarray, types: np.ndarray | None, target: np.ndarray, place: np.ndarray) -> list[np.ndarray]:
+    def _rows(
+        self, ids: np.ndarray, types: np.ndarray | None, target: np.ndarray, place: np.ndarray
+    ) -> list[np.ndarray]:
         """The row of each embedding table that each token takes."""
         words = ids.reshape(-1)[target]
         rows = []
         for name, size in self._plan.tables:
             if name == "token_type_embeddings":
                 row = np.zeros_like(words) if types is None else np.broadcast_to(types, ids.shape).reshape(-1)[target]
-            elif name == "position_embeddings" and self.family.positions == "skip padding":
+            elif name == "position_embeddings" and self._plan.family.positions == "skip padding":
                 padding = self.encoder.embeddings.padding_idx
                 row = padding + (np.cumsum(ids != padding, axis=1) * (ids != padding)).reshape(-1)[target]
             else:
@@ -120,7 +125,7 @@ class FastForward:
             if len(row) and not 0 <= row.min() <= row.max() < size:
                 raise Unfit(f"{name}: an index out of range, for which torch has an error")
             rows.append(np.ascontiguousarray(row, dtype=np.int64))
-        if self.family.positions is None and ids.shape[1] > self.encoder.config.max_position_embeddings:
+        if self._plan.family.positions is None and ids.shape[1] > self.encoder.config.max_position_embeddings:
             raise Unfit("longer than the table of rotary positions")
         return rows
 
@@ -134,7 +139,12 @@ def _array(tensor: Any) -> np.ndarray | None:
     """A batch's ids or mask, (batch, tokens)."""
     if tensor is None:
         return None
-    if not isinstance(tensor, Tensor) or tensor.device.type != "cpu" or tensor.ndim != 2 or tensor.dtype == torch.bfloat16:
+    if (
+        not isinstance(tensor, Tensor)
+        or tensor.device.type != "cpu"
+        or tensor.ndim != 2
+        or tensor.dtype == torch.bfloat16
+    ):
         raise Unfit("expected a matrix on the CPU")
     return tensor.detach().numpy()
 
@@ -150,7 +160,10 @@ def _tokens(mask: np.ndarray | None, shape: tuple[int, int]) -> tuple[np.ndarray
     if mask.shape != shape:
         raise Unfit("the mask has another shape")
     there = mask != 0
-    if np.count_nonzero(there[:, 1:] > there[:, :-1]) + np.count_nonzero(there[:, 0]) != texts or not there.any(1).all():
+    if (
+        np.count_nonzero(there[:, 1:] > there[:, :-1]) + np.count_nonzero(there[:, 0]) != texts
+        or not there.any(1).all()
+    ):
         raise Unfit("a text with padding inside or without tokens")
     target = np.flatnonzero(there)
     return np.concatenate([[0], np.cumsum(there.sum(1))]), target % length, target

@@ -76,7 +76,9 @@ class FastLinear(nn.Module):
         destination[prefix + "weight"] = self.matrix.dense().to(self.where)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, metadata, strict, missing, unexpected, errors) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict, prefix: str, metadata, strict, missing, unexpected, errors
+    ) -> None:
         given = state_dict.get(prefix + "weight")
         if given is None:
             missing.append(prefix + "weight")
@@ -104,4 +106,3 @@ def refuse_gradients(output: Tensor, source: Tensor | None) -> Tensor:
     """`output`, whose gradient with respect to `source` is an error rather than missing."""
     follow = torch.is_grad_enabled() and source is not None and source.requires_grad
     return _Frozen.apply(output, source) if follow else output
-

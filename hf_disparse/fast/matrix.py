@@ -25,7 +25,9 @@ class StoredMatrix:
         starts: int64, where the non-zeros of each block and row begin, with their number at the end, or None.
     """
 
-    def __init__(self, shape: tuple[int, int], values: Tensor, places: Tensor | None = None, starts: Tensor | None = None):
+    def __init__(
+        self, shape: tuple[int, int], values: Tensor, places: Tensor | None = None, starts: Tensor | None = None
+    ):
         self.rows, self.columns = shape
         self.values, self.places, self.starts = values, places, starts
 
@@ -40,7 +42,9 @@ class StoredMatrix:
     def packed(cls, values: Tensor, bitmask: Tensor, columns: int) -> "StoredMatrix":
         """Stores what a packed checkpoint holds: the non-zeros row by row, and uint8 (rows, ceil(columns / 8))."""
         if bitmask.dtype != torch.uint8 or bitmask.ndim != 2 or bitmask.shape[1] != -(-columns // 8):
-            raise UserError(f"bitmask: expected uint8 (rows, {-(-columns // 8)}), got {bitmask.dtype} {tuple(bitmask.shape)}")
+            raise UserError(
+                f"bitmask: expected uint8 (rows, {-(-columns // 8)}), got {bitmask.dtype} {tuple(bitmask.shape)}"
+            )
         keep = np.unpackbits(bitmask.numpy(), axis=1, count=columns).view(bool)
         if values.shape != (np.count_nonzero(keep),):
             raise UserError(f"values: expected {np.count_nonzero(keep)}, one per bit, got {tuple(values.shape)}")

@@ -25,7 +25,9 @@ def enter(module: Any) -> int:
 
 def _module(number: int) -> Any:
     if number not in _modules:
-        raise UserError("this compiled or exported program needs the sped-up model it was made from, in the same process")
+        raise UserError(
+            "this compiled or exported program needs the sped-up model it was made from, in the same process"
+        )
     return _modules[number]
 
 

@@ -71,7 +71,9 @@ class _Source:
     def _tensor(self, module: nn.Module, name: str) -> int | None:
         self.slots.append((module._parameters, name))
         tensor = module._parameters[name]
-        if tensor is not None and (tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous()):
+        if tensor is not None and (
+            tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous()
+        ):
             raise Unfit(f"{type(module).__name__}.{name} is not in float32 on the CPU")
         return structs.address(tensor)
 
@@ -82,21 +84,21 @@ class _Source:
 
 
 class _Plan:
-    """Structs made from modules by `read`, made again when the parameters are others."""
+    """A struct made from modules by `read`, made again when the parameters are others; threads may share it."""
 
-    def __init__(self) -> None:
-        self.source, self.state, self.made = _Source(), None, None
+    _made: tuple[_Source, list, Any] | None = None
 
     def struct(self) -> Any:
-        """The struct, which is valid until the next call."""
-        if self.state is None or self.source.state() != self.state:
-            self.source, self.state = _Source(), None
-            self.made = self.read(self.source)
-            self.state = self.source.state()
-        return self.made
+        """The struct. Raises Unfit."""
+        made = self._made
+        if made is None or made[0].state() != made[1]:
+            source = _Source()
+            struct = self.read(source)
+            made = self._made = (source, source.state(), struct)
+        return made[2]
 
     def read(self, source: _Source) -> Any:
-        """Makes the struct."""
+        """Makes the struct, which keeps alive what it points to beyond the parameters."""
         raise NotImplementedError
 
 
@@ -104,9 +106,7 @@ class LayerPlan(_Plan):
     """One layer of the encoder."""
 
     def __init__(self, encoder: nn.Module, family: Family, layer: nn.Module):
-        super().__init__()
         self.encoder, self.family, self.layer, self.watch = encoder, family, layer, Watch(layer)
-        self.skipped = None
 
     def check(self) -> bool:
         """Whether the layer is run; False if it passes its input on. Raises Unfit."""
@@ -124,7 +124,7 @@ class LayerPlan(_Plan):
         made = structs.Layer(heads=heads, projections=len(project), project=(structs.Matrix * 3)(*project), window=-1)
         made.merge, made.up, made.down = (source.matrix(get(name)) for name in (family.merge, family.up, family.down))
         made.before, made.after = source.norm(get(family.before)), source.norm(get(family.after))
-        self.kept = self._attention(made)
+        made.kept = self._attention(made)
         return made
 
     def _attention(self, made: structs.Layer) -> list[Tensor]:
@@ -171,7 +171,6 @@ class EncoderPlan(_Plan):
     """The encoder around its layers."""
 
     def __init__(self, encoder: nn.Module, family: Family):
-        super().__init__()
         self.encoder, self.family = encoder, family
         self.layers: dict[nn.Module, LayerPlan] = {}
         stack = encoder.get_submodule(family.layers)
@@ -187,7 +186,7 @@ class EncoderPlan(_Plan):
             raise Unfit("the activation is unknown")
         names = [name for name in family.tables if hasattr(encoder.embeddings, name)]
         modules = [encoder.embeddings.get_submodule(name) for name in names]
-        self.tables = [(name, module.num_embeddings) for name, module in zip(names, modules, strict=True)]
+        self.tables = [(name, len(module.weight)) for name, module in zip(names, modules, strict=True)]
         made = structs.Encoder(
             features=config.hidden_size,
             head_size=head_size(config),
@@ -205,19 +204,18 @@ class EncoderPlan(_Plan):
         if family.norm_first:
             made.last_norm = source.norm(encoder.final_norm)
         if hasattr(encoder, "embeddings_project"):
-            self.projection = source.matrix(encoder.embeddings_project)
-            made.projection = ctypes.pointer(self.projection)
+            made.projection = ctypes.pointer(source.matrix(encoder.embeddings_project))
         return made
 
     def ready(self) -> structs.Encoder:
         """The encoder with the layers that it has now. Raises Unfit."""
         self.watch.check()
-        made, running = self.struct(), []
+        made, running = structs.Encoder.from_buffer_copy(self.struct()), []
         for layer in self.encoder.get_submodule(self.family.layers):
             if layer not in self.layers:
                 self.layers[layer] = LayerPlan(self.encoder, self.family, layer)
             if self.layers[layer].check():
                 running.append(ctypes.pointer(self.layers[layer].struct()))
-        self.running = (ctypes.POINTER(structs.Layer) * len(running))(*running)
-        made.layers, made.layer = len(running), ctypes.cast(self.running, type(made.layer))
+        made.kept = self._made, running, (ctypes.POINTER(structs.Layer) * len(running))(*running)
+        made.layers, made.layer = len(running), ctypes.cast(made.kept[-1], type(made.layer))
         return made

@@ -5,10 +5,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from hf_disparse.config import UserError
 from hf_disparse.fast.compiler import library
@@ -75,6 +76,22 @@ def is_sped_up(model: PreTrainedModel) -> bool:
     return any(isinstance(module, FastLinear) for module in model.modules())
 
 
+def load_fast(name_or_path: str, kind: type = AutoModel, **kwargs: Any) -> PreTrainedModel:
+    """Loads a model and speeds it up; the matrices of a packed checkpoint never exist with their zeros.
+
+    Args:
+        name_or_path: a folder or an id on the Hub.
+        kind: the class to load, such as `MultitaskModel` or `AutoModelForSequenceClassification`.
+        kwargs: passed to `from_pretrained`; the weights are loaded in float32.
+
+    Raises:
+        UserError: as `speed_up`.
+    """
+    with keeping_packed():
+        model = kind.from_pretrained(name_or_path, dtype=torch.float32, **kwargs)
+    return speed_up(model)
+
+
 @contextmanager
 def keeping_packed() -> Iterator[None]:
     """Within this context, packed checkpoints are loaded without unpacking what `speed_up` stores without zeros."""
@@ -100,7 +117,9 @@ def _checked(model: PreTrainedModel) -> nn.Module:
     encoder = model.base_model
     adapter = next((name for name, module in encoder.named_modules() if hasattr(module, "base_layer")), None)
     if adapter is not None:
-        raise UserError(f"speed_up: {adapter} has an adapter; merge adapters first, for instance by `export --format task`")
+        raise UserError(
+            f"speed_up: {adapter} has an adapter; merge adapters first, for instance by `export --format task`"
+        )
     for name, parameter in encoder.named_parameters():
         device, dtype = parameter.device.type, parameter.dtype
         if (device, dtype) not in (("cpu", torch.float32), ("cuda", torch.float16), ("cuda", torch.bfloat16)):
@@ -114,7 +133,9 @@ def _checked(model: PreTrainedModel) -> nn.Module:
 def _store(encoder: nn.Module) -> None:
     """Replaces the encoder's Linear modules; in an unknown architecture only those that gain."""
     known = family_of(encoder) is not None
-    poolers = {id(m) for name, m in encoder.named_modules() if "pooler" in name.split(".")}  # it sees one token per text
+    poolers = {
+        id(m) for name, m in encoder.named_modules() if "pooler" in name.split(".")
+    }  # it sees one token per text
 
     def stored(linear: nn.Linear) -> nn.Module:
         if id(linear) in poolers:
@@ -145,7 +166,7 @@ def _fuse(encoder: nn.Module) -> None:
     with torch.inference_mode():
         expected = encoder(input_ids=ids, attention_mask=mask)[0] * mask.unsqueeze(-1)
         try:
-            got = fast.hidden(ids, mask)
+            got = fast.hidden(input_ids=ids, attention_mask=mask)
         except Unfit:
             return
     if (got - expected).abs().max() <= _TOLERANCE * expected.abs().max():

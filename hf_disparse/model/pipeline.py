@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, Pipeline
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from hf_disparse.config import TaskConfig, UserError
+from hf_disparse.fast.speed_up import load_fast, speed_up
 from hf_disparse.model.architectures import token_limit
 from hf_disparse.model.multitask import HUB_ARGUMENTS, MultitaskModel
 
@@ -21,13 +22,14 @@ class MultitaskPipeline(Pipeline):
     Args:
         model: a MultitaskModel.
         tokenizer: its tokenizer.
+        fast: runs the model several times as fast if it has many zeros, see `speed_up`.
         kwargs: passed on to `transformers.Pipeline`, such as `device`.
     """
 
     _load_processor = _load_image_processor = _load_feature_extractor = False
     _load_tokenizer = True
 
-    def __init__(self, model: MultitaskModel, tokenizer: Any = None, **kwargs: Any):
+    def __init__(self, model: MultitaskModel, tokenizer: Any = None, fast: bool = False, **kwargs: Any):
         if not isinstance(model, MultitaskModel):
             raise UserError(
                 f"model: expected a MultitaskModel, got a {type(model).__name__}; use transformers.pipeline"
@@ -36,12 +38,17 @@ class MultitaskPipeline(Pipeline):
             raise UserError("tokenizer: the model's tokenizer is required")
         self._tasks = model.tasks  # kept, because the property builds and checks its configs on every access
         super().__init__(model=model.eval(), tokenizer=tokenizer, **kwargs)
+        if fast:
+            speed_up(self.model)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, dtype: Any = "auto", **kwargs: Any) -> "MultitaskPipeline":
         """Loads model and tokenizer from a folder or the Hub; `kwargs` may also hold `revision`, `token` and the like."""
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
-        model = MultitaskModel.from_pretrained(name_or_path, dtype=dtype, **hub)
+        if kwargs.get("fast") and torch.device(kwargs.get("device") or "cpu").type == "cpu":
+            model = load_fast(name_or_path, MultitaskModel, **hub)
+        else:
+            model = MultitaskModel.from_pretrained(name_or_path, dtype=dtype, **hub)
         return cls(model, AutoTokenizer.from_pretrained(name_or_path, **hub), **kwargs)
 
     def _sanitize_parameters(self, tasks: list[str] | None = None, **tokenizer: Any) -> tuple[dict, dict, dict]:

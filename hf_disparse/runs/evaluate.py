@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PrinterCallback
 
 from hf_disparse.config import UserError, require
+from hf_disparse.fast.speed_up import speed_up
 from hf_disparse.files import resolve
 from hf_disparse.model.loading import load_pretrained
 from hf_disparse.model.multitask import MultitaskModel
@@ -20,8 +21,10 @@ from hf_disparse.tasks.averages import average
 from hf_disparse.trainer import DisparseTrainer
 
 
-def evaluate(model_name: str, recipe_path: str | None = None, overrides=()) -> dict[str, Any]:
+def evaluate(model_name: str, recipe_path: str | None = None, overrides=(), fast: bool = False) -> dict[str, Any]:
     """Evaluates a model that `train` wrote on the validation data of its recipe, or of another recipe.
+
+    `fast` speeds the model up first, see `speed_up`.
 
     Returns:
         {"tasks": {name: {metric: value}}, "average": x, "sparsity": {denominator: fraction}}, metrics in 0 to 100.
@@ -31,12 +34,14 @@ def evaluate(model_name: str, recipe_path: str | None = None, overrides=()) -> d
     model = load_pretrained(model_name, MultitaskModel, source)
     judge_as(recipe, model)
     tokenizer, data, _ = prepare(recipe, source, splits=("validation",))
+    sparsity = sparsity_report(model, model.encoder, prunable_parameters(model, recipe.pruning))
+    if fast:
+        speed_up(model)
     with TemporaryDirectory() as folder:  # a Trainer creates its output folder, and evaluation leaves none behind
         trainer = new_trainer(recipe, "sparse", folder, model, tokenizer, data)
         trainer.remove_callback(PrinterCallback)  # the caller prints the metrics
         metrics = metrics_on(trainer, data)
-    prunable = prunable_parameters(model, recipe.pruning)
-    return {**metrics, "sparsity": sparsity_report(model, model.encoder, prunable)}
+    return {**metrics, "sparsity": sparsity}
 
 
 def open_run(model_name: str, recipe_path: str | None, overrides=()) -> tuple[str, Recipe]:
