@@ -45,7 +45,10 @@ class StoredMatrix:
             raise UserError(
                 f"bitmask: expected uint8 (rows, {-(-columns // 8)}), got {bitmask.dtype} {tuple(bitmask.shape)}"
             )
-        keep = np.unpackbits(bitmask.numpy(), axis=1, count=columns).view(bool)
+        keep = np.unpackbits(bitmask.numpy(), axis=1).view(bool)
+        if keep[:, columns:].any():
+            raise UserError(f"bitmask: a bit is set beyond the {columns} columns")
+        keep = keep[:, :columns]
         if values.shape != (np.count_nonzero(keep),):
             raise UserError(f"values: expected {np.count_nonzero(keep)}, one per bit, got {tuple(values.shape)}")
         return cls._by_block(values.detach().float().numpy(), keep)
@@ -74,11 +77,11 @@ class StoredMatrix:
         """Stores all of `weight`, (rows, columns), in groups of rows that one step of a dense product makes."""
         rows, columns = weight.shape
         group = _group()
-        padded = torch.zeros(-(-rows // group) * group, columns)
+        padded = torch.zeros(-(-rows // group) * group, columns, dtype=torch.float32, device="cpu")
         padded[:rows] = weight.detach()
         blocks = padded.split(BLOCK, dim=1)
-        values = [b.reshape(-1, group, b.shape[1]).transpose(1, 2).reshape(-1) for b in blocks]
-        return cls((rows, columns), torch.cat(values) if columns else torch.zeros(0))
+        values = [b.reshape(len(b) // group, group, b.shape[1]).transpose(1, 2).reshape(-1) for b in blocks]
+        return cls((rows, columns), torch.cat(values))
 
     @classmethod
     def fastest(cls, weight: Tensor) -> "StoredMatrix":
@@ -106,7 +109,7 @@ class StoredMatrix:
             sizes = [min(BLOCK, self.columns - first) for first in range(0, self.columns, BLOCK)]
             parts = self.values.split([rows * size for size in sizes]) if sizes else []
             blocks = [p.view(-1, s, group).transpose(1, 2).reshape(rows, s) for p, s in zip(parts, sizes, strict=True)]
-            return torch.cat(blocks, 1)[: self.rows].clone() if blocks else torch.zeros(self.rows, 0)
+            return torch.cat(blocks, 1)[: self.rows].clone() if blocks else self.values.new_empty(self.rows, 0)
         matrix = np.zeros((self.rows, self.columns), np.float32)
         count = np.diff(self.starts.numpy())
         row = np.repeat(np.arange(len(count)) % self.rows, count)
@@ -121,10 +124,17 @@ class StoredMatrix:
 
     def multiply(self, inputs: Tensor, bias: Tensor | None = None) -> Tensor:
         """Returns inputs @ matrix.T + bias for float32 (..., columns): (..., rows)."""
+        if not inputs.ndim or inputs.shape[-1] != self.columns or inputs.dtype != torch.float32:
+            raise UserError(
+                f"a product: expected float32 (..., {self.columns}), got {inputs.dtype} {tuple(inputs.shape)}"
+            )
+        if bias is not None and (bias.shape != (self.rows,) or bias.dtype != torch.float32):
+            raise UserError(f"bias: expected float32 ({self.rows},), got {bias.dtype} {tuple(bias.shape)}")
         inputs = inputs.detach().contiguous()
         output = inputs.new_empty(*inputs.shape[:-1], self.rows)
         tokens = inputs.numel() // self.columns if self.columns else output.numel() // max(self.rows, 1)
-        matrix = self.struct(bias if bias is None else bias.detach().contiguous())
+        bias = bias if bias is None else bias.detach().contiguous()
+        matrix = self.struct(bias)
         where = [ctypes.c_void_p(structs.address(t)) for t in (inputs, output)]
         if library().linear(structs.reference(matrix), *where, ctypes.c_int64(tokens), torch.get_num_threads()):
             raise MemoryError("a sparse product: out of memory")
@@ -132,7 +142,7 @@ class StoredMatrix:
 
     def seconds(self) -> float:
         """The least time of a product with 64 tokens."""
-        inputs, times = torch.zeros(_TOKENS, self.columns), []
+        inputs, times = torch.zeros(_TOKENS, self.columns, dtype=torch.float32, device="cpu"), []
         for _ in range(_ROUNDS):
             start = time.perf_counter()
             self.multiply(inputs)
