@@ -120,6 +120,7 @@ def test_auto_classes_know_our_models_in_whatever_order_they_are_imported(first)
         "from transformers import Trainer, pipeline",
         "import transformers.quantizers.auto",
         "import transformers.models.bert.modeling_bert",
+        "from hf_disparse import speed_up",
     ],
 )
 def test_whatever_loads_transformers_first_our_classes_register_once_it_is_whole(first):

@@ -18,7 +18,7 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 from hf_disparse.config import UserError
 from hf_disparse.export.folder import digests
 from hf_disparse.export.packed import BITMASK, fill, zeros
-from hf_disparse.fast.speed_up import packed_weights, take_packed
+from hf_disparse.fast.packed import packed_weights, take_packed
 from hf_disparse.files import open_safetensors, read_json
 from hf_disparse.model.loading import CONFIG_NAME, WEIGHTS_NAME
 from hf_disparse.model.structure import METHOD, StoredForm, rebuild

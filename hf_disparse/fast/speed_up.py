@@ -2,13 +2,11 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
 from hf_disparse.config import UserError
@@ -17,12 +15,11 @@ from hf_disparse.fast.encoder import FastForward
 from hf_disparse.fast.families import family_of
 from hf_disparse.fast.linear import FastLinear
 from hf_disparse.fast.matrix import StoredMatrix
+from hf_disparse.fast.packed import keeping_packed
 from hf_disparse.fast.plan import Unfit
 
 _SHAPES, _ROUNDS = ((1, 32), (2, 128)), 3  # texts and tokens, and passes of each, that decide whether a model gains
 _TOLERANCE = 1e-4  # of the largest hidden state
-# While a packed checkpoint is loaded for speed: name of a weight -> its non-zeros and bitmask, as the file has them.
-packed_weights: ContextVar[dict[str, tuple[Tensor, Tensor]] | None] = ContextVar("packed_weights", default=None)
 
 
 def speed_up(model: PreTrainedModel) -> PreTrainedModel:
@@ -90,24 +87,6 @@ def load_fast(name_or_path: str, kind: type = AutoModel, **kwargs: Any) -> PreTr
     with keeping_packed():
         model = kind.from_pretrained(name_or_path, dtype=torch.float32, **kwargs)
     return speed_up(model)
-
-
-@contextmanager
-def keeping_packed() -> Iterator[None]:
-    """Within this context, packed checkpoints are loaded without unpacking what `speed_up` stores without zeros."""
-    token = packed_weights.set({})
-    try:
-        yield
-    finally:
-        packed_weights.reset(token)
-
-
-def take_packed(encoder: nn.Module, weights: dict[str, tuple[Tensor, Tensor]], prefix: str) -> None:
-    """Stores the packed matrices of an encoder, whose dense ones have no memory; names in `weights` begin with `prefix`."""
-    for name, (values, bitmask) in weights.items():
-        module = name.removeprefix(prefix).removesuffix(".weight")
-        linear = encoder.get_submodule(module)
-        encoder.set_submodule(module, FastLinear(StoredMatrix.packed(values, bitmask, linear.in_features), linear.bias))
 
 
 def _checked(model: PreTrainedModel) -> nn.Module:
