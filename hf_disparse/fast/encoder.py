@@ -2,6 +2,7 @@
 
 import ctypes
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from hf_disparse.fast.compiler import library
 from hf_disparse.fast.families import family_of
 from hf_disparse.fast.linear import WAY_BACK, refuse_gradients
 from hf_disparse.fast.plan import EncoderPlan, Unfit
+
+_TOKENS = 512  # per thread, run through all layers before the next ones, so that what lies between stays in the cache
 
 
 class FastForward:
@@ -94,18 +97,22 @@ class FastForward:
         rows = self._rows(ids, types, target, place)
         output = torch.empty if len(target) == ids.size else torch.zeros
         out = output(*ids.shape, struct.features)
-        pointers = [structs.address(row) for row in rows] + [None] * (3 - len(rows))
-        batch = structs.Batch(
-            texts=len(start) - 1,
-            tokens=len(target),
-            start=structs.address(start),
-            place=structs.address(place),
-            row=(ctypes.c_void_p * 3)(*pointers),
-            target=structs.address(target),
-            out=structs.address(out),
-        )
-        if library().encode(structs.reference(struct), structs.reference(batch), torch.get_num_threads()):
-            raise MemoryError(f"a batch of {len(ids)} texts and {len(target)} tokens: out of memory")
+        threads = torch.get_num_threads()
+        for first, last in _groups(start, _TOKENS * threads):
+            begin, end = start[first], start[last]
+            own = start[first : last + 1] - begin
+            batch = structs.Batch(
+                texts=last - first,
+                tokens=end - begin,
+                start=structs.address(own),
+                place=structs.address(place[begin:]),
+                target=structs.address(target[begin:]),
+                out=structs.address(out),
+            )
+            for i, row in enumerate(rows):
+                batch.row[i] = structs.address(row[begin:])
+            if library().encode(structs.reference(struct), structs.reference(batch), threads):
+                raise MemoryError(f"a batch of {len(ids)} texts and {len(target)} tokens: out of memory")
         return out
 
     def _rows(
@@ -128,6 +135,15 @@ class FastForward:
         if self._plan.family.positions is None and ids.shape[1] > self.encoder.config.max_position_embeddings:
             raise Unfit("longer than the table of rotary positions")
         return rows
+
+
+def _groups(start: np.ndarray, tokens: int) -> Iterator[tuple[int, int]]:
+    """Divides texts into runs of about so many tokens: the first text of each, and the one after its last."""
+    first = 0
+    while first < len(start) - 1:
+        last = max(int(np.searchsorted(start, start[first] + tokens, side="right")) - 1, first + 1)
+        yield first, last
+        first = last
 
 
 def _names(kind: type) -> list[str]:

@@ -44,7 +44,7 @@ INLINE void part(int64_t n, int64_t step, int me, int workers, int64_t *first, i
 
 /* y = W x + bias, with W (rows, columns) stored by blocks of BLOCK columns.
  * sparse: of every block, row by row, its non-zeros in `values` and their columns within the block in `places`; row r of block b
- *   has those from starts[b * rows + r] to starts[b * rows + r + 1].
+ *   has those from starts[b * rows + r] to starts[b * rows + r + 1], filled up with zeros to a multiple of 4.
  * dense (starts is NULL): of every block, GROUP rows by GROUP rows (the last filled up by zeros), column by column GROUP values. */
 typedef struct {
   int64_t rows, columns;

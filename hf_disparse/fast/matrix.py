@@ -12,6 +12,7 @@ from hf_disparse.fast import structs
 from hf_disparse.fast.compiler import library
 
 BLOCK = 256  # columns, as in fast.h: the number of one within its block fits a byte
+_STEP = 4  # non-zeros that one step of the product takes; every row of a block is filled up with zeros to a multiple
 _TOKENS, _ROUNDS = 64, 5  # of the measurement that decides between sparse and dense
 
 
@@ -20,7 +21,7 @@ class StoredMatrix:
 
     Args:
         shape: (rows, columns).
-        values: the non-zeros in the order of fast.h; of a dense matrix all values.
+        values: the non-zeros in the order of fast.h, each row of a block filled up with zeros to a multiple of four; of a dense matrix all values.
         places: uint8, each non-zero's column within its block, or None for a dense matrix.
         starts: int64, where the non-zeros of each block and row begin, with their number at the end, or None.
     """
@@ -63,11 +64,17 @@ class StoredMatrix:
             block = keep[:, first : first + BLOCK]
             row, place = np.nonzero(block)
             count = block.sum(1)
+            padded = -(-count // _STEP) * _STEP
             within = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
-            parts.append(values[begin[row] + within])
+            target = np.repeat(np.cumsum(padded) - padded, count) + within
+            part = np.zeros(padded.sum(), np.float32)
+            where = np.repeat(np.argmin(block, 1), padded).astype(np.uint8)  # a zero stands where the row has one
+            part[target] = values[begin[row] + within]
+            where[target] = place
             begin[:-1] += count
-            places.append(place.astype(np.uint8))
-            counts.append(count)
+            parts.append(part)
+            places.append(where)
+            counts.append(padded)
         starts = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
         tensors = (np.concatenate(parts), np.concatenate(places), starts.astype(np.int64))
         return cls((rows, columns), *(torch.from_numpy(array) for array in tensors))
@@ -114,7 +121,9 @@ class StoredMatrix:
         count = np.diff(self.starts.numpy())
         row = np.repeat(np.arange(len(count)) % self.rows, count)
         block = np.repeat(np.arange(len(count)) // max(self.rows, 1), count)
-        matrix[row, block * BLOCK + self.places.numpy()] = self.values.numpy()
+        values = self.values.numpy()
+        real = values != 0
+        matrix[row[real], block[real] * BLOCK + self.places.numpy()[real]] = values[real]
         return torch.from_numpy(matrix)
 
     def struct(self, bias: Tensor | None = None) -> structs.Matrix:
