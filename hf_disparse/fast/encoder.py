@@ -1,6 +1,5 @@
 """The forward of a sped-up encoder: one call of C for tokens without padding, or transformers' own forward."""
 
-import ctypes
 import inspect
 from collections.abc import Iterator
 from typing import Any
