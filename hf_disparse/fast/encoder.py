@@ -87,7 +87,7 @@ class FastForward:
         if self._plan is None:
             self._plan = EncoderPlan(self.encoder, family_of(self.encoder))
         out = self._run(self._plan.ready(), ids, mask, types)
-        return refuse_gradients(out, next(self.encoder.parameters(), None))
+        return refuse_gradients(out, next(self.encoder.parameters(), None)) if torch.is_grad_enabled() else out
 
     def _run(
         self, struct: structs.Encoder, ids: np.ndarray, mask: np.ndarray | None, types: np.ndarray | None

@@ -26,16 +26,19 @@ class Watch:
 
     def __init__(self, root: nn.Module, but: tuple[nn.Module, ...] = ()):
         inside = {id(m) for other in but for m in other.modules()}
-        self.modules = [(m, tuple(m._modules.values())) for m in root.modules() if id(m) not in inside]
+        self.modules = [m for m in root.modules() if id(m) not in inside]
+        self.children = [(m._modules, tuple(m._modules.values())) for m in self.modules if m._modules]
 
     def check(self) -> None:
         """Raises Unfit if a module was replaced, hooked or given another forward."""
-        for module, children in self.modules:
-            changed = tuple(module._modules.values()) != children or "forward" in module.__dict__
-            if changed or module._forward_pre_hooks or module._forward_hooks:
+        for children, before in self.children:
+            if tuple(children.values()) != before:
+                raise Unfit("a module was replaced")
+        for module in self.modules:
+            if module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__:
                 hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-                if changed or not all(hasattr(hook, "fast_path") for hook in hooks):
-                    raise Unfit(f"{type(module).__name__} was changed or has hooks")
+                if "forward" in module.__dict__ or not all(hasattr(hook, "fast_path") for hook in hooks):
+                    raise Unfit(f"{type(module).__name__} has hooks or another forward")
 
 
 class _Source:
@@ -176,7 +179,10 @@ class EncoderPlan(_Plan):
         stack = encoder.get_submodule(family.layers)
         outside = tuple(m for m in (stack, getattr(encoder, "private", None), getattr(encoder, "pooler", None)) if m)
         self.watch = Watch(encoder, outside)
-        self.watch.modules = [(m, c) for m, c in self.watch.modules if m is not encoder]
+        # The encoder itself is called; its pooler and private layers are looked up at every call.
+        self.watch.modules.remove(encoder)
+        self.watch.children = [(c, before) for c, before in self.watch.children if c is not encoder._modules]
+        self.parts = [(n, m) for n, m in encoder._modules.items() if n not in ("pooler", "private")]
 
     def read(self, source: _Source) -> structs.Encoder:
         """Reads embeddings and norms."""
@@ -210,6 +216,8 @@ class EncoderPlan(_Plan):
     def ready(self) -> structs.Encoder:
         """The encoder with the layers that it has now. Raises Unfit."""
         self.watch.check()
+        if any(self.encoder._modules.get(name) is not module for name, module in self.parts):
+            raise Unfit("a module of the encoder was replaced")
         made, running = structs.Encoder.from_buffer_copy(self.struct()), []
         for layer in self.encoder.get_submodule(self.family.layers):
             if layer not in self.layers:

@@ -24,6 +24,8 @@ INLINE void sparse_rows(const Matrix *m, const float *x, float *y, const int vec
       const float *value = m->values + start[row];
       const uint8_t *place = m->places + start[row];
       const float *end = m->values + start[row + 1];
+      __builtin_prefetch(value + 256); /* 1.06 times as fast where a large matrix comes from memory for one text */
+      __builtin_prefetch(place + 256);
       vec sums[VECTORS];
       for (int v = 0; v < vectors; v++) sums[v] = block ? load(to + v * WIDTH) : all(m->bias ? m->bias[row] : 0);
       for (; value < end; value += 4, place += 4) {
