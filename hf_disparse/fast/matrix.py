@@ -68,7 +68,10 @@ class StoredMatrix:
             within = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
             target = np.repeat(np.cumsum(padded) - padded, count) + within
             part = np.zeros(padded.sum(), np.float32)
-            where = np.repeat(np.argmin(block, 1), padded).astype(np.uint8)  # a zero stands where the row has one
+            gap = (
+                np.argmin(block, axis=1) if block.size else count
+            )  # a zero of the row, if it has one: for 0 times infinity
+            where = np.repeat(gap, padded).astype(np.uint8)
             part[target] = values[begin[row] + within]
             where[target] = place
             begin[:-1] += count

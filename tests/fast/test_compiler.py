@@ -299,7 +299,7 @@ def test_the_compiler_of_the_extra_is_the_last_one_asked(copies, monkeypatch, tm
     [
         ("CC", "no-such-compiler -O2", "CC: the compiler 'no-such-compiler' was not found; correct or unset"),
         ("CC", "'gcc", "CC: No closing quotation in"),
-        ("CFLAGS", "-march=no-such-cpu", "the C compiler '.*cc' failed: .*no-such-cpu"),
+        ("CFLAGS", "-fno-such-flag", "the C compiler '.*cc' failed: .*no-such-flag"),
         ("CFLAGS", '"', "CFLAGS: No closing quotation in"),
     ],
 )
