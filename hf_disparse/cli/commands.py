@@ -24,6 +24,7 @@ from hf_disparse.cli.tables import (
     print_plan,
     print_results,
     print_sparsity,
+    print_speed,
 )
 from hf_disparse.config.rows import help_text
 from hf_disparse.tasks.averages import average_name
@@ -137,6 +138,7 @@ def evaluate(
     table.add_row(average_name(result["tasks"]), "", f"{result['average']:.1f}")
     Console().print(table)
     print_sparsity(result["sparsity"])
+    print_speed(result["speed"], model)
 
 
 @app.command(

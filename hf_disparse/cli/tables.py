@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from hf_disparse.report.sentences import speed_sentence
+from hf_disparse.report.values import SPEED_HEADER, speed_cells
 from hf_disparse.tasks.averages import average_name
 
 
@@ -62,6 +64,17 @@ def print_results(results: dict, folder: str) -> None:
     print(
         "seconds:  " + ", ".join(f"{name.replace('_', ' ')} {value:.0f}" for name, value in results["seconds"].items())
     )
+    if "speed" in results:  # not in those of an earlier version
+        print_speed(results["speed"], folder)
+
+
+def print_speed(speed: dict, model: str) -> None:
+    """Prints what a pass takes dense and sped up, and how to get that speed."""
+    table = new_table(*SPEED_HEADER)
+    for row in speed_cells(speed):
+        table.add_row(*row)
+    Console().print(table)
+    print(speed_sentence(speed, model))
 
 
 def print_sparsity(sparsity: dict[str, float]) -> None:
@@ -101,7 +114,7 @@ def new_table(*columns: str) -> Table:
     """Returns a table with figures aligned to the right."""
     table = Table()
     for column in columns:
-        left = column in ("task", "metric", "method", "model")
+        left = column in ("task", "metric", "method", "model", "measured")
         table.add_column(column, justify="left" if left else "right", no_wrap=left)
     return table
 

@@ -8,7 +8,16 @@ from statistics import mean
 from typing import Any, ClassVar
 
 from hf_disparse.compare.runner import run_cells
-from hf_disparse.compare.tables import held_out, over_seeds, shown, span, write_tables
+from hf_disparse.compare.tables import (
+    held_out,
+    over_seeds,
+    shown,
+    shown_speed,
+    span,
+    speed_caption,
+    times_as_fast,
+    write_tables,
+)
 from hf_disparse.config import CRITERIA, PruningConfig, UserError, closest, require, without_ignored
 from hf_disparse.config.rows import NAMES, find_row, has_open_criterion
 from hf_disparse.distributed.processes import on_main
@@ -218,8 +227,8 @@ class ByMethod:
             values = [shown(row, name) for name in (*tasks, "average")]
             sparsity = f"{100 * row['sparsity']:g} %" if row["sparsity"] else "0"
             difference = f"{row['against_dense']:+.1f}" if row["sparsity"] and row["against_dense"] is not None else ""
-            lines.append([method_name(row), sparsity, *values, difference, str(len(row["seeds"]))])
-        return ["method", "sparsity", *tasks, average_name(tasks), "against dense", "seeds"], lines
+            lines.append([method_name(row), sparsity, *values, difference, str(len(row["seeds"])), shown_speed(row)])
+        return ["method", "sparsity", *tasks, average_name(tasks), "against dense", "seeds", "times as fast"], lines
 
     @staticmethod
     def caption(report: dict[str, Any]) -> str:
@@ -229,7 +238,7 @@ class ByMethod:
         computed = f" Computed in {' and '.join(precisions)}." if precisions else ""
         return (
             f"Mean ± sample standard deviation over seeds of each task's metrics (0 to 100), on {held_out(report)} held-out examples. "
-            f"Every row had {budget} backward passes after dense training, scoring included.{computed}"
+            f"Every row had {budget} backward passes after dense training, scoring included.{computed}{speed_caption(report)}"
         )
 
 
@@ -282,6 +291,7 @@ def tabulate(results: dict[Cell, dict[str, Any]]) -> list[dict[str, Any]]:
                 "against_dense": mean(paired) if paired else None,
                 "backward_passes": max(results[cell]["backward_passes"] for cell in cells),
                 "seconds": mean(seconds),
+                "times_as_fast": times_as_fast([[results[cell]] for cell in cells]),
             }
         )
     return rows

@@ -16,7 +16,15 @@ from statistics import mean
 from typing import Any, ClassVar
 
 from hf_disparse.compare.runner import cell_file, run_cells
-from hf_disparse.compare.tables import held_out, over_seeds, shown, write_tables
+from hf_disparse.compare.tables import (
+    held_out,
+    over_seeds,
+    shown,
+    shown_speed,
+    speed_caption,
+    times_as_fast,
+    write_tables,
+)
 from hf_disparse.config import UserError, require, without_ignored
 from hf_disparse.files import read_json
 from hf_disparse.recipes.recipe import Recipe, parse_recipe
@@ -234,8 +242,10 @@ class EqualBudget:
                 model, sparsities = model + sparsities[tasks[0]], {}
             values = [shown(row, name) + sparsities.get(name, "") for name in (*tasks, "average")]
             difference = "" if row["against_ensemble"] is None else f"{row['against_ensemble']:+.1f}"
-            lines.append([model, f"{100 * row['budget']:g} %", *values, difference, str(len(row["seeds"]))])
-        return ["model", "budget", *tasks, average_name(tasks), "against ensemble", "seeds"], lines
+            lines.append(
+                [model, f"{100 * row['budget']:g} %", *values, difference, str(len(row["seeds"])), shown_speed(row)]
+            )
+        return ["model", "budget", *tasks, average_name(tasks), "against ensemble", "seeds", "times as fast"], lines
 
     @staticmethod
     def caption(report: dict[str, Any]) -> str:
@@ -253,7 +263,7 @@ class EqualBudget:
             "at the sparsities in brackets, the best choice along the tasks' curves by the mean over seeds on the same "
             f"held-out examples. The shared model trains {times} times as many steps as each single-task model: "
             f"{passes['ensemble'] or 'no'} backward passes per ensemble and {passes['shared'] or 'no'} per shared model, dense "
-            "training and scoring included."
+            f"training and scoring included.{speed_caption(report)}"
         )
 
 
@@ -322,6 +332,7 @@ def _row(model: str, budget: float, sparsities: dict[str, float], cells: dict[in
         "against_ensemble": None,
         "backward_passes": max(sum(r["backward_passes"] + r["dense_backward_passes"] for r in rs) for rs in every),
         "seconds": mean(sum(sum(r["seconds"].values()) for r in rs) for rs in every),
+        "times_as_fast": times_as_fast(every),
     }
 
 

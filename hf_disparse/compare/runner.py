@@ -15,7 +15,9 @@ from tqdm.auto import tqdm
 
 from hf_disparse.config import UserError, one_line
 from hf_disparse.distributed.processes import is_main, on_main, processes, say
+from hf_disparse.export.measurements import measure_speed
 from hf_disparse.files import write_whole
+from hf_disparse.model.loading import load_model
 from hf_disparse.recipes.recipe import Recipe
 from hf_disparse.runs.dense import expect_dense
 from hf_disparse.runs.folder import PHASE_NAME, alone_in, check_data, claim, note_data, refuse_others
@@ -95,9 +97,15 @@ def _run(recipe: Recipe, cell: Any, root: Path, data_of: "_DataBySeed") -> None:
     result = train_phase(recipe, "sparse", work, tokenizer, data, start=dense)
     result["pruned"] = result.pop("sparsity")  # as measured; the cell has the sparsity that was asked for
     result |= {"dense_backward_passes": before["backward_passes"], "examples": sizes(data)}
+    result["speed"] = _speed(work, recipe.model.max_length)
     text = json.dumps({"cell": asdict(cell), **result}, indent=2) + "\n"
     on_main(write_whole)(cell_file(root, cell), text)
     on_main(shutil.rmtree)(work)  # a grid of models fills a disk; `train` makes any of them again
+
+
+@on_main
+def _speed(folder: Path, tokens: int) -> dict[str, Any]:
+    return measure_speed(load_model(folder), tokens)
 
 
 @on_main

@@ -29,6 +29,43 @@ def over_seeds(metrics: Sequence[dict[str, Any]]) -> dict[str, dict[str, float |
     }
 
 
+def times_as_fast(models: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float] | None:
+    """Returns how many times as fast as one dense encoder a model's sped-up encoders are together, the mean over seeds.
+
+    Args:
+        models: the results of each seed's cells, one per encoder.
+
+    Returns:
+        Number of texts -> x, or None if an earlier version ran the cells, which did not measure it.
+    """
+    times = [[cell["speed"]["milliseconds"] for cell in cells] for cells in models if all("speed" in c for c in cells)]
+    measured = [texts for texts in times[0][0] if all(texts in t for model in times for t in model)] if times else []
+
+    def ratio(model: Sequence[dict[str, Any]], texts: str) -> float:
+        each = [t[texts] for t in model]
+        return mean(t["dense"] for t in each) / sum(t.get("fast", t["dense"]) for t in each)
+
+    return {texts: mean(ratio(model, texts) for model in times) for texts in measured} or None
+
+
+def shown_speed(row: dict[str, Any]) -> str:
+    """Returns `x / y`, times as fast for one text and for a batch, or nothing where it was not measured."""
+    return " / ".join(f"{x:.1f}" for x in (row.get("times_as_fast") or {}).values())
+
+
+def speed_caption(report: dict[str, Any]) -> str:
+    """Returns the sentence on the column `times as fast`, or nothing where it was not measured."""
+    speeds = [cell["speed"] for cell in report["cells"] if "speed" in cell]
+    if not speeds:
+        return ""
+    texts = " / ".join(f"{n} text{'s' * (n != '1')}" for n in speeds[0]["milliseconds"])
+    length = span([speed["tokens"] for speed in speeds])
+    return (
+        f" Times as fast: {texts} of {length} tokens on one core, after hf_disparse.speed_up(model), against one dense encoder "
+        "in plain torch."
+    )
+
+
 def shown(row: dict[str, Any], name: str) -> str:
     """Returns `a ± b` for a task or the average in a row of `over_seeds`."""
     spread = row["spread"][name]

@@ -14,11 +14,13 @@ from hf_disparse.config import PRUNING_CONFIG_NAME, PruningConfig, TaskConfig
 from hf_disparse.config.version import __version__
 from hf_disparse.export.card_metadata import metadata_of
 from hf_disparse.export.card_usage import usage, usage_alone
-from hf_disparse.export.measurements import size_and_speed
+from hf_disparse.export.measurements import TOKENS, measure_speed, size
 from hf_disparse.export.results import read_results, using_results
 from hf_disparse.model.loading import load_as_saved
 from hf_disparse.model.multitask import MultitaskModel
 from hf_disparse.pruning.granularity import granularity_of
+from hf_disparse.report.sentences import speed_sentence
+from hf_disparse.report.values import SPEED_HEADER, speed_cells
 from hf_disparse.tasks.averages import average, average_name
 
 CARD_NAME = "README.md"
@@ -33,24 +35,29 @@ def write_card(
     Args:
         name: the Hub id that the usage snippet loads; default: the folder's name.
         license: as the Hub spells it, such as `apache-2.0`; the base model's licence also binds the sparse model.
-        results: used instead of the folder's `results.json`, in full or in part.
+        results: used instead of the folder's `results.json`, in full or in part. Its `speed` has to be that of this model, which is
+            measured otherwise.
 
     Raises:
         UserError: the model does not load, or `results.json` is not what training writes.
     """
     folder = Path(folder)
-    if results is None:
+    speed = (results or {}).get("speed")
+    if results is None:  # its `speed` may be that of the model before it was exported
         results = read_results(folder)
     pruning = PruningConfig.from_pretrained(folder) if (folder / PRUNING_CONFIG_NAME).is_file() else None
     model = load_as_saved(folder).eval()
     name = name or folder.resolve().name
-    costs = f"## Size and speed\n\n{_table([('', ''), *size_and_speed(folder, model, pruning)])}"
+    sizes = size(folder, model, pruning)
+    with using_results(folder):
+        tokens = results.get("speed", {}).get("tokens", TOKENS)
+    speed = speed or measure_speed(model, tokens)
     with using_results(folder):
         sections = [
             _summary(name, model, results, pruning),
             usage(name, model),
             _metrics(results),
-            costs,
+            _costs(name, sizes, speed),
             _training(results, pruning),
             _limits(results),
             _versions(results),
@@ -144,6 +151,12 @@ def _metrics(results: Mapping[str, Any]) -> str:
     return f"## Metrics\n\nMeasured on validation data, from 0 to 100.{note}\n\n{_table(rows)}"
 
 
+def _costs(name: str, sizes: list[tuple[str, str]], speed: Mapping[str, Any]) -> str:
+    """The tables of size and of speed."""
+    times = _table([("", *SPEED_HEADER[1:]), *speed_cells(speed)])
+    return f"## Size and speed\n\n{_table([('', ''), *sizes])}\n\n{times}\n\n{speed_sentence(speed, name)}"
+
+
 def _training(results: Mapping[str, Any], pruning: PruningConfig | None) -> str:
     """The settings of each phase and some rows of the training log."""
     recipe, parts = results.get("recipe", {}), []
@@ -165,7 +178,7 @@ def _limits(results: Mapping[str, Any]) -> str:
     seeds = "- The metrics come from one seed, on data like the training data; on small tasks other seeds differ by a point or more.\n"
     return (
         f"## Limits\n\n{seeds if 'sparse' in results else ''}"
-        "- Zeros alone do not make a model faster in stock PyTorch; a compact model, without the pruned parts, is faster.\n"
+        "- Zeros save time on a CPU after `hf_disparse.speed_up(model)`; otherwise PyTorch multiplies by them as by other numbers.\n"
         "- Licence, languages and biases are those of the base model and its training data; pruning may have hurt rare cases "
         "more than the averages show."
     )

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from hf_disparse.report import plots, sentences
 from hf_disparse.report.values import (
     NAMES_UP_TO,
+    SPEED_HEADER,
     blocks,
     curve_tasks,
     extremes,
@@ -21,6 +22,7 @@ from hf_disparse.report.values import (
     off_diagonal,
     several,
     shown_pairs,
+    speed_rows,
     stage_name,
     together,
     whole_layers,
@@ -38,7 +40,8 @@ class Figure:
         panels: (title, function that draws into an Axes) per panel.
         height: of a panel, in CSS pixels.
         across: the most panels side by side on a wide page.
-        header, rows: the table of its numbers; None is a missing number.
+        header, rows: the table of its numbers; None is a missing number. Without panels, the page shows the table at once.
+        digits: of the table's fractions.
         note: which numbers the table leaves out, and where they are.
     """
 
@@ -51,13 +54,18 @@ class Figure:
     across: int = 3
     header: Sequence[str] = ()
     rows: Sequence[Sequence[Any]] = field(default=(), repr=False)
+    digits: int = 3
     note: str = ""
 
 
-def figures_of(analysis: Mapping) -> list[Figure]:
-    """The figures of an analysis, in the order of the page; those without numbers are left out."""
+def figures_of(analysis: Mapping, results: Mapping | None = None) -> list[Figure]:
+    """The figures of an analysis, in the order of the page; those without numbers are left out.
+
+    Args:
+        results: the content of the run's `results.json`, whose tables come first.
+    """
     stages, tasks = analysis["stages"], analysis["tasks"]
-    figures = []
+    figures = _results_figures(results or {}, analysis["model"])
     if stages:
         figures += [_agreement_figure(stages), _by_kind_figure(stages), _affinity_figure(stages, tasks)]
         figures += [
@@ -71,6 +79,42 @@ def figures_of(analysis: Mapping) -> list[Figure]:
     if analysis["footprint"]:
         figures.append(_footprint_figure(analysis["footprint"]))
     return [figure for figure in figures if figure]
+
+
+def _results_figures(results: Mapping, name: str) -> list[Figure]:
+    """The tables of a run, as `train` prints them: metrics, and speed if it was measured."""
+    tables = []
+    if {"dense", "sparse"} <= results.keys():
+        metrics = [
+            (t, m, x, results["sparse"]["tasks"][t][m])
+            for t, ms in results["dense"]["tasks"].items()
+            for m, x in ms.items()
+        ]
+        metrics.append(("average", "", results["dense"]["average"], results["sparse"]["average"]))
+        tables.append(
+            Figure(
+                name="results",
+                title="Dense and sparse",
+                units="Metrics on validation data, 0 to 100.",
+                sentence=sentences.results_sentence(results),
+                header=["task", "metric", "dense", "sparse", "difference"],
+                rows=[(*row, row[3] - row[2]) for row in metrics],
+                digits=1,
+            )
+        )
+    if "speed" in results:
+        tables.append(
+            Figure(
+                name="speed",
+                title="Speed on a CPU",
+                units="Milliseconds of one pass, and megabytes.",
+                sentence=sentences.speed_sentence(results["speed"], name),
+                header=SPEED_HEADER,
+                rows=speed_rows(results["speed"]),
+                digits=1,
+            )
+        )
+    return tables
 
 
 def _agreement_figure(stages: Sequence[Mapping]) -> Figure:
@@ -314,6 +358,8 @@ def _footprint_figure(modules: Sequence[Mapping]) -> Figure:
 def figure_of_comparison(report: Mapping) -> Figure:
     """The figure of `compare.json`: each method's average by sparsity."""
     tasks = [name for name in report["rows"][0]["mean"] if name != "average"]
+    times = [row.get("times_as_fast") or {} for row in report["rows"]]
+    texts = list(dict.fromkeys(n for row in times for n in row))
     return Figure(
         name="comparison",
         title="Methods compared",
@@ -322,10 +368,12 @@ def figure_of_comparison(report: Mapping) -> Figure:
         sentence=sentences.comparison_sentence(report["rows"]),
         panels=[("", partial(plots.plot_comparison, report["rows"]))],
         height=440,
-        header=["method", "criterion", "sparsity", "seeds", "average", "± average", *tasks],
+        header=["method", "criterion", "sparsity", "seeds", "average", "± average", *tasks]
+        + [f"times as fast, {n} text{'s' * (n != '1')}" for n in texts],
         rows=[
             [r["method"], r["criterion"], r["sparsity"], len(r["seeds"]), r["mean"]["average"], r["spread"]["average"]]
             + [r["mean"][task] for task in tasks]
-            for r in report["rows"]
+            + [fast.get(n) for n in texts]
+            for r, fast in zip(report["rows"], times, strict=True)
         ],
     )

@@ -92,15 +92,15 @@ def _drawings(figure: Figure, folder: Path) -> dict[str, Markup]:
 
 def _table(figure: Figure) -> list[list[tuple[str, bool]]]:
     """Rows of cells, each (text, whether it is a number)."""
-    return [[_cell(value) for value in row] for row in figure.rows]
+    return [[_cell(value, figure.digits) for value in row] for row in figure.rows]
 
 
-def _cell(value: Any) -> tuple[str, bool]:
+def _cell(value: Any, digits: int) -> tuple[str, bool]:
     """A value as (text, whether it is a number)."""
     if value is None or value != value:
         return "\N{EN DASH}", True
     if isinstance(value, float):
-        return f"{value:.3f}", True
+        return f"{value:.{digits}f}", True
     if isinstance(value, int):
         return f"{value:,}", True
     return str(value), False

@@ -253,6 +253,25 @@ def comparison_sentence(rows: Sequence[Mapping]) -> str:
     return text
 
 
+def results_sentence(results: Mapping) -> str:
+    """The sparse model's average beside the dense model's, and the share of zeros."""
+    dense, sparse = results["dense"]["average"], results["sparse"]["average"]
+    return (
+        f"With {100 * results['sparsity']['prunable']:.1f} % of the prunable weights pruned, the tasks average {sparse:.1f}; "
+        f"dense, they average {dense:.1f}."
+    )
+
+
+def speed_sentence(speed: Mapping, name: str) -> str:
+    """What was timed, and how to get the speed, or why there is none. `name` is what to load, a folder or a Hub id."""
+    what = (
+        f"Texts of {speed['tokens']} tokens, one core, float32, the encoder with its embeddings. Dense is plain torch;"
+    )
+    if "reason" in speed:
+        return f"{what} the model cannot be sped up: {speed['reason']}."
+    return f'{what} sped up is MultitaskPipeline.from_pretrained("{name}", fast=True) or hf_disparse.speed_up(model).'
+
+
 # Pieces
 
 

@@ -135,3 +135,22 @@ def blocks(rows: Sequence[Mapping]) -> list[dict[str, Any]]:
             if key != "module":
                 block[key] = block.get(key, 0) + value
     return list(sums.values())
+
+
+SPEED_HEADER = ("measured", "dense", "sped up", "gain")
+
+
+def speed_rows(speed: Mapping) -> list[tuple[str, float, float | None, float | None]]:
+    """The rows of a table of `results.json`'s `speed`: what, dense, sped up, and their ratio; None where it is not sped up."""
+    named = {
+        f"milliseconds, {texts} text{'s' * (texts != '1')}": value for texts, value in speed["milliseconds"].items()
+    }
+    named["megabytes in memory"] = speed["megabytes"]
+    gains = {name: value["dense"] / value["fast"] for name, value in named.items() if value.get("fast")}
+    return [(name, value["dense"], value.get("fast"), gains.get(name)) for name, value in named.items()]
+
+
+def speed_cells(speed: Mapping) -> list[tuple[str, ...]]:
+    """The rows of `speed_rows` as text; a gain of 3.7 is "3.7x"."""
+    shown = [(name, *("" if x is None else f"{x:.1f}" for x in values)) for name, *values in speed_rows(speed)]
+    return [(*cells, gain and f"{gain}x") for *cells, gain in shown]

@@ -20,8 +20,11 @@ def require_libraries() -> None:
         raise UserError(f'report: No module named {missing[0]!r}; try: pip install "hf_disparse[plot]"')
 
 
-def write_report(analysis: Mapping, folder: str | Path) -> Path:
+def write_report(analysis: Mapping, folder: str | Path, results: Mapping | None = None) -> Path:
     """Writes `report.html` and `figures/*.png` and `*.svg` into the folder, from what `analysis.json` holds.
+
+    Args:
+        results: what the run's `results.json` holds, for the tables on top.
 
     Returns:
         The path of the page.
@@ -37,9 +40,9 @@ def write_report(analysis: Mapping, folder: str | Path) -> Path:
         "Keep masks": f"each task's own, {100 * analysis['sparsity']:g} % of the prunable weights pruned",
     }
     path = Path(folder) / REPORT_NAME
-    write_page(
-        path, f"What each task needs: {Path(analysis['model']).name}", facts, figures_of(analysis), "analysis.json"
-    )
+    data = "analysis.json and results.json" if results else "analysis.json"
+    title = f"What each task needs: {Path(analysis['model']).name}"
+    write_page(path, title, facts, figures_of(analysis, results), data)
     return path
 
 

@@ -15,6 +15,7 @@ from hf_disparse.analysis import Examination, cost_curve, footprint, masks_at
 from hf_disparse.analysis.bootstrap import DRAWS
 from hf_disparse.config import TASK_CRITERIA, PruningConfig, UserError, is_count, is_number, require
 from hf_disparse.distributed.processes import launched, say
+from hf_disparse.export.results import read_results
 from hf_disparse.files import write_whole
 from hf_disparse.model.architectures import find_sites
 from hf_disparse.model.multitask import MultitaskModel
@@ -119,7 +120,7 @@ def analyze(
         "curve": _measure_curve(setup, *costs, curve) if wanted and costs else None,
         "footprint": footprint(model),
     }
-    write(result, folder)
+    write(result, folder, read_results(Path(source)))
     return result, folder
 
 
@@ -142,12 +143,12 @@ def after_training(recipe: Recipe) -> dict[str, Any] | None:
         return None
 
 
-def write(analysis: Mapping[str, Any], folder: str | Path) -> None:
-    """Writes analysis.json, and the report if its libraries are installed."""
+def write(analysis: Mapping[str, Any], folder: str | Path, results: Mapping[str, Any]) -> None:
+    """Writes analysis.json, and the report, with the run's `results` on top, if its libraries are installed."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_whole(Path(folder, ANALYSIS_NAME), json.dumps(analysis, indent=1, allow_nan=False) + "\n")
     try:
-        write_report(analysis, Path(folder))
+        write_report(analysis, Path(folder), results)
     except UserError as error:  # a library for plots is not installed
         say(f"no {error}")
 

@@ -8,6 +8,8 @@ from typing import Any
 from transformers import PrinterCallback
 
 from hf_disparse.config import UserError, require
+from hf_disparse.distributed.processes import on_main
+from hf_disparse.export.measurements import measure_speed
 from hf_disparse.fast.speed_up import speed_up
 from hf_disparse.files import resolve
 from hf_disparse.model.loading import load_pretrained
@@ -27,7 +29,8 @@ def evaluate(model_name: str, recipe_path: str | None = None, overrides=(), fast
     `fast` speeds the model up first, see `speed_up`.
 
     Returns:
-        {"tasks": {name: {metric: value}}, "average": x, "sparsity": {denominator: fraction}}, metrics in 0 to 100.
+        {"tasks": {name: {metric: value}}, "average": x, "sparsity": {denominator: fraction}, "speed": y}, metrics in 0 to 100,
+        `speed` as `measure_speed` returns it.
     """
     source, recipe = open_run(model_name, recipe_path, overrides)
     recipe = replace(recipe, sparse=replace(recipe.sparse, report_to="none"))  # there is no training to track
@@ -35,13 +38,14 @@ def evaluate(model_name: str, recipe_path: str | None = None, overrides=(), fast
     judge_as(recipe, model)
     tokenizer, data, _ = prepare(recipe, source, splits=("validation",))
     sparsity = sparsity_report(model, model.encoder, prunable_parameters(model, recipe.pruning))
+    speed = on_main(measure_speed)(model, recipe.model.max_length)
     if fast:
         speed_up(model)
     with TemporaryDirectory() as folder:  # a Trainer creates its output folder, and evaluation leaves none behind
         trainer = new_trainer(recipe, "sparse", folder, model, tokenizer, data)
         trainer.remove_callback(PrinterCallback)  # the caller prints the metrics
         metrics = metrics_on(trainer, data)
-    return {**metrics, "sparsity": sparsity}
+    return {**metrics, "sparsity": sparsity, "speed": speed}
 
 
 def open_run(model_name: str, recipe_path: str | None, overrides=()) -> tuple[str, Recipe]:

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_disparse.config import UserError
 from hf_disparse.distributed.processes import on_main, say
 from hf_disparse.export.card import write_card
+from hf_disparse.export.measurements import measure_speed
 from hf_disparse.export.results import RESULTS_NAME, losses_of_log
 from hf_disparse.files import sync, write_whole, writing
 from hf_disparse.model.architectures import token_limit
@@ -86,9 +87,10 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
 @on_main
 def _finish(recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerBase, results: dict[str, Any]) -> None:
-    """Writes the sparse model, its tokenizer and its card to the run's folder, and last `results.json`, which marks it finished."""
+    """Measures the sparse model's speed; writes model, tokenizer and card to the run's folder, and last `results.json`, which marks it finished."""
+    model = load_model(folder / "sparse")
+    results["speed"] = measure_speed(model, recipe.model.max_length)
     with writing(folder):
-        model = load_model(folder / "sparse")
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         recipe.pruning.save_pretrained(folder)

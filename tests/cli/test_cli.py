@@ -37,6 +37,7 @@ def finished(inputs, tmp_path_factory) -> tuple[Path, str]:
     status, out, err = hf_disparse("train", path, "--no-analysis")
     assert status == 0, err
     assert "dense against sparse" in out and "70.0 % of the prunable weights" in out
+    assert "milliseconds, 32 texts" in out and "Texts of 16 tokens, one core" in out
     return folder / "run", path
 
 
@@ -51,7 +52,7 @@ def copied(finished, tmp_path) -> tuple[Path, str]:
 def test_results_have_the_documented_schema(finished):
     results = json.loads((finished[0] / "results.json").read_text())
     keys = ["recipe", "sparsity", "dense", "sparse", "majority", "examples", "unlabelled", "bytes", "seconds", "log"]
-    assert list(results) == [*keys, "environment"]
+    assert list(results) == [*keys, "environment", "speed"]
     assert list(results["sparsity"]) == ["target", "prunable", "encoder", "model"]
     for phase in ("dense", "sparse"):
         assert list(results[phase]) == ["tasks", "average"]
@@ -63,6 +64,9 @@ def test_results_have_the_documented_schema(finished):
     seconds = results["seconds"]
     assert seconds["total"] == pytest.approx(sum(v for k, v in seconds.items() if k != "total"))
     assert {"hf_disparse", "torch", "transformers", "python", "device"} <= set(results["environment"])
+    speed = results["speed"]
+    assert list(speed)[:4] == ["tokens", "threads", "milliseconds", "megabytes"] and speed["tokens"] == 16
+    assert list(speed["milliseconds"]) == ["1", "32"]
 
 
 def test_sparsity_is_exact_by_an_independent_count(finished):
@@ -165,6 +169,7 @@ def test_evaluate_prints_the_values_of_the_results_and_leaves_nothing_behind(fin
     found = json.loads(out)
     assert {k: found[k] for k in ("tasks", "average")} == results["sparse"]
     assert found["sparsity"] == {k: v for k, v in results["sparsity"].items() if k != "target"}
+    assert found["speed"].keys() == results["speed"].keys()
     assert snapshot(folder) == before and snapshot(tmp_path) == {}
 
 
@@ -172,6 +177,19 @@ def test_evaluate_as_a_table_and_by_another_metric(finished):
     status, out, _ = hf_disparse("evaluate", finished[0], "--set", "tasks.two.metric=[accuracy, f1]")
     average = json.loads((finished[0] / "results.json").read_text())["sparse"]["tasks"]["two"]["accuracy"]
     assert status == 0 and f"{average:.1f}" in out and "f1" in out
+    assert "megabytes in memory" in out
+
+
+def test_the_results_of_an_earlier_version_have_no_speed(copied):
+    folder, path = copied
+    results = json.loads((folder / "results.json").read_text())
+    del results["speed"]
+    (folder / "results.json").write_text(json.dumps(results))
+    status, out, err = hf_disparse("train", path, "--output_dir", folder)
+    assert status == 0, err
+    assert "dense against sparse" in out and "milliseconds" not in out and (folder / "analysis.json").is_file()
+    page = (folder / "report.html").read_text()
+    assert "Dense and sparse" in page and "Speed on a CPU" not in page
 
 
 def test_export_writes_what_loads_to_the_same_bits(finished, tmp_path):

@@ -12,6 +12,7 @@ from transformers import AutoModel
 from hf_disparse import MultitaskConfig, MultitaskModel, PruningConfig, UserError
 from hf_disparse.export import save_packed, write_card
 from hf_disparse.recipes.recipe import parse_recipe
+from hf_disparse.report.values import speed_cells
 from hf_disparse.runs import train as run
 from tests.helpers.commands import hf_disparse, write_inputs
 from tests.helpers.tiny import CONFIGS, three_tasks, tiny_model, tiny_tokenizer
@@ -62,6 +63,8 @@ def test_its_tables_are_those_of_the_results_and_of_an_independent_count(finishe
     assert size["bytes of the weights' file"] == f"{(folder / 'model.safetensors').stat().st_size:,}"
     assert size["form of the file"].startswith("plain")
     assert [float(v) > 0 for k, v in size.items() if k.startswith("milliseconds")] == [True, True]
+    assert [tuple(row) for row in table(section(card, "Size and speed"))[-3:]] == speed_cells(results["speed"])
+    assert "Texts of 16 tokens" in card.text
     log = table(section(card, "Training"))[1:]
     assert {row[0] for row in log} == {"dense", "sparse"} and log[-1][3] == "70.0 %"
 
@@ -90,6 +93,7 @@ def test_an_exported_folder_has_a_card_of_its_own(finished, tmp_path):
     assert size["form of the file"].startswith("packed")
     assert size["bytes of the weights' file"] == f"{(tmp_path / 'small' / 'model.safetensors').stat().st_size:,}"
     assert card.data.model_name == "small" and len(card.data.eval_results) == 2
+    assert "Texts of 16 tokens" in card.text  # as in training
 
 
 def test_hub_ids_and_a_licence(finished, tmp_path):
