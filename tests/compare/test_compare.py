@@ -14,7 +14,7 @@ from hf_disparse import DisparseTrainer
 from hf_disparse.compare import by_method
 from hf_disparse.compare import runner as compare
 from hf_disparse.compare.by_method import Cell
-from hf_disparse.compare.tables import markdown
+from hf_disparse.compare.tables import markdown, times_as_fast
 from hf_disparse.config.rows import NAMES
 from hf_disparse.pruning import granularity
 from hf_disparse.recipes.recipe import parse_recipe
@@ -244,10 +244,22 @@ def test_one_seed_has_no_spread_and_without_dense_there_is_no_difference():
     assert dense["spread"]["two"] is None and joint["spread"]["two"] is not None and joint["against_dense"] is None
 
 
+def test_times_as_fast_are_formed_from_the_cells_times():
+    """All encoders of a model count, against one dense encoder; one that is not sped up runs as it is."""
+
+    def cell(dense: float, **fast: float) -> dict:
+        return {"speed": {"milliseconds": {"1": {"dense": dense, **fast}, "32": {"dense": 10 * dense, **fast}}}}
+
+    assert times_as_fast([[cell(12, fast=3)], [cell(12, fast=2)]]) == {"1": 5, "32": 50}
+    assert times_as_fast([[cell(12, fast=3), cell(12)]]) == {"1": 12 / 15, "32": 120 / 123}
+    assert times_as_fast([[cell(12)], [{}]]) == {"1": 1, "32": 1}  # an earlier version wrote the second cell
+    assert times_as_fast([[{}]]) is None
+
+
 def check_table(text: str, rows: list[dict]) -> None:
     """The numbers that Markdown shows are those of the rows, to the digit shown."""
     header, *lines = parsed_table(text)
-    assert header == ["method", "sparsity", "two", "real", "average", "against dense", "seeds"]
+    assert header == ["method", "sparsity", "two", "real", "average", "against dense", "seeds", "times as fast"]
     for line, row in zip(lines, rows, strict=True):
         assert line[0] == f"{row['method']} {row['criterion']}".strip() and line[6] == str(len(row["seeds"]))
         assert float(line[1].removesuffix("%")) == pytest.approx(100 * row["sparsity"])
@@ -257,6 +269,7 @@ def check_table(text: str, rows: list[dict]) -> None:
             assert (float(spread) if spread else None) == pytest.approx(row["spread"][name], abs=0.0501)
         difference = None if row["method"] == "dense" else row["against_dense"]
         assert (float(line[5]) if line[5] else None) == pytest.approx(difference, abs=0.0501)
+        assert line[7] == " / ".join(f"{x:.1f}" for x in (row["times_as_fast"] or {}).values())
 
 
 def test_markdown_parses_back_to_the_rows(finished):
@@ -283,10 +296,13 @@ def test_the_report_has_the_documented_schema_and_its_rows_are_those_of_its_cell
     assert [(cell["method"], cell["seed"]) for cell in report["cells"]] == [(m, s) for m in ORDER for s in (1, 2)]
     assert [row["method"] for row in report["rows"]] == ORDER
     keys = ["method", "criterion", "sparsity", "seeds", "mean", "spread", "against_dense", "backward_passes", "seconds"]
+    keys.append("times_as_fast")
     for row, *cells in zip(report["rows"], report["cells"][::2], report["cells"][1::2], strict=True):
         assert list(row) == keys and row["seeds"] == [1, 2] and list(row["mean"]) == ["average", "two", "real"]
         assert row["mean"]["average"] == pytest.approx(sum(cell["metrics"]["average"] for cell in cells) / 2)
         assert row["seconds"] == pytest.approx(sum(sum(cell["seconds"].values()) for cell in cells) / 2)
+        assert list(row["times_as_fast"]) == ["1", "32"] and all(cell["speed"]["tokens"] == 16 for cell in cells)
+    assert "Times as fast: 1 text / 32 texts of 16 tokens" in finished.out
 
 
 # Choosing the best model

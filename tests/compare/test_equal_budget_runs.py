@@ -141,7 +141,8 @@ def test_terminal_and_markdown_show_the_rows(finished, monkeypatch):
     }
     header, *lines = parsed_table((finished.folder / REPORTS[1]).read_text())
     shown = [[c.strip() for c in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
-    assert shown == lines and header == ["model", "budget", "two", "real", "average", "against ensemble", "seeds"]
+    measured = ["two", "real", "average", "against ensemble", "seeds", "times as fast"]
+    assert shown == lines and header == ["model", "budget", *measured]
     for line, row in zip(lines, finished.report["rows"], strict=True):
         assert line[0].split()[0] == row["model"] and line[1] == f"{100 * row['budget']:g} %" and line[6] == "2"
         for name, text in zip(("two", "real", "average"), line[2:5], strict=True):
@@ -153,6 +154,7 @@ def test_terminal_and_markdown_show_the_rows(finished, monkeypatch):
                 assert float(sparsity.removesuffix(" %)")) == pytest.approx(100 * row["sparsities"][name])
             else:
                 assert sparsity == ""
+        assert line[7] == " / ".join(f"{x:.1f}" for x in row["times_as_fast"].values()) and " / " in line[7]
         assert (line[0], line[5]) == ("ensemble", "") or line[0] == f"shared ({100 - 100 * row['budget']:g} %)"
     assert "on two 8, real 10 held-out examples" in (finished.folder / REPORTS[1]).read_text()
 

@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib", reason="pip install 'hf_disparse[plot]'")
 from hf_disparse import UserError
 from hf_disparse.report import page, sentences, theme
 from hf_disparse.report.figures import figures_of
-from hf_disparse.report.values import blocks
+from hf_disparse.report.values import SPEED_HEADER, blocks, speed_rows
 from hf_disparse.report.write import require_libraries, write_comparison, write_report
 from tests.helpers.analyses import analysis, comparison
 
@@ -136,6 +136,35 @@ def test_the_tables_hold_the_numbers_of_the_analysis(written):
         assert numbers(rest) == [sum(row[key] for row in rows) for key in list(rows[0])[1:]]
 
 
+def test_the_results_of_the_run_are_on_top(tmp_path):
+    times = {"1": {"dense": 12.0, "fast": 3.0}, "32": {"dense": 300.0, "fast": 40.0}}
+    results = {
+        "sparsity": {"target": 0.8, "prunable": 0.8},
+        "dense": {"tasks": {"topic": {"accuracy": 91.5, "f1": 90.0}}, "average": 90.75},
+        "sparse": {"tasks": {"topic": {"accuracy": 89.0, "f1": 90.25}}, "average": 89.625},
+        "speed": {"tokens": 32, "threads": 1, "milliseconds": times, "megabytes": {"dense": 90.0, "fast": 60.0}},
+    }
+    values = analysis(["a", "b"], layers=1, stages=())
+    values["curve"], values["footprint"] = None, []
+    for speed in (results["speed"], {"reason": "why"} | results["speed"] | {"milliseconds": {"1": {"dense": 12.0}}}):
+        parsed = parse(write_report(values, tmp_path, results | {"speed": speed}))
+        metrics, shown = parsed.sections
+        assert metrics.header == ["task", "metric", "dense", "sparse", "difference"]
+        assert metrics.rows[1:] == [
+            ["topic", "accuracy", "91.5", "89.0", "-2.5"],
+            ["topic", "f1", "90.0", "90.2", "0.2"],
+            ["average", "", "90.8", "89.6", "-1.1"],
+        ]
+        assert (
+            "With 80.0 % of the prunable weights pruned, the tasks average 89.6; dense, they average 90.8."
+            in parsed.text
+        )
+        assert shown.header == list(SPEED_HEADER) and [row[1:] for row in shown.rows[1:]] == [
+            ["\N{EN DASH}" if x is None else f"{x:.1f}" for x in row[1:]] for row in speed_rows(speed)
+        ]
+        assert ("fast=True" in parsed.text) == ("reason" not in speed)
+
+
 def test_the_figures_are_there_as_png_and_svg(written):
     values, path, _ = written
     names = {figure.name for figure in figures_of(values)}
@@ -234,6 +263,10 @@ def test_a_comparison_has_its_figure_and_all_rows(tmp_path):
         average = row["mean"]["average"]
         assert numbers(cells[2:]) == pytest.approx([row["sparsity"], 3, average, 0.6, average, average], abs=6e-4)
     assert {file.name for file in (tmp_path / "figures").iterdir()} == {"comparison.png", "comparison.svg"}
+    report["rows"][1]["times_as_fast"] = {"1": 4.0, "32": 5.5}  # an earlier version ran the others
+    (section,) = parse(write_comparison(report, tmp_path)).sections
+    assert section.header[-2:] == ["times as fast, 1 text", "times as fast, 32 texts"]
+    assert [row[-2:] for row in section.rows[1:3]] == [["\N{EN DASH}"] * 2, ["4.000", "5.500"]]
 
 
 @pytest.mark.parametrize("module", ["matplotlib", "jinja2"])
