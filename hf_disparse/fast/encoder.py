@@ -16,6 +16,7 @@ from hf_disparse.fast.families import family_of
 from hf_disparse.fast.linear import WAY_BACK, refuse_gradients
 from hf_disparse.fast.plan import EncoderPlan, Unfit
 
+_WHOLE = (np.int32, np.int64)  # the types of ids that torch takes
 _TOKENS = 512  # per thread, run through all layers before the next ones, so that what lies between stays in the cache
 
 
@@ -82,8 +83,8 @@ class FastForward:
     def hidden(self, **given: Any) -> Tensor:
         """The last hidden state, (batch, tokens, features), 0 where the mask is. Raises Unfit if transformers has to do it."""
         ids, mask, types = (_array(tensor) for tensor in self._takes(**given))
-        if ids is None:
-            raise Unfit("no input_ids")
+        if ids is None or any(a is not None and (a.shape != ids.shape or a.dtype not in _WHOLE) for a in (ids, types)):
+            raise Unfit("input_ids are missing, or ids and types are no whole numbers or have different shapes")
         if self._plan is None:
             self._plan = EncoderPlan(self.encoder, family_of(self.encoder))
         out = self._run(self._plan.ready(), ids, mask, types)
@@ -93,9 +94,12 @@ class FastForward:
         self, struct: structs.Encoder, ids: np.ndarray, mask: np.ndarray | None, types: np.ndarray | None
     ) -> Tensor:
         start, place, target = _tokens(mask, ids.shape)
+        longest = place.max() + 1 if self._plan.family.positions is None else np.diff(start).max()
+        if longest > self.encoder.config.max_position_embeddings:
+            raise Unfit("longer than the tables of rotary or relative positions")
         rows = self._rows(ids, types, target, place)
         output = torch.empty if len(target) == ids.size else torch.zeros
-        out = output(*ids.shape, struct.features)
+        out = output(*ids.shape, struct.features, dtype=torch.float32, device="cpu")
         threads = torch.get_num_threads()
         for first, last in _groups(start, _TOKENS * threads):
             begin, end = start[first], start[last]
@@ -122,7 +126,7 @@ class FastForward:
         rows = []
         for name, size in self._plan.tables:
             if name == "token_type_embeddings":
-                row = np.zeros_like(words) if types is None else np.broadcast_to(types, ids.shape).reshape(-1)[target]
+                row = np.zeros_like(words) if types is None else types.reshape(-1)[target]
             elif name == "position_embeddings" and self._plan.family.positions == "skip padding":
                 padding = self.encoder.embeddings.padding_idx
                 row = padding + (np.cumsum(ids != padding, axis=1) * (ids != padding)).reshape(-1)[target]
@@ -131,8 +135,6 @@ class FastForward:
             if len(row) and not 0 <= row.min() <= row.max() < size:
                 raise Unfit(f"{name}: an index out of range, for which torch has an error")
             rows.append(np.ascontiguousarray(row, dtype=np.int64))
-        if self._plan.family.positions is None and ids.shape[1] > self.encoder.config.max_position_embeddings:
-            raise Unfit("longer than the table of rotary positions")
         return rows
 
 

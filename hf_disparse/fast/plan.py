@@ -46,15 +46,18 @@ class _Source:
 
     def __init__(self) -> None:
         self.slots: list[tuple[dict, str]] = []
+        self.copied: list[tuple[dict, str]] = []  # parameters of which C reads something computed from them
         self.linears: list[FastLinear] = []
 
-    def norm(self, module: nn.Module) -> structs.Norm:
+    def norm(self, module: nn.Module, features: int) -> structs.Norm:
         """What C reads of a LayerNorm or Identity."""
         if isinstance(module, nn.Identity):
             return structs.Norm(None, None, 0)
-        if not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) != 1:
-            raise Unfit(f"{type(module).__name__} is not a LayerNorm")
-        return structs.Norm(self._tensor(module, "weight"), self._tensor(module, "bias"), module.eps)
+        if not isinstance(module, nn.LayerNorm) or module.normalized_shape != (features,) or module.weight is None:
+            raise Unfit(f"{type(module).__name__} is not a LayerNorm with weights")
+        return structs.Norm(
+            self._tensor(module, "weight", features), self._tensor(module, "bias", features), module.eps
+        )
 
     def matrix(self, module: nn.Module) -> structs.Matrix:
         """What C reads of a FastLinear."""
@@ -62,28 +65,33 @@ class _Source:
             raise Unfit(f"{type(module).__name__} is not a Linear")
         self.linears.append(module)
         struct = module.matrix.struct()
-        struct.bias = self._tensor(module, "bias")
+        struct.bias = self._tensor(module, "bias", module.matrix.rows)
         return struct
 
-    def table(self, module: nn.Module) -> int:
+    def table(self, module: nn.Module, size: int) -> int:
         """Where an embedding's rows are."""
         if type(module) is not nn.Embedding or module.max_norm is not None:
             raise Unfit(f"{type(module).__name__} is not a plain Embedding")
-        return self._tensor(module, "weight")
+        return self._tensor(module, "weight", len(module.weight), size)
 
-    def _tensor(self, module: nn.Module, name: str) -> int | None:
+    def _tensor(self, module: nn.Module, name: str, *shape: int) -> int | None:
         self.slots.append((module._parameters, name))
         tensor = module._parameters[name]
         if tensor is not None and (
-            tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous()
+            tensor.dtype != torch.float32
+            or tensor.device.type != "cpu"
+            or not tensor.is_contiguous()
+            or tensor.shape != shape
         ):
-            raise Unfit(f"{type(module).__name__}.{name} is not in float32 on the CPU")
+            raise Unfit(f"{type(module).__name__}.{name} is not {shape} in float32 on the CPU")
         return structs.address(tensor)
 
     def state(self) -> list:
         """Changes if a parameter or matrix is exchanged; new values in the same place need no new structs."""
         tensors = (slot[name] for slot, name in self.slots)
-        return [t if t is None else t.data_ptr() for t in tensors] + [linear.matrix for linear in self.linears]
+        copied = [slot[name].detach().numpy().tobytes() for slot, name in self.copied]
+        pointers = [t if t is None else t.data_ptr() for t in tensors]
+        return [*pointers, *copied, *(linear.matrix for linear in self.linears)]
 
 
 class _Plan:
@@ -126,18 +134,18 @@ class LayerPlan(_Plan):
         heads = project[0].rows * len(project) // 3 // head_size(config)
         made = structs.Layer(heads=heads, projections=len(project), project=(structs.Matrix * 3)(*project), window=-1)
         made.merge, made.up, made.down = (source.matrix(get(name)) for name in (family.merge, family.up, family.down))
-        made.before, made.after = source.norm(get(family.before)), source.norm(get(family.after))
-        made.kept = self._attention(made)
+        made.before, made.after = (source.norm(get(n), config.hidden_size) for n in (family.before, family.after))
+        made.kept = self._attention(made, source)
         return made
 
-    def _attention(self, made: structs.Layer) -> list[Tensor]:
+    def _attention(self, made: structs.Layer, source: _Source) -> list[Tensor]:
         """Rotary positions, local attention and relative positions; returns the tensors that C will read."""
         config, encoder = self.encoder.config, self.encoder
         tensors = []
         if hasattr(encoder, "rotary_emb"):
             kind = self.layer.attention_type
-            places = torch.arange(config.max_position_embeddings).unsqueeze(0)
-            tensors = list(encoder.rotary_emb(torch.zeros(1), places, kind))
+            places = torch.arange(config.max_position_embeddings, device="cpu").unsqueeze(0)
+            tensors = list(encoder.rotary_emb(torch.zeros(1, dtype=torch.float32, device="cpu"), places, kind))
             half = head_size(config) // 2
             tensors = [t[0, :, :half].float().contiguous() for t in tensors]
             made.cosines, made.sines = (structs.address(t) for t in tensors)
@@ -145,6 +153,7 @@ class LayerPlan(_Plan):
                 made.window = config.sliding_window
         stack = getattr(encoder, "encoder", None)
         if hasattr(stack, "relative_attention_bias"):
+            source.copied.append((stack.relative_attention_bias._parameters, "weight"))
             bias = distance_bias(stack, config.max_position_embeddings)
             for hook in self.layer.get_submodule(self.family.project[0].rpartition(".")[0])._forward_pre_hooks.values():
                 bias = bias[hook.places].contiguous()  # the heads that a compact layer still has
@@ -165,8 +174,8 @@ def reach(config: Any) -> int:
 
 def distance_bias(stack: nn.Module, positions: int) -> Tensor:
     """MPNet's relative positions by distance, (heads, 2 * reach + 1), query's place - key's place from -reach on."""
-    distances = torch.arange(-(positions + _LANES), positions + _LANES + 1)
-    buckets = stack.relative_position_bucket(-distances, num_buckets=stack.relative_attention_bias.num_embeddings)
+    distances = torch.arange(-(positions + _LANES), positions + _LANES + 1, device="cpu")
+    buckets = stack.relative_position_bucket(-distances)  # 32 of them, whatever the configuration says
     return stack.relative_attention_bias.weight.detach()[buckets].T.contiguous()
 
 
@@ -205,10 +214,10 @@ class EncoderPlan(_Plan):
             reach=reach(config),
         )
         for i, module in enumerate(modules):
-            made.table[i] = source.table(module)
-        made.embedding_norm = source.norm(encoder.get_submodule(family.embedding_norm))
+            made.table[i] = source.table(module, made.embedding_size)
+        made.embedding_norm = source.norm(encoder.get_submodule(family.embedding_norm), made.embedding_size)
         if family.norm_first:
-            made.last_norm = source.norm(encoder.final_norm)
+            made.last_norm = source.norm(encoder.final_norm, made.features)
         if hasattr(encoder, "embeddings_project"):
             made.projection = ctypes.pointer(source.matrix(encoder.embeddings_project))
         return made
