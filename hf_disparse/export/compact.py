@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 from hf_disparse.config import UserError
 from hf_disparse.export.folder import copy_companions, describe
+from hf_disparse.fast.linear import refuse_sped_up
+from hf_disparse.fast.speed_up import undo_speed_up
 from hf_disparse.files import new_folder
 from hf_disparse.model.adapters import has_adapters
 from hf_disparse.model.architectures import Layout, encoder_layers, find_sites, first_stays, layout_of
@@ -39,6 +41,7 @@ def compact(model: PreTrainedModel, optimizer: Optimizer | None = None) -> dict[
     Raises:
         UserError: the encoder's layers are not known, or the model has adapters or private layers.
     """
+    refuse_sped_up(model, "compact")
     if has_adapters(model):
         raise UserError("compact: a model with PEFT adapters cannot be compacted; compact before adding them")
     if hasattr(model.base_model, PRIVATE):
@@ -95,7 +98,7 @@ def save_compact(
     """
     with new_folder(folder) as target:
         given, source = open_model(model)
-        model = given if source else copy.deepcopy(given)
+        model = given if source else undo_speed_up(copy.deepcopy(given))
         if source:
             copy_companions(source, target)
         counts = compact(model)

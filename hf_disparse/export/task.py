@@ -10,6 +10,7 @@ from hf_disparse.config import UserError
 from hf_disparse.export.card import write_task_card
 from hf_disparse.export.compact import drop_layers
 from hf_disparse.export.folder import copy_companions
+from hf_disparse.fast.speed_up import undo_speed_up
 from hf_disparse.files import new_folder
 from hf_disparse.model.factorise import multiply_out
 from hf_disparse.model.loading import open_model
@@ -49,7 +50,7 @@ def task_model(model: MultitaskModel, task: str) -> PreTrainedModel:
 
 def only_task(model: MultitaskModel, task: str) -> MultitaskModel:
     """Copies the model with this head alone; merges its adapter and its private layers into the encoder."""
-    model = copy.deepcopy(model)
+    model = undo_speed_up(copy.deepcopy(model))
     for other in [name for name in model.heads if name != task]:
         model.remove_task(other)
     if model.adapters:

@@ -20,6 +20,7 @@ from hf_disparse.export.compact import drop_layers, remaining_heads
 from hf_disparse.export.folder import copy_companions
 from hf_disparse.export.measurements import tokens_to_time
 from hf_disparse.export.task import check_task, only_task
+from hf_disparse.fast.speed_up import undo_speed_up
 from hf_disparse.files import new_folder
 from hf_disparse.model.loading import open_model
 from hf_disparse.model.multitask import MultitaskModel, head_config
@@ -58,7 +59,10 @@ def save_onnx(model: PreTrainedModel | str | Path, folder: str | Path, task: str
     elif task is not None:
         raise UserError(f"task: must not be set for a model that has one task, got '{task}'")
     else:
-        plain, config = _Logits(model if source else copy.deepcopy(model), None), copy.deepcopy(model.config)
+        plain, config = (
+            _Logits(model if source else undo_speed_up(copy.deepcopy(model)), None),
+            copy.deepcopy(model.config),
+        )
         config.__dict__.pop("quantization_config", None)  # describes safetensors files; there is none here
     plain = plain.float().cpu().eval()
     with new_folder(folder) as target:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.output_capturing import _active_collector
 
 from hf_disparse.config import UserError
 from hf_disparse.fast import operators, structs
@@ -19,6 +20,8 @@ from hf_disparse.fast.plan import EncoderPlan, Unfit
 _WHOLE = (np.int32, np.int64)  # the types of ids that torch takes
 _TOKENS = 512  # per thread, run through all layers before the next ones, so that what lies between stays in the cache
 
+_ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flex_attention")  # that compute the same
+
 
 class FastForward:
     """Takes the place of an encoder's `forward`. Hidden states of padding are 0; nothing else differs.
@@ -26,16 +29,16 @@ class FastForward:
     Calls that ask for more than the last hidden state go to transformers' forward, on the same sparse matrices.
     """
 
-    def __init__(self, encoder: nn.Module):
-        self.encoder = encoder
+    def __init__(self, encoder: nn.Module, output: type[BaseModelOutput]):
+        self.encoder, self.output = encoder, output
         self._plan: EncoderPlan | None = None
         self.number = operators.enter(self)
 
     def __reduce__(self) -> tuple:  # pointers are this process's, and this object's, own
-        return FastForward, (self.encoder,)
+        return FastForward, (self.encoder, self.output)
 
     def __deepcopy__(self, memo: dict) -> "FastForward":
-        return FastForward(memo.get(id(self.encoder), self.encoder))
+        return FastForward(memo.get(id(self.encoder), self.encoder), self.output)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the encoder's own forward."""
@@ -54,9 +57,9 @@ class FastForward:
             return type(encoder).forward(encoder, **kwargs)
         pooler = getattr(encoder, "pooler", False)
         if pooler is False:
-            return BaseModelOutput(last_hidden_state=hidden)
+            return self.output(last_hidden_state=hidden)
         pooled = None if pooler is None else pooler(hidden)
-        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
+        return self.output(last_hidden_state=hidden, pooler_output=pooled)
 
     def _takes(
         self, input_ids=None, attention_mask=None, token_type_ids=None, **others: Any
@@ -69,6 +72,8 @@ class FastForward:
         }
         if asked.pop("return_dict", config.return_dict) is False or any(value is not False for value in asked.values()):
             raise Unfit(f"more is asked for: {', '.join(asked)}")
+        if getattr(config, "_attn_implementation", None) not in _ATTENTIONS:
+            raise Unfit("attention by a function of the user's")
         return input_ids, attention_mask, token_type_ids
 
     def hidden_or_slow(self, ids: Tensor, mask: Tensor | None, types: Tensor | None) -> Tensor:
@@ -85,6 +90,8 @@ class FastForward:
         ids, mask, types = (_array(tensor) for tensor in self._takes(**given))
         if ids is None or any(a is not None and (a.shape != ids.shape or a.dtype not in _WHOLE) for a in (ids, types)):
             raise Unfit("input_ids are missing, or ids and types are no whole numbers or have different shapes")
+        if _active_collector.get() is not None:
+            raise Unfit("a model around this one records hidden states")
         if self._plan is None:
             self._plan = EncoderPlan(self.encoder, family_of(self.encoder))
         out = self._run(self._plan.ready(), ids, mask, types)
@@ -177,10 +184,7 @@ def _tokens(mask: np.ndarray | None, shape: tuple[int, int]) -> tuple[np.ndarray
     if mask.shape != shape:
         raise Unfit("the mask has another shape")
     there = mask != 0
-    if (
-        np.count_nonzero(there[:, 1:] > there[:, :-1]) + np.count_nonzero(there[:, 0]) != texts
-        or not there.any(1).all()
-    ):
-        raise Unfit("a text with padding inside or without tokens")
+    if not there[:, 0].all() or (there[:, 1:] > there[:, :-1]).any():
+        raise Unfit("a text that begins with padding, whose hidden state heads may read, or has some inside")
     target = np.flatnonzero(there)
     return np.concatenate([[0], np.cumsum(there.sum(1))]), target % length, target

@@ -13,17 +13,34 @@ from hf_disparse.fast.matrix import StoredMatrix
 WAY_BACK = "call hf_disparse.undo_speed_up(model) first"
 
 
-class FastLinear(nn.Module):
+class SpedUp:
+    """Marks the modules that `speed_up` makes."""
+
+
+def is_sped_up(model: nn.Module) -> bool:
+    """Whether `speed_up` has changed this model."""
+    return any(isinstance(module, SpedUp) for module in model.modules())
+
+
+def refuse_sped_up(model: nn.Module, where: str) -> None:
+    """Raises UserError if the model is sped up: what `where` names works on dense matrices."""
+    if is_sped_up(model):
+        raise UserError(f"{where}: the model is sped up; {WAY_BACK}")
+
+
+class FastLinear(nn.Module, SpedUp):
     """Takes the place of an `nn.Linear`, for inference on a CPU in float32; elsewhere it multiplies as a dense matrix.
 
     `weight`, `state_dict` and `load_state_dict` show and take the dense matrix, but only its stored form is held.
     """
 
-    def __init__(self, matrix: StoredMatrix, bias: nn.Parameter | None):
+    def __init__(self, matrix: StoredMatrix, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features, self.matrix = matrix.columns, matrix.rows, matrix
-        self.register_parameter("bias", bias)
+        self.register_parameter("bias", linear.bias)
+        self.trainable = linear.weight.requires_grad  # once it is undone
         self.register_buffer("where", torch.empty(0), persistent=False)  # has the dtype and device of the module
+        self.train(linear.training)
 
     @property
     def weight(self) -> Tensor:
@@ -63,7 +80,7 @@ class FastLinear(nn.Module):
     def undone(self) -> nn.Linear:
         """The Linear module that this one replaced."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.matrix.dense().to(self.where))
+        linear.weight = nn.Parameter(self.matrix.dense().to(self.where), requires_grad=self.trainable)
         linear.bias = self.bias
         return linear.train(self.training)
 

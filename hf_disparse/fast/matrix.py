@@ -102,6 +102,12 @@ class StoredMatrix:
         forms = [cls.whole(weight)] + ([cls.sparse(weight)] if kept < 0.9 else [])
         return min(forms, key=lambda form: form.seconds())
 
+    def __reduce__(self) -> tuple:
+        """What a copy or pickle is made from: of a dense matrix, all in order, because its groups of rows are this CPU's."""
+        if self.is_sparse:
+            return StoredMatrix, ((self.rows, self.columns), self.values, self.places, self.starts)
+        return StoredMatrix.whole, (self.dense(),)
+
     @property
     def is_sparse(self) -> bool:
         """Whether only the non-zeros are stored."""

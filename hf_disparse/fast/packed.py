@@ -9,6 +9,7 @@ from contextvars import ContextVar
 
 from torch import Tensor, nn
 
+from hf_disparse.config import UserError
 from hf_disparse.fast.linear import FastLinear
 from hf_disparse.fast.matrix import StoredMatrix
 
@@ -31,4 +32,10 @@ def take_packed(encoder: nn.Module, weights: dict[str, tuple[Tensor, Tensor]], p
     for name, (values, bitmask) in weights.items():
         module = name.removeprefix(prefix).removesuffix(".weight")
         linear = encoder.get_submodule(module)
-        encoder.set_submodule(module, FastLinear(StoredMatrix.packed(values, bitmask, linear.in_features), linear.bias))
+        try:
+            matrix = StoredMatrix.packed(values, bitmask, linear.in_features)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        if matrix.rows != linear.out_features:
+            raise UserError(f"{name}: expected a bitmask of {linear.out_features} rows, got {matrix.rows}")
+        encoder.set_submodule(module, FastLinear(matrix, linear))

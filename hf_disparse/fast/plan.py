@@ -9,12 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from hf_disparse.fast import structs
 from hf_disparse.fast.families import Family, activation_of
 from hf_disparse.fast.linear import FastLinear
 
 _LANES = 64  # as in fast.h
+    "private",
+    "pooler",
+}  # children of an encoder that come and go: own layers of tasks, and what follows the encoder
 
 
 class Unfit(Exception):
@@ -37,8 +41,13 @@ class Watch:
         for module in self.modules:
             if module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__:
                 hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-                if "forward" in module.__dict__ or not all(hasattr(hook, "fast_path") for hook in hooks):
+                if "forward" in module.__dict__ or not all(_is_known(hook) for hook in hooks):
                     raise Unfit(f"{type(module).__name__} has hooks or another forward")
+
+
+def _is_known(hook: Any) -> bool:
+    """Whether the fused path does what this hook does, or transformers has left it behind, to record outputs when asked."""
+    return hasattr(hook, "fast_path") or getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
 class _Source:
@@ -89,8 +98,8 @@ class _Source:
     def state(self) -> list:
         """Changes if a parameter or matrix is exchanged; new values in the same place need no new structs."""
         tensors = (slot[name] for slot, name in self.slots)
-        copied = [slot[name].detach().numpy().tobytes() for slot, name in self.copied]
-        pointers = [t if t is None else t.data_ptr() for t in tensors]
+        copied = [slot[name].detach().cpu().float().numpy().tobytes() for slot, name in self.copied]
+        pointers = [t if t is None else (t.data_ptr(), t.dtype) for t in tensors]
         return [*pointers, *copied, *(linear.matrix for linear in self.linears)]
 
 
@@ -227,6 +236,8 @@ class EncoderPlan(_Plan):
         self.watch.check()
         if any(self.encoder._modules.get(name) is not module for name, module in self.parts):
             raise Unfit("a module of the encoder was replaced")
+        if _global_forward_hooks or _global_forward_pre_hooks:
+            raise Unfit("hooks act on all modules")
         made, running = structs.Encoder.from_buffer_copy(self.struct()), []
         for layer in self.encoder.get_submodule(self.family.layers):
             if layer not in self.layers:

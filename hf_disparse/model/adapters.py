@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from hf_disparse.config import UserError, one_line
+from hf_disparse.fast.linear import refuse_sped_up
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -64,6 +65,7 @@ class TaskAdapters:
         from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
         self._check_free(task)
+        refuse_sped_up(self, "add_adapter")
         taken = {part for name in self.encoder.state_dict() for part in name.split(".")}
         if task in taken or task.startswith(PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "base_layer")):
             raise UserError(

@@ -22,7 +22,7 @@ class MultitaskPipeline(Pipeline):
     Args:
         model: a MultitaskModel.
         tokenizer: its tokenizer.
-        fast: runs the model several times as fast if it has many zeros, see `speed_up`.
+        fast: runs the model several times as fast if it has many zeros, see `speed_up`; on the CPU unless `device` says otherwise.
         kwargs: passed on to `transformers.Pipeline`, such as `device`.
     """
 
@@ -36,6 +36,8 @@ class MultitaskPipeline(Pipeline):
             )
         if tokenizer is None:
             raise UserError("tokenizer: the model's tokenizer is required")
+        if fast and kwargs.get("device") is None:  # transformers would take a GPU if there is one
+            kwargs["device"] = model.device
         self._tasks = model.tasks  # kept, because the property builds and checks its configs on every access
         super().__init__(model=model.eval(), tokenizer=tokenizer, **kwargs)
         if fast:
@@ -45,8 +47,8 @@ class MultitaskPipeline(Pipeline):
     def from_pretrained(cls, name_or_path: str, dtype: Any = "auto", **kwargs: Any) -> "MultitaskPipeline":
         """Loads model and tokenizer from a folder or the Hub; `kwargs` may also hold `revision`, `token` and the like."""
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
-        if kwargs.get("fast") and torch.device(kwargs.get("device") or "cpu").type == "cpu":
-            model = load_fast(name_or_path, MultitaskModel, **hub)
+        if kwargs.get("fast") and str(kwargs.get("device")) in ("None", "-1", "cpu"):
+            model = load_fast(name_or_path, MultitaskModel, dtype=dtype, **hub)
         else:
             model = MultitaskModel.from_pretrained(name_or_path, dtype=dtype, **hub)
         return cls(model, AutoTokenizer.from_pretrained(name_or_path, **hub), **kwargs)

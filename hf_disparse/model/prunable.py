@@ -7,6 +7,7 @@ import regex
 from torch import nn
 
 from hf_disparse.config import PruningConfig, UserError
+from hf_disparse.fast.linear import refuse_sped_up
 from hf_disparse.model.adapters import has_adapters
 from hf_disparse.model.architectures import encoder_layers, find_sites
 from hf_disparse.model.low_rank import low_rank_modules
@@ -28,6 +29,7 @@ def prunable_parameters(model: nn.Module, config: PruningConfig | None = None) -
     Raises:
         UserError: nothing matches.
     """
+    refuse_sped_up(model, "pruning")
     if has_adapters(model):
         raise UserError("pruning: expected a model without adapters, got one with PEFT's; prune before adding them")
     encoder = model.base_model
