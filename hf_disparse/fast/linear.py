@@ -34,13 +34,12 @@ class FastLinear(nn.Module, SpedUp):
     `weight`, `state_dict` and `load_state_dict` show and take the dense matrix, but only its stored form is held.
     """
 
-    def __init__(self, matrix: StoredMatrix, linear: nn.Linear):
+    def __init__(self, matrix: StoredMatrix, bias: nn.Parameter | None, trainable: bool = True):
         super().__init__()
         self.in_features, self.out_features, self.matrix = matrix.columns, matrix.rows, matrix
-        self.register_parameter("bias", linear.bias)
-        self.trainable = linear.weight.requires_grad  # once it is undone
+        self.register_parameter("bias", bias)
+        self.trainable = trainable  # once it is undone
         self.register_buffer("where", torch.empty(0), persistent=False)  # has the dtype and device of the module
-        self.train(linear.training)
 
     @property
     def weight(self) -> Tensor:

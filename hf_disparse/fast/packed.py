@@ -38,4 +38,4 @@ def take_packed(encoder: nn.Module, weights: dict[str, tuple[Tensor, Tensor]], p
             raise UserError(f"{name}: {error}") from None
         if matrix.rows != linear.out_features:
             raise UserError(f"{name}: expected a bitmask of {linear.out_features} rows, got {matrix.rows}")
-        encoder.set_submodule(module, FastLinear(matrix, linear))
+        encoder.set_submodule(module, FastLinear(matrix, linear.bias, linear.weight.requires_grad))

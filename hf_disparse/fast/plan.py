@@ -16,9 +16,6 @@ from hf_disparse.fast.families import Family, activation_of
 from hf_disparse.fast.linear import FastLinear
 
 _LANES = 64  # as in fast.h
-    "private",
-    "pooler",
-}  # children of an encoder that come and go: own layers of tasks, and what follows the encoder
 
 
 class Unfit(Exception):

@@ -129,7 +129,9 @@ def _store(encoder: nn.Module) -> None:
         if id(linear) in poolers or not _is_plain(linear):
             return linear
         matrix = StoredMatrix.fastest(linear.weight)
-        return FastLinear(matrix, linear) if known or matrix.is_sparse else linear
+        if not known and not matrix.is_sparse:
+            return linear
+        return FastLinear(matrix, linear.bias, linear.weight.requires_grad).eval()
 
     _replace(encoder, nn.Linear, stored)
 
