@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.output_capturing import _active_collector
 
 from hf_disparse.config import UserError
@@ -29,7 +29,7 @@ class FastForward:
     Calls that ask for more than the last hidden state go to transformers' forward, on the same sparse matrices.
     """
 
-    def __init__(self, encoder: nn.Module, output: type[BaseModelOutput]):
+    def __init__(self, encoder: nn.Module, output: type = BaseModelOutputWithPooling):
         self.encoder, self.output = encoder, output
         self._plan: EncoderPlan | None = None
         self.number = operators.enter(self)
