@@ -22,7 +22,7 @@ from hf_disparse.model.prunable import prunable_parameters
 from hf_disparse.model.sparsity import sparsity_report
 
 TOKENS = 64
-_TEXTS, _ROUNDS, _SECONDS = (1, 32), 7, 0.75  # batch sizes, and the most passes and seconds for each
+_TEXTS, _ROUNDS, _SECONDS = (1, 32), 15, 0.75  # batch sizes, and the most passes and seconds for each
 _TOO_LONG = 20.0  # seconds: a batch that takes longer is left out
 _FORMS = {
     "packed": "packed: non-zeros and one bit per weight",

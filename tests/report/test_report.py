@@ -163,6 +163,10 @@ def test_the_results_of_the_run_are_on_top(tmp_path):
             ["\N{EN DASH}" if x is None else f"{x:.1f}" for x in row[1:]] for row in speed_rows(speed)
         ]
         assert ("fast=True" in parsed.text) == ("reason" not in speed)
+    del results["speed"]  # an earlier version did not measure it
+    assert [section.title for section in parse(write_report(values, tmp_path, results)).sections] == [
+        "Dense and sparse"
+    ]
 
 
 def test_the_figures_are_there_as_png_and_svg(written):

@@ -11,6 +11,7 @@ from hf_disparse import PruningConfig, apply_masks, decide, score
 from hf_disparse.analysis import agreement, footprint, knee, watershed
 from hf_disparse.model.prunable import prunable_parameters
 from hf_disparse.recipes.recipe import read_recipe
+from hf_disparse.report.write import missing_libraries
 from hf_disparse.runs import train as run
 from hf_disparse.tasks.averages import average
 from tests.helpers.commands import hf_disparse, refused, snapshot, write_recipe
@@ -41,6 +42,9 @@ def analyzed(finished, tmp_path_factory) -> tuple[dict, str, Path]:
     status, out, err = hf_disparse("analyze", finished[0], *words)
     assert status == 0, err
     assert snapshot(finished[0]) == before
+    if not missing_libraries():
+        page = (target / "report.html").read_text()
+        assert page.index("Dense and sparse") < page.index("Speed on a CPU") < page.index("Where tasks agree")
     return json.loads((target / "analysis.json").read_text()), out, target
 
 
