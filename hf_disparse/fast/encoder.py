@@ -52,7 +52,7 @@ class FastForward:
             if torch.compiler.is_compiling():
                 hidden = operators.encode(*self._takes(**given), self.number)
             else:
-                hidden = self.hidden(**given)
+                hidden = self._hidden_for_heads(**given)
         except Unfit:
             return type(encoder).forward(encoder, **kwargs)
         pooler = getattr(encoder, "pooler", False)
@@ -81,9 +81,16 @@ class FastForward:
         given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
         given = {name: value for name, value in given.items() if value is not None}
         try:
-            return self.hidden(**given)
+            return self._hidden_for_heads(**given)
         except Unfit:
             return type(self.encoder).forward(self.encoder, **given)[0]
+
+    def _hidden_for_heads(self, **given: Any) -> Tensor:
+        """The same as `hidden`, but heads read the first hidden state, also where it is padding's. Raises Unfit."""
+        mask = given.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.numel() and not mask[:, 0].all():
+            raise Unfit("a text begins with padding")
+        return self.hidden(**given)
 
     def hidden(self, **given: Any) -> Tensor:
         """The last hidden state, (batch, tokens, features), 0 where the mask is. Raises Unfit if transformers has to do it."""
@@ -184,7 +191,10 @@ def _tokens(mask: np.ndarray | None, shape: tuple[int, int]) -> tuple[np.ndarray
     if mask.shape != shape:
         raise Unfit("the mask has another shape")
     there = mask != 0
-    if not there[:, 0].all() or (there[:, 1:] > there[:, :-1]).any():
-        raise Unfit("a text that begins with padding, whose hidden state heads may read, or has some inside")
+    if (
+        np.count_nonzero(there[:, 1:] > there[:, :-1]) + np.count_nonzero(there[:, 0]) != texts
+        or not there.any(1).all()
+    ):
+        raise Unfit("a text with padding inside or without tokens")
     target = np.flatnonzero(there)
     return np.concatenate([[0], np.cumsum(there.sum(1))]), target % length, target

@@ -155,7 +155,8 @@ def check(seed: int) -> None:
         assert torch.equal(hidden(model, **alone), got[i : i + 1])
     order = torch.from_numpy(rng.permutation(len(lengths)))
     assert torch.equal(hidden(model, 2, **{name: tensor[order] for name, tensor in given.items()}), got[order])
-    assert torch.equal(model(**given).last_hidden_state, got)
+    if there[:, 0].all():  # otherwise a head could read a hidden state of padding, so transformers computes it
+        assert torch.equal(model(**given).last_hidden_state, got)
 
 
 @pytest.mark.parametrize("seed", range(16))
