@@ -72,13 +72,13 @@ INLINE void score_keys(const Attention *a, const float *keys, int64_t stride, co
   for (int64_t d = 0; d < a->size; d++, keys += stride, queries += width)
     for (int v = 0; v < vectors; v++) {
       vec q = load(queries + v * WIDTH);
-      for (int k = 0; k < many; k++) sums[k][v] += all(keys[k]) * q;
+      for (int k = 0; k < many; k++) sums[k][v] = fused(all(keys[k]), q, sums[k][v]);
     }
   for (int k = 0; k < many; k++)
     for (int v = 0; v < vectors; v++) {
       int64_t d = distance - k + v * WIDTH; /* from this key to the query of the first lane */
       vec s = sums[k][v] * all(a->scale);
-      if (a->bias) s += load(a->bias + d);
+      if (a->bias) s = fused(sums[k][v], all(a->scale), load(a->bias + d));
       if (a->window >= 0) {
         ivec away = lanes_from(d);
         s = pick((away > (int)a->window) | (away < -(int)a->window), all(-3e38f), s);
@@ -94,7 +94,7 @@ INLINE void add_values(const float *values, int64_t stride, int64_t keys, const 
   for (int64_t k = 0; k < keys; k++, p += vectors * WIDTH)
     for (int v = 0; v < vectors; v++) {
       vec weight = load(p + v * WIDTH);
-      for (int d = 0; d < many; d++) sums[d][v] += all(values[d * stride + k]) * weight;
+      for (int d = 0; d < many; d++) sums[d][v] = fused(all(values[d * stride + k]), weight, sums[d][v]);
     }
 }
 

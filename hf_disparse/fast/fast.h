@@ -8,6 +8,9 @@
 
 #include <stdint.h>
 #include <string.h>
+#ifdef __FMA__
+#include <immintrin.h>
+#endif
 
 #ifdef __AVX512F__
 #define WIDTH 16 /* floats in a vector */
@@ -33,6 +36,18 @@ INLINE vec load(const float *p) { return *(const vec *)p; }
 INLINE void store(float *p, vec x) { *(vec *)p = x; }
 /* Lane by lane, a where the mask is -1, b where it is 0. */
 INLINE vec pick(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
+
+/* a * b + c, rounded once. On AMD, gcc would split some sums in loops with few of them, so that a text's numbers
+ * depended on the width of its tile, hence on its neighbours and the number of threads. */
+INLINE vec fused(vec a, vec b, vec c) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
 
 /* The part of 0..n that worker `me` of `workers` does, in multiples of `step`. */
 INLINE void part(int64_t n, int64_t step, int me, int workers, int64_t *first, int64_t *last) {

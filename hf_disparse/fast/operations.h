@@ -9,15 +9,15 @@ INLINE vec exponential(vec x) {
   x = pick(x < all(-87), all(-87), x);
   x = pick(x > all(88), all(88), x);
   const float shift = 12582912; /* 1.5 * 2^23: adding it rounds to a whole number in the lowest bits */
-  vec shifted = x * all(1.44269504f) + all(shift), n = shifted - all(shift);
-  vec r = x - n * all(0.693145752f) - n * all(1.42860677e-6f);
+  vec shifted = fused(x, all(1.44269504f), all(shift)), n = shifted - all(shift);
+  vec r = fused(n, all(-1.42860677e-6f), fused(n, all(-0.693145752f), x));
   vec p = all(1.0f / 720);
-  p = p * r + all(1.0f / 120);
-  p = p * r + all(1.0f / 24);
-  p = p * r + all(1.0f / 6);
-  p = p * r + all(0.5f);
-  p = p * r + all(1);
-  p = p * r + all(1);
+  p = fused(p, r, all(1.0f / 120));
+  p = fused(p, r, all(1.0f / 24));
+  p = fused(p, r, all(1.0f / 6));
+  p = fused(p, r, all(0.5f));
+  p = fused(p, r, all(1));
+  p = fused(p, r, all(1));
   ivec exponent = (ivec)shifted - (ivec)all(shift);
   return (vec)((ivec)p + (exponent << 23));
 }
@@ -78,14 +78,14 @@ INLINE void norm_vectors(float *x, const float *y, float *out, const Norm *norm,
   for (int64_t f = 0; f < features; f++)
     for (int v = 0; v < vectors; v++) {
       vec off = load(x + f * width + v * WIDTH) - mean[v];
-      scale[v] += off * off;
+      scale[v] = fused(off, off, scale[v]);
     }
   for (int v = 0; v < vectors; v++)
     for (int lane = 0; lane < WIDTH; lane++) scale[v][lane] = 1 / __builtin_sqrtf(scale[v][lane] / features + norm->epsilon);
   for (int64_t f = 0; f < features; f++)
     for (int v = 0; v < vectors; v++) {
-      vec value = (load(x + f * width + v * WIDTH) - mean[v]) * scale[v] * all(norm->weight[f]);
-      store(out + f * width + v * WIDTH, value + all(norm->bias ? norm->bias[f] : 0));
+      vec value = (load(x + f * width + v * WIDTH) - mean[v]) * scale[v];
+      store(out + f * width + v * WIDTH, fused(value, all(norm->weight[f]), all(norm->bias ? norm->bias[f] : 0)));
     }
 }
 

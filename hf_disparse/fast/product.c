@@ -11,7 +11,7 @@ const int row_group = GROUP; /* for those who store dense matrices */
   {                                                                              \
     vec w = all(weight);                                                         \
     const float *from = x + (size_t)(place) * (vectors * WIDTH);                 \
-    for (int v = 0; v < vectors; v++) sums[v] += w * load(from + v * WIDTH);     \
+    for (int v = 0; v < vectors; v++) sums[v] = fused(w, load(from + v * WIDTH), sums[v]); \
   }
 
 /* The loop is bound by loads: of x, of the weight, of its place. Four places come in one load, and steps of four without a rest
@@ -51,7 +51,7 @@ INLINE void dense_group(const float *value, int64_t columns, const float *x, flo
   for (int64_t c = 0; c < columns; c++, x += width, value += GROUP)
     for (int v = 0; v < vectors; v++) {
       vec in = load(x + v * WIDTH);
-      for (int r = 0; r < GROUP; r++) sums[r][v] += all(value[r]) * in;
+      for (int r = 0; r < GROUP; r++) sums[r][v] = fused(all(value[r]), in, sums[r][v]);
     }
   for (int r = 0; r < GROUP && r < rows; r++)
     for (int v = 0; v < vectors; v++) store(y + r * width + v * WIDTH, sums[r][v]);
