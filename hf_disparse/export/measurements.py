@@ -80,7 +80,7 @@ def _sped_up(encoder: nn.Module) -> tuple[nn.Module, str]:
         warnings.simplefilter("always")
         try:
             speed_up(encoder)
-        except UserError as error:
+        except (UserError, MemoryError, RuntimeError) as error:  # torch raises RuntimeError where memory is short
             return encoder, one_line(error).removeprefix("speed_up: ")
     if is_sped_up(encoder):
         return encoder, ""

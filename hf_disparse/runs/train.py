@@ -89,6 +89,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
 def _finish(recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerBase, results: dict[str, Any]) -> None:
     """Measures the sparse model's speed; writes model, tokenizer and card to the run's folder, and last `results.json`, which marks it finished."""
     model = load_model(folder / "sparse")
+    say("speed of the sparse model")
     results["speed"] = measure_speed(model, recipe.model.max_length)
     with writing(folder):
         model.save_pretrained(folder)
