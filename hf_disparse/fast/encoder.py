@@ -88,7 +88,8 @@ class FastForward:
     def _hidden_for_heads(self, **given: Any) -> Tensor:
         """The same as `hidden`, but heads read the first hidden state, also where it is padding's. Raises Unfit."""
         mask = given.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.numel() and not mask[:, 0].all():
+        is_matrix = isinstance(mask, Tensor) and mask.ndim == 2 and mask.device.type == "cpu"
+        if is_matrix and mask.numel() and not mask[:, 0].all():
             raise Unfit("a text begins with padding")
         return self.hidden(**given)
 

@@ -1,5 +1,6 @@
 """A Linear module whose matrix is stored for speed."""
 
+import re
 from typing import Any
 
 import torch
@@ -10,6 +11,10 @@ from hf_disparse.config import UserError
 from hf_disparse.fast import operators
 from hf_disparse.fast.matrix import StoredMatrix
 
+# Names of functions that change their first argument: `add_`, `__iadd__`, `__setitem__`, and `__set__` of `tensor.data = ...`.
+_CHANGES = re.compile(
+    r"(?!__)\w+(?<!_)_|__i(?:add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)__|__set(?:item)?__"
+)
 WAY_BACK = "call hf_disparse.undo_speed_up(model) first"
 
 
@@ -28,6 +33,21 @@ def refuse_sped_up(model: nn.Module, where: str) -> None:
         raise UserError(f"{where}: the model is sped up; {WAY_BACK}")
 
 
+class ReadOnly(Tensor):
+    """A copy of a sped-up matrix. Changes of it would be lost, so they are refused; its `clone()` is an ordinary tensor."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        name, kwargs = getattr(function, "__name__", ""), kwargs or {}
+        if (_CHANGES.fullmatch(name) and isinstance(args[0], cls)) or isinstance(kwargs.get("out"), cls):
+            raise UserError(f"weight: a sped-up matrix cannot be changed; {WAY_BACK}")
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*args, **kwargs)
+            own = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, cls)}
+            is_view = isinstance(result, Tensor) and result.untyped_storage().data_ptr() in own
+            return result.as_subclass(cls) if is_view else result
+
+
 class FastLinear(nn.Module, SpedUp):
     """Takes the place of an `nn.Linear`, for inference on a CPU in float32; elsewhere it multiplies as a dense matrix.
 
@@ -39,13 +59,17 @@ class FastLinear(nn.Module, SpedUp):
         self.in_features, self.out_features, self.matrix = matrix.columns, matrix.rows, matrix
         self.register_parameter("bias", bias)
         self.trainable = trainable  # once it is undone
+        self._number = operators.enter(self)  # for the operators
         self.register_buffer("where", torch.empty(0), persistent=False)  # has the dtype and device of the module
 
     @property
     def weight(self) -> Tensor:
-        """A copy of the matrix, (out, in), whose changes would have no effect: torch refuses them."""
-        with torch.inference_mode():
-            return self.matrix.dense().to(self.where)
+        """A read-only copy of the matrix, (out, in)."""
+        return self.dense().as_subclass(ReadOnly)
+
+    def dense(self) -> Tensor:
+        """The matrix, (out, in), in the dtype and on the device of the module."""
+        return self.matrix.dense().to(self.where)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -57,29 +81,23 @@ class FastLinear(nn.Module, SpedUp):
         if self.training and torch.is_grad_enabled():
             raise UserError(f"a sped-up model cannot be trained; {WAY_BACK}")
         if inputs.device.type != "cpu" or inputs.dtype != torch.float32 or self.where.dtype != torch.float32:
-            return functional.linear(inputs, self.weight.clone(), self.bias)
+            return functional.linear(inputs, self.dense(), self.bias)
         if torch.compiler.is_compiling():
-            return operators.multiply(inputs, self.number)
+            return operators.multiply(inputs, self._number)
         return refuse_gradients(self.product(inputs), inputs if inputs.requires_grad else self.bias)
 
     def product(self, inputs: Tensor) -> Tensor:
         """The product by the C library, without gradients."""
         return self.matrix.multiply(inputs, self.bias)
 
-    @property
-    def number(self) -> int:
-        """The module's number for the operators; a copy has another one."""
-        if "_number" not in self.__dict__:
-            self._number = operators.enter(self)
-        return self._number
-
-    def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key != "_number"}
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._number = operators.enter(self)  # a copy has another one
 
     def undone(self) -> nn.Linear:
         """The Linear module that this one replaced."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.matrix.dense().to(self.where), requires_grad=self.trainable)
+        linear.weight = nn.Parameter(self.dense(), requires_grad=self.trainable)
         linear.bias = self.bias
         return linear.train(self.training)
 
@@ -89,7 +107,7 @@ class FastLinear(nn.Module, SpedUp):
         return f"in_features={self.in_features}, out_features={self.out_features}, {form}"
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = self.matrix.dense().to(self.where)
+        destination[prefix + "weight"] = self.dense()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(

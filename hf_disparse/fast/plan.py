@@ -82,6 +82,8 @@ class _Source:
 
     def _tensor(self, module: nn.Module, name: str, *shape: int) -> int | None:
         self.slots.append((module._parameters, name))
+        if name not in module._parameters:
+            raise Unfit(f"{type(module).__name__}.{name} is computed")
         tensor = module._parameters[name]
         if tensor is not None and (
             tensor.dtype != torch.float32
@@ -94,7 +96,7 @@ class _Source:
 
     def state(self) -> list:
         """Changes if a parameter or matrix is exchanged; new values in the same place need no new structs."""
-        tensors = (slot[name] for slot, name in self.slots)
+        tensors = (slot.get(name) for slot, name in self.slots)  # a parametrization takes a parameter away
         copied = [slot[name].detach().cpu().float().numpy().tobytes() for slot, name in self.copied]
         pointers = [t if t is None else (t.data_ptr(), t.dtype) for t in tensors]
         return [*pointers, *copied, *(linear.matrix for linear in self.linears)]

@@ -1,0 +1,303 @@
+"""What can be done to a sped-up model: saved, copied, moved, compiled, changed; it obeys or refuses in one line."""
+
+import copy
+import os
+import pickle
+import threading
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+
+from hf_disparse import (
+    DisparseTrainer,
+    MultitaskModel,
+    PruningConfig,
+    UserError,
+    compact,
+    factorise,
+    prunable_parameters,
+    save_compact,
+    save_onnx,
+    save_packed,
+    save_tasks,
+    speed_up,
+    task_model,
+    undo_speed_up,
+)
+from tests.helpers.compacting import BATCH
+from tests.helpers.processes import child, messages
+from tests.helpers.speeding import (
+    MODULE,
+    assert_same_bits,
+    bits,
+    fast_and_slow,
+    fast_linears,
+    gains,  # noqa: F401
+    is_fused,
+    near,
+    outputs,
+    sparse_model,
+)
+from tests.helpers.tiny import three_datasets
+from tests.helpers.training import arguments
+
+pytestmark = pytest.mark.usefixtures("gains")
+SOME = pytest.mark.parametrize("model_type", ["bert", "mpnet", "deberta-v2"])
+
+
+@pytest.fixture
+def pair():
+    """A sped-up model and the same one as it was."""
+    return speed_up(sparse_model()), sparse_model()
+
+
+def one_line(refused) -> str:
+    assert len(str(refused.value).splitlines()) == 1
+    return str(refused.value)
+
+
+# Saved
+
+
+@SOME
+def test_what_is_saved_is_the_dense_model(model_type, tmp_path):
+    model, before = fast_and_slow(sparse_model(model_type))
+    plain = sparse_model(model_type)
+    model.save_pretrained(tmp_path / "saved")
+    save_packed(model, tmp_path / "packed")
+    for folder in ("saved", "packed"):
+        loaded = MultitaskModel.from_pretrained(tmp_path / folder)
+        assert_same_bits(bits(loaded), bits(plain))
+    assert fast_linears(model)
+    near(outputs(model), before)
+
+
+def test_exports_work_on_a_copy(pair, tmp_path):
+    model, plain = pair
+    model.skip_layers([1])
+    plain.skip_layers([1])
+    save_compact(model, tmp_path / "compact")
+    near(outputs(MultitaskModel.from_pretrained(tmp_path / "compact")), outputs(plain))
+    [folder] = save_tasks(model, tmp_path / "task", "two")
+    with torch.no_grad():
+        near(
+            AutoModelForSequenceClassification.from_pretrained(folder)(**BATCH).logits,
+            plain(**BATCH, task="two").logits,
+        )
+    assert not fast_linears(task_model(model, "two"))
+    assert fast_linears(model)
+
+
+@pytest.mark.slow
+def test_onnx(pair, tmp_path):
+    pytest.importorskip("onnxscript", reason="pip install 'hf_disparse[onnx]'")
+    assert save_onnx(pair[0], tmp_path / "onnx", "two")["difference"] < 1e-4
+    alone = speed_up(task_model(pair[1], "two"))
+    assert save_onnx(alone, tmp_path / "alone")["difference"] < 1e-4
+    assert fast_linears(alone)
+
+
+def test_other_weights_can_be_loaded_into_it(pair):
+    model, _ = pair
+    other = sparse_model()
+    for parameter in other.encoder.parameters():
+        parameter.data.mul_(1.1)
+    expected = outputs(other)
+    assert model.load_state_dict(other.state_dict()).missing_keys == []
+    assert is_fused(model.encoder)
+    near(outputs(model), expected)
+    with pytest.raises(RuntimeError, match=r"weight: expected \(16, 32\)"):
+        model.encoder.encoder.layer[0].output.dense.load_state_dict(
+            {"weight": torch.zeros(3, 3), "bias": torch.zeros(16)}
+        )
+    with pytest.raises(RuntimeError, match=r"Missing key.*query\.weight"):
+        model.load_state_dict({k: v for k, v in other.state_dict().items() if "query.weight" not in k})
+
+
+# Copied
+
+
+@SOME
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies_are_fast_and_of_their_own(model_type, again):
+    model, before = fast_and_slow(sparse_model(model_type))
+    model.skip_layers([1])
+    skipped = outputs(model)
+    model.skip_layers([])
+    other = again(model)
+    assert fast_linears(other) == fast_linears(model) and is_fused(other.encoder) == is_fused(model.encoder)
+    near(outputs(other), before)
+    model.skip_layers([1])
+    for parameter in model.parameters():
+        parameter.data.mul_(2)
+    undo_speed_up(model)
+    near(outputs(other), before)
+    other.skip_layers([1])
+    near(outputs(other), skipped)
+
+
+class Answers(torch.utils.data.Dataset):
+    """Logits computed in the worker that asks for a row."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        torch.set_num_threads(1)
+        return outputs(self.model)
+
+
+@pytest.mark.parametrize("context", ["fork", "forkserver"])
+def test_in_the_workers_of_a_data_loader(pair, context):
+    model, plain = pair
+    for answer in DataLoader(
+        Answers(model), num_workers=1, batch_size=None, multiprocessing_context=context, timeout=120
+    ):
+        near(answer, outputs(plain))
+
+
+def test_after_a_fork():
+    """torch's own OpenMP hangs in a child that has more than one thread, so the child asks for one."""
+    with child(answers_in_fork) as (_, connection):
+        assert list(messages(connection)) == [True]
+
+
+def answers_in_fork(report) -> None:
+    seconds = iter([[3.0], [1.0]])
+    MODULE._seconds = lambda model: next(seconds)
+    model = speed_up(sparse_model())
+    torch.set_num_threads(2)
+    expected = outputs(model)
+    process = os.fork()
+    if not process:
+        torch.set_num_threads(1)
+        os._exit(0 if torch.allclose(outputs(model), expected, atol=1e-5) else 1)
+    report.send(os.waitpid(process, 0)[1] == 0)
+
+
+def test_threads_call_at_once(pair):
+    model, plain = pair
+    expected, wrong = outputs(plain), []
+
+    def work():
+        for _ in range(20):
+            if not torch.allclose(outputs(model), expected, atol=1e-4):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# Moved
+
+
+@SOME
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_another_precision(model_type, dtype):
+    model, plain = speed_up(sparse_model(model_type)), sparse_model(model_type)
+    before = outputs(model)
+    with torch.no_grad():
+        got, expected = outputs(model.to(dtype)), outputs(plain.to(dtype))
+    assert got.dtype == dtype and torch.allclose(got, expected, atol=0.05 if dtype != torch.float64 else 1e-5)
+    assert all(t.dtype == dtype for t in model.state_dict().values() if t.is_floating_point())
+    assert not is_fused(model.encoder)
+    if dtype == torch.float64:
+        near(outputs(model.float()), before)
+        assert is_fused(model.encoder) == (model_type != "deberta-v2")
+    assert_same_bits(bits(undo_speed_up(model)), bits(plain.float() if dtype == torch.float64 else plain))
+
+
+def test_on_another_device(pair):
+    model, _ = pair
+    ids = BATCH["input_ids"].to("meta")  # transformers' masks need the values
+    assert model.to("meta")(ids, task="two").logits.shape == (2, 2)
+
+
+# Compiled
+
+
+@SOME
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_compiled(model_type, fullgraph):
+    model, before = fast_and_slow(sparse_model(model_type))
+    torch.compiler.reset()  # forget earlier models
+    compiled = torch.compile(model, fullgraph=fullgraph, backend="aot_eager", dynamic=model_type == "bert")
+    with torch.no_grad():
+        got = torch.cat([compiled(**BATCH, task=task).logits.flatten() for task in model.tasks])
+        near(got, before)
+        short = {name: tensor[:1, :4] for name, tensor in BATCH.items()}
+        near(compiled(**short, task="two").logits, model(**short, task="two").logits)
+        left = {name: tensor.flip(1) for name, tensor in BATCH.items()}
+        near(compiled(**left, task="two").logits, model(**left, task="two").logits)
+
+
+def test_exported():
+    model = speed_up(task_model(sparse_model(), "two")).eval()
+    rows = {0: torch.export.Dim("texts", min=1, max=64), 1: torch.export.Dim("tokens", min=2, max=60)}
+    with torch.no_grad():
+        program = torch.export.export(model, (), BATCH, dynamic_shapes={name: rows for name in BATCH})
+        near(program.module()(**BATCH).logits, model(**BATCH).logits)
+        longer = {name: tensor.repeat(2, 3) for name, tensor in BATCH.items()}
+        near(program.module()(**longer).logits, model(**longer).logits)
+    assert any("hf_disparse.encode" in str(node.target) for node in program.graph.nodes)
+
+
+# Trained
+
+
+def test_training_is_refused_with_the_way_back(pair, tmp_path):
+    model, plain = pair
+    labels = torch.tensor([0, 1])
+    model.train()
+    with pytest.raises(UserError, match=r"cannot be trained.*undo_speed_up") as refused:
+        model(**BATCH, task="two", labels=labels)
+    one_line(refused)
+    model.eval()
+    with pytest.raises(UserError, match=r"no gradients.*undo_speed_up") as refused:
+        model(**BATCH, task="two", labels=labels).loss.backward()
+    one_line(refused)
+    with pytest.raises(UserError, match=r"no gradients.*undo_speed_up"):
+        model(**BATCH, task="two", labels=labels, output_hidden_states=True).loss.backward()
+    model.encoder.requires_grad_(False)
+    model(**BATCH, task="two", labels=labels).loss.backward()  # of the head alone
+    assert model.heads["two"].classifier.weight.grad.abs().max() > 0
+    undo_speed_up(model).encoder.requires_grad_(True)
+    near(outputs(model), outputs(plain))
+
+
+def test_trainers_refuse_it_in_one_line(pair, tmp_path):
+    model, _ = pair
+    with pytest.raises(UserError, match=r"the model is sped up.*undo_speed_up") as refused:
+        DisparseTrainer(
+            model, arguments(tmp_path), train_dataset=three_datasets(), pruning_config=PruningConfig(sparsity=0.5)
+        ).train()
+    one_line(refused)
+    alone = speed_up(task_model(sparse_model(), "two"))
+    rows = (
+        three_datasets()["two"]
+        .select(range(4))
+        .map(lambda row: {k: row[k][:4] for k in ("input_ids", "attention_mask")})
+    )
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, max_steps=1, disable_tqdm=True)
+    with pytest.raises(UserError, match=r"cannot be trained.*undo_speed_up") as refused:
+        Trainer(alone, args, train_dataset=rows).train()
+    one_line(refused)
+    assert Trainer(alone, args, eval_dataset=rows).evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("function", [compact, factorise, prunable_parameters])
+def test_what_needs_dense_matrices_says_so(pair, function):
+    with pytest.raises(UserError) as refused:
+        function(pair[0])
+    assert "the model is sped up; call hf_disparse.undo_speed_up(model) first" in one_line(refused)
