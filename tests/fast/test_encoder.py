@@ -3,6 +3,7 @@
 import copy
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -143,7 +144,7 @@ def check(seed: int) -> None:
     kind = KINDS[seed % len(KINDS)]
     model, exact = encoder(kind, seed)
     lengths = [int(rng.choice(LENGTHS)) for _ in range(int(rng.integers(1, 10)))]
-    given = batch(rng, lengths, kind=kind)
+    given = batch(rng, lengths, bool(rng.random() < 0.3), kind)
     got = hidden(model, **given)
     there = given["attention_mask"] != 0
     assert_close(exact, got, **given)
@@ -172,15 +173,14 @@ def test_many_encoders(start):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("lengths", [[1], [64], [65] * 3, [300], [1] * 9, [63, 1, 130, 2, 64]])
+@pytest.mark.parametrize("lengths", [[1], [64, 64], [63, 1, 130, 2, 64]])
 def test_lengths(kind, lengths):
     model, exact = encoder(kind, len(lengths), num_attention_heads=2, **_sizes(kind, 24))
     given = batch(np.random.default_rng(0), lengths, kind=kind)
-    got = hidden(model, **given)
-    assert_close(exact, got, **given)
+    assert_close(exact, hidden(model, **given), **given)
     if len(set(lengths)) == 1:
         without = {"input_ids": given["input_ids"][:, : lengths[0]]}
-        assert_close(exact, hidden(model, 2, **without), **without)
+        assert_close(exact, hidden(model, **without), **without)
 
 
 def _sizes(kind: str, size: int) -> dict:
@@ -235,8 +235,7 @@ def test_the_equations_of_bert(act, left):
     expected = torch.from_numpy(in_numpy(exact, *(given[name].numpy() for name in names)))
     there = given["attention_mask"] != 0
     assert relative_error(reference(exact, **given)[there], expected[there]) < 1e-12
-    with torch.inference_mode():
-        assert relative_error(model(**given).last_hidden_state[there], expected[there]) < 3e-6
+    assert relative_error(hidden(model, 2, **given)[there], expected[there]) < 3e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -247,6 +246,16 @@ def test_wide_encoders(kind):
     got = hidden(model, **given)
     assert_close(exact, got, **given)
     assert torch.equal(hidden(model, 3, **given), got)
+
+
+def test_several_calls_at_once():
+    model, _ = encoder("mpnet", 2)
+    batches = [batch(np.random.default_rng(seed), [30, 1, 70, 5], kind="mpnet") for seed in range(6)]
+    expected = [hidden(model, 2, **given) for given in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            got = pool.map(lambda given: hidden(model, 2, **given), batches)
+            assert all(map(torch.equal, got, expected))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -333,7 +342,7 @@ CALLS = {
 
 
 @pytest.mark.filterwarnings("ignore:.*sdpa.*")
-@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "mpnet", "modernbert"])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "mpnet", "modernbert"])
 @pytest.mark.parametrize("call", CALLS)
 def test_calls(kind, call):
     model, _ = encoder(kind, 11, num_attention_heads=2, **_sizes(kind, 16))
