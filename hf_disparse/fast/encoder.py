@@ -98,7 +98,7 @@ class FastForward:
         ids, mask, types = (_array(tensor) for tensor in self._takes(**given))
         if ids is None or any(a is not None and (a.shape != ids.shape or a.dtype not in _WHOLE) for a in (ids, types)):
             raise Unfit("input_ids are missing, or ids and types are no whole numbers or have different shapes")
-        if _active_collector.get() is not None:
+        if _active_collector.get():  # empty if it records nothing
             raise Unfit("a model around this one records hidden states")
         if self._plan is None:
             self._plan = EncoderPlan(self.encoder, family_of(self.encoder))

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from hf_disparse.fast.linear import refuse_sped_up
 from hf_disparse.model.low_rank import low_rank_modules
 from hf_disparse.pruning.masks import count_nonzeros, count_pruned
 
@@ -19,7 +20,12 @@ def sparsity_report(model: nn.Module, encoder: nn.Module, prunable: Mapping[str,
     """Returns the fraction of exact zeros, whatever the masks, by denominator: `prunable` weights, all parameters of the `encoder`, all of the `model`.
 
     For a factorised matrix, the fraction of its dense size that is saved; negative while the factors are larger.
+
+    Raises:
+        UserError: the model is sped up.
     """
+
+    refuse_sped_up(model, "sparsity_report")
 
     def fraction(tensors) -> float:
         tensors = list(tensors)

@@ -22,6 +22,7 @@ from hf_disparse import (
     save_onnx,
     save_packed,
     save_tasks,
+    sparsity_report,
     speed_up,
     task_model,
     undo_speed_up,
@@ -296,7 +297,9 @@ def test_trainers_refuse_it_in_one_line(pair, tmp_path):
     assert Trainer(alone, args, eval_dataset=rows).evaluate()["eval_loss"] > 0
 
 
-@pytest.mark.parametrize("function", [compact, factorise, prunable_parameters])
+@pytest.mark.parametrize(
+    "function", [compact, factorise, prunable_parameters, lambda model: sparsity_report(model, model.encoder, {})]
+)
 def test_what_needs_dense_matrices_says_so(pair, function):
     with pytest.raises(UserError) as refused:
         function(pair[0])

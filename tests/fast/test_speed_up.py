@@ -16,6 +16,7 @@ from hf_disparse import (
     undo_speed_up,
     unshare,
 )
+from hf_disparse.fast.encoder import FastForward
 from hf_disparse.fast.linear import is_sped_up
 from tests.helpers.adapters import adapted
 from tests.helpers.compacting import BATCH, model_of, prune_parts
@@ -60,7 +61,7 @@ def test_all_heads_answer_as_before(model_type):
 
 @ARCHITECTURE
 @pytest.mark.parametrize("auto", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
-def test_plain_models_answer_as_before(model_type, auto):
+def test_plain_models_answer_as_before(model_type, auto, monkeypatch):
     torch.manual_seed(0)
     model = auto.from_config(CONFIGS[model_type]()).eval()
     for parameter in model.parameters():
@@ -71,9 +72,11 @@ def test_plain_models_answer_as_before(model_type, auto):
         before = [model(**batch).logits for batch in batches]
         alone = model(batches[0]["input_ids"]).logits
         speed_up(model)
+        run, calls = FastForward._run, []
+        monkeypatch.setattr(FastForward, "_run", lambda *arguments: calls.append(1) or run(*arguments))
         after = [model(**batch).logits for batch in batches]
         near(model(batches[0]["input_ids"]).logits, alone)
-    assert is_fused(model.base_model) == (model_type in FUSED)
+    assert len(calls) == (4 if model_type in FUSED else 0)
     for got, expected, batch in zip(after, before, batches, strict=True):
         real = batch["attention_mask"].bool() if expected.ndim == 3 else slice(None)
         near(got[real], expected[real])
@@ -110,6 +113,26 @@ def test_what_the_fused_path_does_not_take_goes_to_transformers(model_type):
     for ours, theirs in zip(got.hidden_states, expected.hidden_states, strict=True):
         near(ours, theirs)
     assert is_fused(model)  # transformers' recording hooks, left behind by the call above, change nothing
+
+
+def test_a_model_around_it_that_records_hidden_states():
+    """As transformers' own classification models do that do not hand the wish on."""
+    from transformers.utils.output_capturing import _active_collector
+
+    model, plain = speed_up(sparse_model()).encoder, sparse_model().encoder
+    model(**BATCH, output_hidden_states=True)  # leaves recording hooks behind
+    recorded = {"hidden_states": []}
+    for fused, collector in ((True, {}), (False, recorded)):
+        token = _active_collector.set(collector)
+        try:
+            assert is_fused(model) == fused
+            with torch.no_grad():
+                hidden = model(**BATCH)[0]
+        finally:
+            _active_collector.reset(token)
+        real = BATCH["attention_mask"].bool()
+        with torch.no_grad():
+            near(hidden[real], plain(**BATCH)[0][real])
 
 
 def test_token_types_count():
