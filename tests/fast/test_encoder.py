@@ -76,6 +76,8 @@ def encoder(kind: str, seed: int, **given) -> tuple[nn.Module, nn.Module]:
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     model = transformers.AutoModel.from_config(configuration(kind, rng, **given)).eval()
+    if kind in ("bert", "electra", "roberta") and not given and rng.random() < 0.4:
+        make_compact(model, rng)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2 and "embeddings" not in name:
@@ -89,6 +91,17 @@ def encoder(kind: str, seed: int, **given) -> tuple[nn.Module, nn.Module]:
             model.encoder.relative_attention_bias.weight.normal_()
     exact = copy.deepcopy(model).double()
     return sped_up(model, rng), exact
+
+
+def make_compact(model: nn.Module, rng: np.random.Generator) -> None:
+    """Gives each layer a number of heads and of neurons of its own."""
+    hidden, heads = model.config.hidden_size, model.config.num_attention_heads
+    for layer in model.encoder.layer:
+        inner, kept = int(rng.integers(1, 90)), int(rng.integers(1, heads + 1)) * (hidden // heads)
+        for name in ("query", "key", "value"):
+            setattr(layer.attention.self, name, nn.Linear(hidden, kept))
+        layer.attention.output.dense = nn.Linear(kept, hidden)
+        layer.intermediate.dense, layer.output.dense = nn.Linear(hidden, inner), nn.Linear(inner, hidden)
 
 
 def sped_up(model: nn.Module, rng: np.random.Generator) -> nn.Module:
