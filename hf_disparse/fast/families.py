@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from torch import nn
+from transformers.activations import ACT2FN
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,14 @@ def family_of(encoder: nn.Module) -> Family | None:
 
 def activation_of(encoder: nn.Module) -> int | None:
     """The number of the encoder's activation in encoder.h, or None if there is none."""
-    config = encoder.config
-    names = (getattr(config, key, None) for key in ("hidden_act", "activation", "hidden_activation"))
-    return ACTIVATIONS.get(next((name for name in names if isinstance(name, str)), ""))
+    return ACTIVATIONS.get(_activation_name(encoder))
+
+
+def activation_module(encoder: nn.Module) -> nn.Module:
+    """The activation that transformers makes for the encoder's configuration, one of `ACTIVATIONS`."""
+    return ACT2FN[_activation_name(encoder)]
+
+
+def _activation_name(encoder: nn.Module) -> str:
+    names = (getattr(encoder.config, key, None) for key in ("hidden_act", "activation", "hidden_activation"))
+    return next((name for name in names if isinstance(name, str)), "")

@@ -5,6 +5,7 @@ modules and parameters, without hooks. What has changed is read again, or the ca
 """
 
 import ctypes
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from hf_disparse.fast import structs
-from hf_disparse.fast.families import Family, activation_of
+from hf_disparse.fast.families import Family, activation_module, activation_of
 from hf_disparse.fast.linear import FastLinear
 
 _LANES = 64  # as in fast.h
+
+
+_KNOWN = ("transformers.", "torch.nn.modules.", "hf_disparse.")  # where the classes are defined whose forward is known
 
 
 class Unfit(Exception):
@@ -28,6 +32,8 @@ class Watch:
     def __init__(self, root: nn.Module, but: tuple[nn.Module, ...] = ()):
         inside = {id(m) for other in but for m in other.modules()}
         self.modules = [m for m in root.modules() if id(m) not in inside]
+        if unknown := next((m for m in self.modules if not type(m).__module__.startswith(_KNOWN)), None):
+            raise Unfit(f"{type(unknown).__name__} is the user's")
         self.children = [(m._modules, tuple(m._modules.values())) for m in self.modules if m._modules]
 
     def check(self) -> None:
@@ -112,7 +118,10 @@ class _Plan:
         made = self._made
         if made is None or made[0].state() != made[1]:
             source = _Source()
-            struct = self.read(source)
+            try:
+                struct = self.read(source)
+            except AttributeError as error:  # a module of another kind
+                raise Unfit(str(error)) from None
             made = self._made = (source, source.state(), struct)
         return made[2]
 
@@ -129,15 +138,14 @@ class LayerPlan(_Plan):
 
     def check(self) -> bool:
         """Whether the layer is run; False if it passes its input on. Raises Unfit."""
-        hooks = self.layer._forward_hooks.values()
-        if any(getattr(hook, "fast_path", None) == "skip" for hook in hooks):
-            return False
         self.watch.check()
-        return True
+        return not any(getattr(hook, "fast_path", None) == "skip" for hook in self.layer._forward_hooks.values())
 
     def read(self, source: _Source) -> structs.Layer:
         """Reads the layer's matrices and norms, and what its attention adds."""
         get, family, config = self.layer.get_submodule, self.family, self.encoder.config
+        if type(attrgetter(family.activation)(self.layer)) is not type(activation_module(self.encoder)):
+            raise Unfit("another activation than the configuration's")
         project = [source.matrix(get(name)) for name in family.project]
         heads = project[0].rows * len(project) // 3 // head_size(config)
         made = structs.Layer(heads=heads, projections=len(project), project=(structs.Matrix * 3)(*project), window=-1)

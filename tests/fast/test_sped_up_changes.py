@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers.models.bert.modeling_bert import BertLayer
 
 from hf_disparse import (
     UserError,
@@ -26,6 +27,24 @@ pytestmark = pytest.mark.usefixtures("gains")
 def pair():
     """A sped-up model and the same one as it was."""
     return speed_up(sparse_model()), sparse_model()
+
+
+class Halved(BertLayer):
+    """A layer with a forward of its own."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs) * 0.5
+
+
+class Wrapped(nn.Module):
+    """A module around a layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args, **kwargs):
+        return self.layer(*args, **kwargs) * 0.5
 
 
 def change_hook(model):
@@ -93,6 +112,21 @@ def change_layer(model):
     model.encoder.encoder.layer[0] = new
 
 
+def change_class_of_layer(model):
+    new = copy.deepcopy(model.encoder.encoder.layer[1])
+    new.__class__ = Halved
+    model.encoder.encoder.layer[1] = new
+
+
+def change_wrapper(model):
+    model.encoder.encoder.layer[0] = Wrapped(model.encoder.encoder.layer[0])
+
+
+def change_hook_of_skipped_layer(model):
+    model.skip_layers([1])
+    model.encoder.encoder.layer[1].register_forward_hook(lambda _, args, output: output * 1.5)
+
+
 def change_order(model):
     layers = model.encoder.encoder.layer
     layers[0], layers[1] = layers[1], layers[0]
@@ -149,6 +183,7 @@ def test_changes_are_obeyed(change, ran):
     CHANGES[change](plain)
     assert (outputs(plain) - before).abs().max() > 1e-3
     near(outputs(model), outputs(plain))
+    near(outputs(copy.deepcopy(model)), outputs(plain))
 
 
 @pytest.mark.parametrize("change", ["hook", "hook_of_linear", "forward", "hook_of_encoder", "output_of_encoder"])
