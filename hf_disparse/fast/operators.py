@@ -34,7 +34,8 @@ def _module(number: int) -> Any:
 @torch.library.custom_op("hf_disparse::encode", mutates_args=())
 def encode(ids: Tensor, mask: Tensor | None, types: Tensor | None, number: int) -> Tensor:
     """The last hidden state of a `FastForward`: ids (batch, tokens) -> (batch, tokens, features)."""
-    return _module(number).hidden_or_slow(ids, mask, types)
+    with torch.no_grad():
+        return _module(number).hidden_or_slow(ids, mask, types)
 
 
 @encode.register_fake

@@ -1,6 +1,8 @@
 """What can be done to a sped-up model: saved, copied, moved, compiled, changed; it obeys or refuses in one line."""
 
 import copy
+import gc
+import io
 import os
 import pickle
 import threading
@@ -241,6 +243,31 @@ def test_compiled(model_type, fullgraph):
         near(compiled(**short, task="two").logits, model(**short, task="two").logits)
         left = {name: tensor.flip(1) for name, tensor in BATCH.items()}
         near(compiled(**left, task="two").logits, model(**left, task="two").logits)
+
+
+def test_operators_keep_torch_s_rules():
+    model = speed_up(sparse_model()).encoder
+    linear = model.encoder.layer[0].output.dense
+    operators = torch.ops.hf_disparse
+    for mask in (BATCH["attention_mask"], None):
+        torch.library.opcheck(operators.encode, (BATCH["input_ids"], mask, None, model.forward.number))
+    torch.library.opcheck(operators.multiply, (torch.randn(2, 3, 32), linear._number))
+
+
+def test_an_exported_program_needs_its_model():
+    model = speed_up(task_model(sparse_model(), "two")).eval()
+    file, expected = io.BytesIO(), outputs(model)
+    with torch.no_grad():
+        torch.export.save(torch.export.export(model, (), BATCH), file)
+    file.seek(0)
+    program = torch.export.load(file).module()
+    with torch.no_grad():
+        near(program(**BATCH).logits.flatten(), expected)
+        del model
+        gc.collect()
+        with pytest.raises(UserError, match="needs the sped-up model it was made from") as refused:
+            program(**BATCH)
+    one_line(refused)
 
 
 def test_exported():
