@@ -109,7 +109,7 @@ INLINE void attend_vectors(const Attention *a, const Queries *q, int64_t head, f
   if (a->window >= 0 && token + vectors * WIDTH + a->window < to) to = token + vectors * WIDTH + a->window;
 
   vec largest[4], sum[4];
-  for (int v = 0; v < vectors; v++) largest[v] = all(-3e38f), sum[v] = all(0);
+  for (int v = 0; v < vectors; v++) largest[v] = all(-__builtin_inff()), sum[v] = all(0);
   for (Keys k = {.tile = -1}; next_keys(t, from, to, &k);) {
     const float *keys = tile_of(t, a->qkv, 3 * rows, k.tile) + (rows + row) * k.width + k.lane;
     float *out = scores + k.done * vectors * WIDTH;

@@ -18,8 +18,8 @@ INLINE vec exponential(vec x) {
   p = fused(p, r, all(0.5f));
   p = fused(p, r, all(1));
   p = fused(p, r, all(1));
-  ivec exponent = (ivec)shifted - (ivec)all(shift);
-  return (vec)((ivec)p + (exponent << 23));
+  ivec exponent = (ivec)shifted - (ivec)all(shift) + 127;
+  return p * (vec)(exponent << 23); /* a product, not a sum of exponents, which could make a number of NaN */
 }
 
 /* x Phi(x), with Phi(x) - 1/2 = x P(x^2) / Q(x^2) on |x| <= 5.5, fitted to 7e-9; beyond it the largest value of the fit. */
