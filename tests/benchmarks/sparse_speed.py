@@ -215,8 +215,11 @@ def main() -> None:
         flush=True,
     )
     results = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
-    for name in options.models:
-        measure(name, options, results)
+    with tempfile.TemporaryDirectory() as cache:
+        # in a cache which runs with and without AVX-512 share, torch.compile finds kernels of the other kind, and memory is damaged
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        for name in options.models:
+            measure(name, options, results)
     print(tables(results))
     if "ragged" in options.models:
         print("\n" + padding())
