@@ -49,12 +49,18 @@ static int64_t take(Worker *w) { return atomic_fetch_add(&w->call->taken[w->phas
 /* One tile's share of an operation; `vectors` of lanes in it. */
 typedef void Operation(Worker *w, const Layer *l, int64_t tile, int vectors);
 
-/* Does all tiles: each by one worker, or each by all of them together. Then the next phase begins. */
+/* Does all tiles: each by all workers together, who meet after each of them, or each by one worker. Then the next phase begins. */
 static void each_tile(Worker *w, const Layer *l, Operation *operation) {
   const Call *c = w->call;
-  for (int64_t tile = c->together ? 0 : take(w); tile < c->tiling.tiles; tile = c->together ? tile + 1 : take(w))
-    operation(w, l, tile, vectors_of(&c->tiling, tile));
-  meet(w, c->threads);
+  if (c->together)
+    for (int64_t tile = 0; tile < c->tiling.tiles; tile++) {
+      operation(w, l, tile, vectors_of(&c->tiling, tile));
+      meet(w, c->threads);
+    }
+  else {
+    for (int64_t tile; (tile = take(w)) < c->tiling.tiles;) operation(w, l, tile, vectors_of(&c->tiling, tile));
+    meet(w, c->threads);
+  }
   w->phase++;
 }
 
@@ -111,9 +117,9 @@ static void embed_tile(Worker *w, const Layer *l, int64_t tile, int vectors) {
   embed_rows(c, to, tile, width, first, last);
   meet_crew(w);
   norm(w, to, 0, to, &e->embedding_norm, e->embedding_size, vectors);
+  if (!e->projection) return;
   meet_crew(w);
-  if (e->projection) multiply(w, e->projection, to, x, vectors);
-  meet_crew(w);
+  multiply(w, e->projection, to, x, vectors);
 }
 
 /* The angles of the tile's tokens, (head_size / 2, width), from the table (positions, head_size / 2). */
@@ -133,21 +139,21 @@ static void project_tile(Worker *w, const Layer *l, int64_t tile, int vectors) {
   int64_t rows = l->heads * e->head_size;
   int width = vectors * WIDTH;
   float *x = tile_of(&c->tiling, c->x, e->features, tile), *qkv = tile_of(&c->tiling, c->qkv, 3 * rows, tile);
-  float *mine = scratch_of_crew(w), *in = x;
-  if (e->norm_first) norm(w, x, 0, in = mine, &l->before, e->features, vectors);
-  meet_crew(w);
-  for (int i = 0; i < l->projections; i++) multiply(w, &l->project[i], in, qkv + i * rows * width, vectors);
-  meet_crew(w);
-  if (l->cosines) {
-    float *cosines = c->scratch + w->number * c->scratch_size;
-    float *sines = cosines + e->head_size / 2 * width;
-    int64_t first, last;
-    part(2 * l->heads, 1, place_in_crew(w), crew(w), &first, &last);
-    angles(c, l->cosines, cosines, tile, width);
-    angles(c, l->sines, sines, tile, width);
-    rotate(qkv, cosines, sines, e->head_size, width, first, last);
+  float *in = e->norm_first ? scratch_of_crew(w) : x;
+  if (e->norm_first) {
+    norm(w, x, 0, in, &l->before, e->features, vectors);
     meet_crew(w);
   }
+  for (int i = 0; i < l->projections; i++) multiply(w, &l->project[i], in, qkv + i * rows * width, vectors);
+  if (!l->cosines) return;
+  meet_crew(w);
+  float *cosines = c->scratch + w->number * c->scratch_size;
+  float *sines = cosines + e->head_size / 2 * width;
+  int64_t first, last;
+  part(2 * l->heads, 1, place_in_crew(w), crew(w), &first, &last);
+  angles(c, l->cosines, cosines, tile, width);
+  angles(c, l->sines, sines, tile, width);
+  rotate(qkv, cosines, sines, e->head_size, width, first, last);
 }
 
 static void attention(Worker *w, const Layer *l) {
@@ -188,7 +194,6 @@ static void feed_forward_tile(Worker *w, const Layer *l, int64_t tile, int vecto
   multiply(w, &l->down, hidden, sum, vectors);
   meet_crew(w);
   norm(w, x, sum, x, e->norm_first ? &none : &l->after, e->features, vectors);
-  meet_crew(w);
 }
 
 /* out[target of a token][f] = x[f][token] */
@@ -198,8 +203,10 @@ static void give_back_tile(Worker *w, const Layer *l, int64_t tile, int vectors)
   int width = vectors * WIDTH;
   (void)l;
   float *x = tile_of(&c->tiling, c->x, e->features, tile);
-  if (e->last_norm.weight) norm(w, x, 0, x, &e->last_norm, e->features, vectors);
-  meet_crew(w);
+  if (e->last_norm.weight) {
+    norm(w, x, 0, x, &e->last_norm, e->features, vectors);
+    meet_crew(w);
+  }
   int64_t first, last;
   part(width, 1, place_in_crew(w), crew(w), &first, &last);
   for (int64_t lane = first; lane < last; lane++) {

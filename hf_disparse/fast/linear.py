@@ -19,7 +19,18 @@ WAY_BACK = "call hf_disparse.undo_speed_up(model) first"
 
 
 class SpedUp:
-    """Marks the modules that `speed_up` makes."""
+    """Marks the Linear modules that `speed_up` makes, and what they have in common."""
+
+    def refuse_training(self) -> None:
+        """Raises UserError in a step of training."""
+        if self.training and torch.is_grad_enabled():
+            raise UserError(f"a sped-up model cannot be trained; {WAY_BACK}")
+
+    def ordinary(self, weight: nn.Parameter) -> nn.Linear:
+        """A Linear module with this weight and the module's bias."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight, linear.bias = weight, self.bias
+        return linear.train(self.training)
 
 
 def is_sped_up(model: nn.Module) -> bool:
@@ -78,8 +89,7 @@ class FastLinear(nn.Module, SpedUp):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Shapes: (..., in) -> (..., out)."""
-        if self.training and torch.is_grad_enabled():
-            raise UserError(f"a sped-up model cannot be trained; {WAY_BACK}")
+        self.refuse_training()
         if inputs.device.type != "cpu" or inputs.dtype != torch.float32 or self.where.dtype != torch.float32:
             return functional.linear(inputs, self.dense(), self.bias)
         if torch.compiler.is_compiling():
@@ -96,10 +106,7 @@ class FastLinear(nn.Module, SpedUp):
 
     def undone(self) -> nn.Linear:
         """The Linear module that this one replaced."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.dense(), requires_grad=self.trainable)
-        linear.bias = self.bias
-        return linear.train(self.training)
+        return self.ordinary(nn.Parameter(self.dense(), requires_grad=self.trainable))
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

@@ -21,7 +21,8 @@ class StoredMatrix:
 
     Args:
         shape: (rows, columns).
-        values: the non-zeros in the order of fast.h, each row of a block filled up with zeros to a multiple of four; of a dense matrix all values.
+        values: the non-zeros in the order of fast.h, each row of a block filled up with zeros to a multiple of four; of a dense
+            matrix all values.
         places: uint8, each non-zero's column within its block, or None for a dense matrix.
         starts: int64, where the non-zeros of each block and row begin, with their number at the end, or None.
     """
@@ -68,9 +69,8 @@ class StoredMatrix:
             within = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
             target = np.repeat(np.cumsum(padded) - padded, count) + within
             part = np.zeros(padded.sum(), np.float32)
-            gap = (
-                np.argmin(block, axis=1) if block.size else count
-            )  # a zero of the row, if it has one: for 0 times infinity
+            # A zero of the row, if it has one, because 0 times infinity is NaN there, too.
+            gap = np.argmin(block, axis=1) if block.size else count
             where = np.repeat(gap, padded).astype(np.uint8)
             part[target] = values[begin[row] + within]
             where[target] = place

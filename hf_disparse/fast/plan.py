@@ -17,8 +17,6 @@ from hf_disparse.fast.families import Family, activation_module, activation_of
 from hf_disparse.fast.linear import FastLinear
 
 _LANES = 64  # as in fast.h
-
-
 _KNOWN = ("transformers.", "torch.nn.modules.", "hf_disparse.")  # where the classes are defined whose forward is known
 
 
@@ -170,7 +168,7 @@ class LayerPlan(_Plan):
         stack = getattr(encoder, "encoder", None)
         if hasattr(stack, "relative_attention_bias"):
             source.copied.append((stack.relative_attention_bias._parameters, "weight"))
-            bias = distance_bias(stack, config.max_position_embeddings)
+            bias = distance_bias(stack, reach(config))
             for hook in self.layer.get_submodule(self.family.project[0].rpartition(".")[0])._forward_pre_hooks.values():
                 bias = bias[hook.places].contiguous()  # the heads that a compact layer still has
             made.distance_bias = structs.address(bias)
@@ -188,9 +186,9 @@ def reach(config: Any) -> int:
     return config.max_position_embeddings + _LANES
 
 
-def distance_bias(stack: nn.Module, positions: int) -> Tensor:
+def distance_bias(stack: nn.Module, reach: int) -> Tensor:
     """MPNet's relative positions by distance, (heads, 2 * reach + 1), query's place - key's place from -reach on."""
-    distances = torch.arange(-(positions + _LANES), positions + _LANES + 1, device="cpu")
+    distances = torch.arange(-reach, reach + 1, device="cpu")
     buckets = stack.relative_position_bucket(-distances)  # 32 of them, whatever the configuration says
     return stack.relative_attention_bias.weight.detach()[buckets].T.contiguous()
 

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from hf_disparse.config import UserError
-from hf_disparse.fast.linear import WAY_BACK, SpedUp, refuse_gradients
+from hf_disparse.fast.linear import SpedUp, refuse_gradients
 
 _ROWS, _COLUMNS = 32, 64  # torch's CUTLASS kernels take multiples of them, cuSPARSELt's of 16
 _CAPABILITY = (8, 0)  # Ampere, the first with sparse tensor cores
@@ -19,15 +18,12 @@ class SemiStructuredLinear(nn.Linear, SpedUp):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Shapes: (..., in) -> (..., out)."""
-        if self.training and torch.is_grad_enabled():
-            raise UserError(f"a sped-up model cannot be trained; {WAY_BACK}")
+        self.refuse_training()
         return refuse_gradients(functional.linear(inputs, self.weight, self.bias), inputs)
 
     def undone(self) -> nn.Linear:
         """The module as an ordinary one."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight, linear.bias = nn.Parameter(self.weight.detach().to_dense()), self.bias
-        return linear.train(self.training)
+        return self.ordinary(nn.Parameter(self.weight.detach().to_dense()))
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

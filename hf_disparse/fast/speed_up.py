@@ -186,9 +186,7 @@ def _seconds(model: PreTrainedModel) -> list[float]:
                 start = time.perf_counter()
                 try:
                     encoder(input_ids=ids, attention_mask=torch.ones_like(ids))
-                except (
-                    Exception
-                ) as error:  # an encoder of images or a decoder with inputs of its own may raise anything
+                except Exception as error:  # one of images, or a decoder with inputs of its own, may raise anything
                     raise UserError(
                         f"speed_up: {type(encoder).__name__} does not run on token ids alone: {one_line(error)}"
                     ) from error
