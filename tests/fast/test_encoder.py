@@ -27,13 +27,6 @@ pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang")
 LENGTHS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 40, 63, 64, 65, 100, 127, 128, 130, 300]
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def check(seed: int) -> None:
     """A random encoder and batch: as in float64; the same bits whatever the threads, the neighbours and the padding."""
     rng = np.random.default_rng(seed)

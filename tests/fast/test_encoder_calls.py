@@ -24,13 +24,6 @@ from tests.helpers.encoders import (
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="needs a C compiler")
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def transformers_forward(model: nn.Module, **given):
     with torch.inference_mode():
         return type(model).forward(model, **given)

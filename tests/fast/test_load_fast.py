@@ -32,7 +32,6 @@ from tests.helpers.speeding import (
     assert_same_bits,
     bits,
     fast_linears,
-    gains,  # noqa: F401
     is_fused,
     near,
     outputs,

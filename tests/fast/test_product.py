@@ -19,13 +19,6 @@ TOKENS = [0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 48, 63, 64, 65, 100, 127, 128, 1
 DENSITIES = [0, 0.002, 0.05, 0.1, 0.3, 0.5, 0.8, 1]
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def some(rng: np.random.Generator, sizes: list[int], largest: int) -> int:
     """One of `sizes`, or any other up to the largest."""
     return int(rng.choice(sizes)) if rng.random() < 0.5 else int(rng.integers(largest + 1))

@@ -16,7 +16,6 @@ from tests.helpers.compacting import BATCH
 from tests.helpers.speeding import (
     assert_same_bits,
     bits,
-    gains,  # noqa: F401
 )
 from tests.helpers.tiny import CONFIGS
 

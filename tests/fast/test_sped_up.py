@@ -37,7 +37,6 @@ from tests.helpers.speeding import (
     bits,
     fast_and_slow,
     fast_linears,
-    gains,  # noqa: F401
     is_fused,
     near,
     outputs,
@@ -48,12 +47,6 @@ from tests.helpers.training import arguments
 
 pytestmark = pytest.mark.usefixtures("gains")
 SOME = pytest.mark.parametrize("model_type", ["bert", "mpnet", "deberta-v2"])
-
-
-@pytest.fixture
-def pair():
-    """A sped-up model and the same one as it was."""
-    return speed_up(sparse_model()), sparse_model()
 
 
 def one_line(refused) -> str:

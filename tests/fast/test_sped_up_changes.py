@@ -13,7 +13,6 @@ from hf_disparse import (
     undo_speed_up,
 )
 from tests.helpers.speeding import (
-    gains,  # noqa: F401
     is_fused,
     near,
     outputs,
@@ -21,12 +20,6 @@ from tests.helpers.speeding import (
 )
 
 pytestmark = pytest.mark.usefixtures("gains")
-
-
-@pytest.fixture
-def pair():
-    """A sped-up model and the same one as it was."""
-    return speed_up(sparse_model()), sparse_model()
 
 
 class Halved(BertLayer):

@@ -26,7 +26,6 @@ from tests.helpers.speeding import (
     bits,
     fast_and_slow,
     fast_linears,
-    gains,  # noqa: F401
     is_fused,
     near,
     outputs,

@@ -1,9 +1,7 @@
 """Sparse tiny models that `speed_up` keeps sped up: at their size its measurement would decide by noise."""
 
 import importlib
-import itertools
 
-import pytest
 import torch
 
 from hf_disparse import apply_masks, prunable_parameters, speed_up
@@ -12,13 +10,6 @@ from hf_disparse.fast.linear import FastLinear
 from tests.helpers.compacting import BATCH, model_of
 
 MODULE = importlib.import_module("hf_disparse.fast.speed_up")  # `hf_disparse.fast.speed_up` may also be the function
-
-
-@pytest.fixture
-def gains(monkeypatch):
-    """Each call of `speed_up` measures a model three times as fast afterwards."""
-    seconds = itertools.cycle([[3.0, 3.0], [1.0, 1.0]])
-    monkeypatch.setattr(MODULE, "_seconds", lambda model: next(seconds))
 
 
 def sparse(model, sparsity: float = 0.8, seed: int = 0):
