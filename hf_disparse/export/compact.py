@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from hf_disparse.config import UserError
 from hf_disparse.export.folder import copy_companions, describe
-from hf_disparse.fast.linear import refuse_sped_up
 from hf_disparse.fast.speed_up import undo_speed_up
 from hf_disparse.files import new_folder
 from hf_disparse.model.adapters import has_adapters
@@ -26,6 +25,7 @@ from hf_disparse.model.multitask import MultitaskModel
 from hf_disparse.model.structure import Cuts, keep_parts, set_structure, structure_of
 from hf_disparse.model.unshared import PRIVATE
 from hf_disparse.pruning.parts import Site, sum_by_part
+from hf_disparse.pruning.sped_up import refuse_sped_up
 
 
 def compact(model: PreTrainedModel, optimizer: Optimizer | None = None) -> dict[str, tuple[int, int]]:

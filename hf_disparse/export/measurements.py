@@ -13,13 +13,14 @@ from transformers import PreTrainedConfig
 
 from hf_disparse.config import PruningConfig, UserError, one_line
 from hf_disparse.fast.linear import FastLinear
-from hf_disparse.fast.speed_up import is_sped_up, speed_up
+from hf_disparse.fast.speed_up import speed_up
 from hf_disparse.files import read_json
 from hf_disparse.model.architectures import token_limit
 from hf_disparse.model.loading import CONFIG_NAME, weight_files
 from hf_disparse.model.multitask import MultitaskModel
 from hf_disparse.model.prunable import prunable_parameters
 from hf_disparse.model.sparsity import sparsity_report
+from hf_disparse.pruning.sped_up import is_sped_up
 
 TOKENS = 64
 _TEXTS, _ROUNDS, _SECONDS = (1, 32), 15, 0.75  # batch sizes, and the most passes and seconds for each

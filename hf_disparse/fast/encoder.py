@@ -14,8 +14,9 @@ from hf_disparse.config import UserError
 from hf_disparse.fast import operators, structs
 from hf_disparse.fast.compiler import library
 from hf_disparse.fast.families import family_of
-from hf_disparse.fast.linear import WAY_BACK, refuse_gradients
+from hf_disparse.fast.linear import refuse_gradients
 from hf_disparse.fast.plan import EncoderPlan, Unfit
+from hf_disparse.pruning.sped_up import WAY_BACK
 
 _WHOLE = (np.int32, np.int64)  # the types of ids that torch takes
 _TOKENS = 512  # per thread, run through all layers before the next ones, so that what lies between stays in the cache
@@ -42,24 +43,33 @@ class FastForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the encoder's own forward."""
-        encoder = self.encoder
-        if encoder.training:
-            raise UserError(f"a sped-up model cannot be trained: call model.eval(), or, to train it, {WAY_BACK}")
+        encoder, compiled = self.encoder, torch.compiler.is_compiling()
+        if not compiled:
+            self._refuse_training()
         if args:
             kwargs |= zip(_names(type(encoder)), args, strict=False)
         given = {name: value for name, value in kwargs.items() if value is not None}
         try:
-            if torch.compiler.is_compiling():
-                hidden = operators.encode(*self._takes(**given), self.number)
+            if compiled:  # the operator refuses training, when it runs
+                hidden = operators.encode(*self._takes(**given), self._source(), self.number)
             else:
                 hidden = self._hidden_for_heads(**given)
         except Unfit:
+            self._refuse_training()
             return type(encoder).forward(encoder, **kwargs)
         pooler = getattr(encoder, "pooler", False)
         if pooler is False:
             return self.output(last_hidden_state=hidden)
         pooled = None if pooler is None else pooler(hidden)
         return self.output(last_hidden_state=hidden, pooler_output=pooled)
+
+    def _refuse_training(self) -> None:
+        if self.encoder.training:
+            raise UserError(f"a sped-up model cannot be trained: call model.eval(), or, to train it, {WAY_BACK}")
+
+    def _source(self) -> Tensor | None:
+        """A parameter of which someone may want the gradient, if there is one."""
+        return next((p for p in self.encoder.parameters() if p.requires_grad), None)
 
     def _takes(
         self, input_ids=None, attention_mask=None, token_type_ids=None, **others: Any
@@ -78,6 +88,7 @@ class FastForward:
 
     def hidden_or_slow(self, ids: Tensor, mask: Tensor | None, types: Tensor | None) -> Tensor:
         """The last hidden state, by transformers' forward if this one cannot."""
+        self._refuse_training()
         given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
         given = {name: value for name, value in given.items() if value is not None}
         try:
@@ -103,7 +114,7 @@ class FastForward:
         if self._plan is None:
             self._plan = EncoderPlan(self.encoder, family_of(self.encoder))
         out = self._run(self._plan.ready(), ids, mask, types)
-        return refuse_gradients(out, next(self.encoder.parameters(), None)) if torch.is_grad_enabled() else out
+        return refuse_gradients(out, self._source()) if torch.is_grad_enabled() else out
 
     def _run(
         self, struct: structs.Encoder, ids: np.ndarray, mask: np.ndarray | None, types: np.ndarray | None

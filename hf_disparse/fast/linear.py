@@ -10,38 +10,32 @@ from torch.nn import functional
 from hf_disparse.config import UserError
 from hf_disparse.fast import operators
 from hf_disparse.fast.matrix import StoredMatrix
+from hf_disparse.fast.operators import NO_GRADIENTS
+from hf_disparse.pruning.sped_up import WAY_BACK, SpedUp
 
 # Names of functions that change their first argument: `add_`, `__iadd__`, `__setitem__`, and `__set__` of `tensor.data = ...`.
 _CHANGES = re.compile(
     r"(?!__)\w+(?<!_)_|__i(?:add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)__|__set(?:item)?__"
 )
-WAY_BACK = "call hf_disparse.undo_speed_up(model) first"
 
 
-class SpedUp:
-    """Marks the Linear modules that `speed_up` makes, and what they have in common."""
+class SpedUpLinear(SpedUp):
+    """What the Linear modules that `speed_up` makes have in common."""
 
-    def refuse_training(self) -> None:
-        """Raises UserError in a step of training."""
-        if self.training and torch.is_grad_enabled():
-            raise UserError(f"a sped-up model cannot be trained; {WAY_BACK}")
+    def refuse_training(self, inputs: Tensor) -> Tensor:
+        """Returns the inputs. Raises UserError in a step of training."""
+        message = f"a sped-up model cannot be trained; {WAY_BACK}"
+        if not (self.training and torch.is_grad_enabled()):
+            return inputs
+        if torch.compiler.is_compiling():
+            return operators.refuse(inputs.detach(), inputs.shape, message)
+        raise UserError(message)
 
     def ordinary(self, weight: nn.Parameter) -> nn.Linear:
         """A Linear module with this weight and the module's bias."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight, linear.bias = weight, self.bias
         return linear.train(self.training)
-
-
-def is_sped_up(model: nn.Module) -> bool:
-    """Whether `speed_up` has changed this model."""
-    return any(isinstance(module, SpedUp) for module in model.modules())
-
-
-def refuse_sped_up(model: nn.Module, where: str) -> None:
-    """Raises UserError if the model is sped up: what `where` names works on dense matrices."""
-    if is_sped_up(model):
-        raise UserError(f"{where}: the model is sped up; {WAY_BACK}")
 
 
 class ReadOnly(Tensor):
@@ -59,7 +53,7 @@ class ReadOnly(Tensor):
             return result.as_subclass(cls) if is_view else result
 
 
-class FastLinear(nn.Module, SpedUp):
+class FastLinear(nn.Module, SpedUpLinear):
     """Takes the place of an `nn.Linear`, for inference on a CPU in float32; elsewhere it multiplies as a dense matrix.
 
     `weight`, `state_dict` and `load_state_dict` show and take the dense matrix, but only its stored form is held.
@@ -89,11 +83,11 @@ class FastLinear(nn.Module, SpedUp):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Shapes: (..., in) -> (..., out)."""
-        self.refuse_training()
+        inputs = self.refuse_training(inputs)
         if inputs.device.type != "cpu" or inputs.dtype != torch.float32 or self.where.dtype != torch.float32:
             return functional.linear(inputs, self.dense(), self.bias)
         if torch.compiler.is_compiling():
-            return operators.multiply(inputs, self._number)
+            return operators.multiply(inputs, self.bias, self._number)
         return refuse_gradients(self.product(inputs), inputs if inputs.requires_grad else self.bias)
 
     def product(self, inputs: Tensor) -> Tensor:
@@ -140,7 +134,7 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise UserError(f"a sped-up model has no gradients; {WAY_BACK}")
+        raise UserError(NO_GRADIENTS)
 
 
 def refuse_gradients(output: Tensor, source: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ An operator takes tensors and numbers, so modules are named by a number that hol
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 
 from hf_disparse.config import UserError
+from hf_disparse.pruning.sped_up import WAY_BACK
 
+NO_GRADIENTS = f"a sped-up model has no gradients; {WAY_BACK}"
 _numbers, _modules = itertools.count(), WeakValueDictionary()
 
 
@@ -31,24 +34,51 @@ def _module(number: int) -> Any:
     return _modules[number]
 
 
+@torch.library.custom_op("hf_disparse::refuse", mutates_args=())
+def refuse(tensor: Tensor, shape: Sequence[int], message: str) -> Tensor:
+    """Raises UserError when the program runs; an error while torch compiles it would be buried in torch's own."""
+    raise UserError(message)
+
+
+@refuse.register_fake
+def _(tensor: Tensor, shape: Sequence[int], message: str) -> Tensor:
+    return tensor.new_empty(shape)
+
+
 @torch.library.custom_op("hf_disparse::encode", mutates_args=())
-def encode(ids: Tensor, mask: Tensor | None, types: Tensor | None, number: int) -> Tensor:
-    """The last hidden state of a `FastForward`: ids (batch, tokens) -> (batch, tokens, features)."""
+def encode(ids: Tensor, mask: Tensor | None, types: Tensor | None, source: Tensor | None, number: int) -> Tensor:
+    """The last hidden state of a `FastForward`: ids (batch, tokens) -> (batch, tokens, features).
+
+    A gradient with respect to `source`, any parameter of the encoder, is an error.
+    """
     with torch.no_grad():
         return _module(number).hidden_or_slow(ids, mask, types)
 
 
 @encode.register_fake
-def _(ids: Tensor, mask: Tensor | None, types: Tensor | None, number: int) -> Tensor:
+def _(ids: Tensor, mask: Tensor | None, types: Tensor | None, source: Tensor | None, number: int) -> Tensor:
     return ids.new_empty(*ids.shape, _module(number).encoder.config.hidden_size, dtype=torch.float32)
 
 
 @torch.library.custom_op("hf_disparse::multiply", mutates_args=())
-def multiply(inputs: Tensor, number: int) -> Tensor:
-    """The output of a `FastLinear`: (..., in) -> (..., out)."""
+def multiply(inputs: Tensor, source: Tensor | None, number: int) -> Tensor:
+    """The output of a `FastLinear`: (..., in) -> (..., out). A gradient with respect to `inputs` or `source` is an error."""
     return _module(number).product(inputs)
 
 
 @multiply.register_fake
-def _(inputs: Tensor, number: int) -> Tensor:
+def _(inputs: Tensor, source: Tensor | None, number: int) -> Tensor:
     return inputs.new_empty(*inputs.shape[:-1], _module(number).out_features)
+
+
+def _keep_shapes(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.shapes = [value.shape if isinstance(value, Tensor) else None for value in inputs]
+
+
+def _refuse_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = zip(ctx.needs_input_grad, ctx.shapes, strict=True)
+    return tuple(refuse(gradient, shape, NO_GRADIENTS) if needed else None for needed, shape in wanted)
+
+
+for _operator in (encode, multiply):
+    _operator.register_autograd(_refuse_gradients, setup_context=_keep_shapes)

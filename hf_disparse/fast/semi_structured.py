@@ -7,18 +7,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from hf_disparse.fast.linear import SpedUp, refuse_gradients
+from hf_disparse.fast.linear import SpedUpLinear, refuse_gradients
 
 _ROWS, _COLUMNS = 32, 64  # torch's CUTLASS kernels take multiples of them, cuSPARSELt's of 16
 _CAPABILITY = (8, 0)  # Ampere, the first with sparse tensor cores
 
 
-class SemiStructuredLinear(nn.Linear, SpedUp):
+class SemiStructuredLinear(nn.Linear, SpedUpLinear):
     """A Linear module whose weight is a `SparseSemiStructuredTensor`; files of the model hold the dense matrix."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Shapes: (..., in) -> (..., out)."""
-        self.refuse_training()
+        inputs = self.refuse_training(inputs)
         return refuse_gradients(functional.linear(inputs, self.weight, self.bias), inputs)
 
     def undone(self) -> nn.Linear:

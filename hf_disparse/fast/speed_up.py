@@ -13,11 +13,12 @@ from hf_disparse.config import UserError, one_line
 from hf_disparse.fast.compiler import library
 from hf_disparse.fast.encoder import FastForward
 from hf_disparse.fast.families import family_of
-from hf_disparse.fast.linear import FastLinear, is_sped_up
+from hf_disparse.fast.linear import FastLinear
 from hf_disparse.fast.matrix import StoredMatrix
 from hf_disparse.fast.packed import keeping_packed
 from hf_disparse.fast.plan import Unfit
 from hf_disparse.fast.semi_structured import SemiStructuredLinear, semi_structured
+from hf_disparse.pruning.sped_up import is_sped_up
 
 _SHAPES, _ROUNDS = ((1, 32), (2, 128)), 3  # texts and tokens, and passes of each, that decide whether a model gains
 _TOLERANCE = 1e-4  # of the largest hidden state

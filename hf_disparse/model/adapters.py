@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from hf_disparse.config import UserError, one_line
-from hf_disparse.fast.linear import refuse_sped_up
+from hf_disparse.pruning.sped_up import refuse_sped_up
 
 if TYPE_CHECKING:
     from peft import PeftConfig

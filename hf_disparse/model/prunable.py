@@ -7,7 +7,6 @@ import regex
 from torch import nn
 
 from hf_disparse.config import PruningConfig, UserError
-from hf_disparse.fast.linear import refuse_sped_up
 from hf_disparse.model.adapters import has_adapters
 from hf_disparse.model.architectures import encoder_layers, find_sites
 from hf_disparse.model.low_rank import low_rank_modules
@@ -15,6 +14,7 @@ from hf_disparse.model.unshared import shared_name
 from hf_disparse.pruning.decision import Masks
 from hf_disparse.pruning.granularity import granularity_of
 from hf_disparse.pruning.parts import Sites
+from hf_disparse.pruning.sped_up import refuse_sped_up
 
 
 def prunable_parameters(model: nn.Module, config: PruningConfig | None = None) -> dict[str, nn.Parameter]:

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from hf_disparse.fast.linear import refuse_sped_up
 from hf_disparse.model.low_rank import low_rank_modules
 from hf_disparse.pruning.masks import count_nonzeros, count_pruned
+from hf_disparse.pruning.sped_up import refuse_sped_up
 
 
 def masked_share(model: nn.Module, masks: Mapping[str, Tensor]) -> float:

@@ -17,6 +17,7 @@ from hf_disparse.config import FORMAT_VERSION, UserError
 from hf_disparse.distributed.fsdp import is_sharded, local
 from hf_disparse.distributed.processes import add_up
 from hf_disparse.files import open_safetensors
+from hf_disparse.pruning.sped_up import refuse_sped_up
 
 MASKS_NAME = "pruning_masks.safetensors"
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -27,18 +28,27 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Sets every pruned weight to exactly +0.0 in place.
 
     Raises:
+        UserError: the model is sped up.
         ValueError: a mask whose parameter is missing or has another shape, or that is not bool.
     """
-    parameters = dict(model.named_parameters())
+    parameters = _parameters_of(model, masks, "apply_masks")
     for name, keep in masks.items():
-        if name not in parameters:
-            raise ValueError(f"masks: the model has no parameter '{name}'; are these the masks of another model?")
         if parameters[name].shape != keep.shape:
             want, got = tuple(parameters[name].shape), tuple(keep.shape)
             raise ValueError(f"masks: expected shape {want} for '{name}', got {got}")
         if keep.dtype != torch.bool:
             raise ValueError(f"masks: expected bools for '{name}', got {keep.dtype}")
         zero_pruned(parameters[name], keep)
+
+
+def _parameters_of(model: nn.Module, masks: Mapping[str, Tensor], where: str) -> dict[str, nn.Parameter]:
+    """The model's parameters; raises an error if the masks name others."""
+    parameters = dict(model.named_parameters())
+    for name in masks:
+        if name not in parameters:
+            refuse_sped_up(model, where)
+            raise ValueError(f"masks: the model has no parameter '{name}'; are these the masks of another model?")
+    return parameters
 
 
 def zero_pruned(tensor: Tensor, keep: Tensor) -> None:
@@ -57,7 +67,7 @@ class MaskHooks:
     """
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]):
-        parameters = dict(model.named_parameters())
+        parameters = _parameters_of(model, masks, "MaskHooks")
         self._handles = [
             parameters[name].register_post_accumulate_grad_hook(lambda p, keep=keep: zero_pruned(p.grad, keep))
             for name, keep in masks.items()

@@ -114,7 +114,7 @@ def score(
         Scores with the shapes of the weights, float32 (float64 for float64 weights).
 
     Raises:
-        ValueError: an unknown criterion, a loader without a batch, a loss that is NaN or infinite.
+        ValueError: an unknown criterion, a loader without a batch, a loss that is NaN or infinite or uses none of the weights.
     """
     if criterion not in ("magnitude", "random", *GRADIENT_CRITERIA):
         known = ", ".join(GRADIENT_CRITERIA)
@@ -216,6 +216,11 @@ class ScoringPass:
                 gradients = _by_backward(self.model, loss, parameters)
             else:
                 gradients = list(torch.autograd.grad(loss, parameters, allow_unused=True))
+                if gradients and all(g is None for g in gradients):
+                    raise ValueError(
+                        f"task '{task}': the loss uses none of the parameters; pass those that the model has now, "
+                        "and if it is sped up, call hf_disparse.undo_speed_up(model) before"
+                    )
         loss = loss.detach()
         if sharded and self.average is not None:
             self.average([loss])  # the gradients are averaged already

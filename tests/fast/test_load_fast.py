@@ -20,8 +20,8 @@ from hf_disparse import (
     speed_up,
     unshare,
 )
-from hf_disparse.fast.linear import is_sped_up
 from hf_disparse.fast.packed import packed_weights
+from hf_disparse.pruning.sped_up import is_sped_up
 from hf_disparse.runs import evaluate
 from tests.helpers.adapters import adapted
 from tests.helpers.commands import hf_disparse, write_inputs, write_recipe

@@ -12,18 +12,24 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
+import hf_disparse
 from hf_disparse import (
     DisparseTrainer,
+    MaskHooks,
     MultitaskModel,
+    PruningCallback,
     PruningConfig,
     UserError,
+    apply_masks,
     compact,
     factorise,
+    find_masks,
     prunable_parameters,
     save_compact,
     save_onnx,
     save_packed,
     save_tasks,
+    score,
     sparsity_report,
     speed_up,
     task_model,
@@ -243,8 +249,36 @@ def test_operators_keep_torch_s_rules():
     linear = model.encoder.layer[0].output.dense
     operators = torch.ops.hf_disparse
     for mask in (BATCH["attention_mask"], None):
-        torch.library.opcheck(operators.encode, (BATCH["input_ids"], mask, None, model.forward.number))
-    torch.library.opcheck(operators.multiply, (torch.randn(2, 3, 32), linear._number))
+        torch.library.opcheck(operators.encode, (BATCH["input_ids"], mask, None, None, model.forward.number))
+    torch.library.opcheck(operators.multiply, (torch.randn(2, 3, 32), linear.bias.detach(), linear._number))
+
+
+@pytest.mark.parametrize(("model_type", "fullgraph"), [("bert", True), ("bert", False), ("deberta-v2", True)])
+def test_compiled_it_has_no_gradients_and_is_not_trained(model_type, fullgraph):
+    torch.compiler.reset()
+    model = speed_up(sparse_model(model_type))
+    compiled = torch.compile(model, fullgraph=fullgraph, backend="aot_eager")
+    given = {**BATCH, "task": "two", "labels": torch.tensor([0, 1])}
+    loss = compiled(**given).loss
+    near(loss.detach(), model(**given).loss.detach())
+    with pytest.raises(UserError, match=r"no gradients.*undo_speed_up") as refused:
+        loss.backward()
+    one_line(refused)
+    model.encoder.requires_grad_(False)
+    compiled(**given).loss.backward()  # of the head alone
+    assert model.heads["two"].classifier.weight.grad.abs().max() > 0
+    model.encoder.requires_grad_(True)
+    model.train()
+    with pytest.raises(UserError, match=r"cannot be trained.*undo_speed_up") as refused:
+        compiled(**given)
+    one_line(refused)
+
+
+def test_an_exported_program_has_no_gradients():
+    model = speed_up(task_model(sparse_model(), "two")).eval()
+    program = torch.export.export(model, (), BATCH).module()
+    with pytest.raises(UserError, match=r"no gradients.*undo_speed_up"):
+        program(**BATCH).logits.sum().backward()
 
 
 def test_an_exported_program_needs_its_model():
@@ -297,6 +331,18 @@ def test_training_is_refused_with_the_way_back(pair, tmp_path):
     near(outputs(model), outputs(plain))
 
 
+@SOME
+@pytest.mark.parametrize("only", ["LayerNorm.weight", "dense.bias"])
+def test_gradients_of_a_few_parameters_are_refused_too(model_type, only):
+    """Whichever of the encoder's parameters are frozen."""
+    model = speed_up(sparse_model(model_type))
+    wanted = next(n for n, _ in model.encoder.named_parameters() if "layer.0." in n and n.endswith(only))
+    for name, parameter in model.encoder.named_parameters():
+        parameter.requires_grad_(name == wanted)
+    with pytest.raises(UserError, match=r"no gradients.*undo_speed_up"):
+        model(**BATCH, task="two", labels=torch.tensor([0, 1])).loss.backward()
+
+
 def test_trainers_refuse_it_in_one_line(pair, tmp_path):
     model, _ = pair
     with pytest.raises(UserError, match=r"the model is sped up.*undo_speed_up") as refused:
@@ -324,3 +370,35 @@ def test_what_needs_dense_matrices_says_so(pair, function):
     with pytest.raises(UserError) as refused:
         function(pair[0])
     assert "the model is sped up; call hf_disparse.undo_speed_up(model) first" in one_line(refused)
+
+
+def test_masks_and_scores_of_a_sped_up_model(pair, tmp_path):
+    model, plain = pair
+    parameters = prunable_parameters(plain)
+    masks, loaders = find_masks(parameters), {"two": [{**BATCH, "task": "two", "labels": torch.tensor([0, 1])}]}
+    before = bits(model)
+    for function in (apply_masks, MaskHooks):
+        with pytest.raises(UserError, match=f"{function.__name__}: the model is sped up.*undo_speed_up") as refused:
+            function(model, masks)
+        one_line(refused)
+    with pytest.raises(ValueError, match="the model has no parameter 'no'"):
+        MaskHooks(plain, {"no": masks.popitem()[1]})
+    with pytest.raises(UserError, match=r"no gradients.*undo_speed_up"):
+        next(score(model, loaders, parameters=dict(model.encoder.named_parameters())))
+    with pytest.raises(ValueError, match=r"uses none of the parameters.*undo_speed_up") as refused:
+        next(score(model, loaders, parameters=parameters))  # those of before it was sped up
+    one_line(refused)
+    assert_same_bits(bits(model), before)
+
+
+@pytest.mark.parametrize("kind", ["PruningConfig", "MovementConfig", "L0Config", "RankConfig", "masks"])
+def test_the_callback_refuses_a_sped_up_model(kind, tmp_path):
+    alone = task_model(sparse_model(), "two")
+    masks = find_masks(prunable_parameters(alone)) if kind == "masks" else None
+    config = None if masks else getattr(hf_disparse, kind)(sparsity=0.5)
+    callback = PruningCallback(config, {"two": [{**BATCH, "labels": torch.tensor([0, 1])}]}, masks=masks)
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, max_steps=4, disable_tqdm=True)
+    rows = [{**{name: tensor[0] for name, tensor in BATCH.items()}, "labels": 0}] * 4
+    with pytest.raises(UserError, match=r"sped up.*undo_speed_up") as refused:
+        Trainer(speed_up(alone), args, train_dataset=rows, callbacks=[callback]).train()
+    one_line(refused)

@@ -17,7 +17,7 @@ from hf_disparse import (
     unshare,
 )
 from hf_disparse.fast.encoder import FastForward
-from hf_disparse.fast.linear import is_sped_up
+from hf_disparse.pruning.sped_up import is_sped_up
 from tests.helpers.adapters import adapted
 from tests.helpers.compacting import BATCH, model_of, prune_parts
 from tests.helpers.speeding import (
