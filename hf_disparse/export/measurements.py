@@ -12,10 +12,10 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from hf_disparse.config import PruningConfig, UserError, one_line
+from hf_disparse.fast.families import token_limit
 from hf_disparse.fast.linear import FastLinear
 from hf_disparse.fast.speed_up import speed_up
 from hf_disparse.files import read_json
-from hf_disparse.model.architectures import token_limit
 from hf_disparse.model.loading import CONFIG_NAME, weight_files
 from hf_disparse.model.multitask import MultitaskModel
 from hf_disparse.model.prunable import prunable_parameters

@@ -8,14 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils.output_capturing import _active_collector
 
 from hf_disparse.config import UserError
 from hf_disparse.fast import operators, structs
 from hf_disparse.fast.compiler import library
 from hf_disparse.fast.families import family_of
 from hf_disparse.fast.linear import refuse_gradients
-from hf_disparse.fast.plan import EncoderPlan, Unfit
+from hf_disparse.fast.plan import EncoderPlan, Replaced, Unfit
 from hf_disparse.pruning.sped_up import WAY_BACK
 
 _WHOLE = (np.int32, np.int64)  # the types of ids that torch takes
@@ -109,21 +108,32 @@ class FastForward:
         ids, mask, types = (_array(tensor) for tensor in self._takes(**given))
         if ids is None or any(a is not None and (a.shape != ids.shape or a.dtype not in _WHOLE) for a in (ids, types)):
             raise Unfit("input_ids are missing, or ids and types are no whole numbers or have different shapes")
-        if _active_collector.get():  # empty if it records nothing
-            raise Unfit("a model around this one records hidden states")
-        if self._plan is None:
-            self._plan = EncoderPlan(self.encoder, family_of(self.encoder))
-        out = self._run(self._plan.ready(), ids, mask, types)
+        plan = self._plan
+        if plan is None:
+            if (family := family_of(self.encoder)) is None:
+                raise Unfit("a decoder")
+            plan = self._plan = EncoderPlan(self.encoder, family)
+        try:
+            struct = plan.ready()
+        except Replaced:  # the next call reads what is there then
+            self._plan = None
+            raise
+        out = self._run(plan, struct, ids, mask, types)
         return refuse_gradients(out, self._source()) if torch.is_grad_enabled() else out
 
     def _run(
-        self, struct: structs.Encoder, ids: np.ndarray, mask: np.ndarray | None, types: np.ndarray | None
+        self,
+        plan: EncoderPlan,
+        struct: structs.Encoder,
+        ids: np.ndarray,
+        mask: np.ndarray | None,
+        types: np.ndarray | None,
     ) -> Tensor:
         start, place, target = _tokens(mask, ids.shape)
-        longest = place.max() + 1 if self._plan.family.positions is None else np.diff(start).max()
-        if longest > self.encoder.config.max_position_embeddings:
+        longest = place.max() + 1 if plan.family.positions is None else np.diff(start).max()
+        if longest > plan.positions:
             raise Unfit("longer than the tables of rotary or relative positions")
-        rows = self._rows(ids, types, target, place)
+        rows = _rows(plan, ids, types, target, place)
         output = torch.empty if len(target) == ids.size else torch.zeros
         out = output(*ids.shape, struct.features, dtype=torch.float32, device="cpu")
         threads = torch.get_num_threads()
@@ -144,24 +154,25 @@ class FastForward:
                 raise MemoryError(f"a batch of {len(ids)} texts and {len(target)} tokens: out of memory")
         return out
 
-    def _rows(
-        self, ids: np.ndarray, types: np.ndarray | None, target: np.ndarray, place: np.ndarray
-    ) -> list[np.ndarray]:
-        """The row of each embedding table that each token takes."""
-        words = ids.reshape(-1)[target]
-        rows = []
-        for name, size in self._plan.tables:
-            if name == "token_type_embeddings":
-                row = np.zeros_like(words) if types is None else types.reshape(-1)[target]
-            elif name == "position_embeddings" and self._plan.family.positions == "skip padding":
-                padding = self.encoder.embeddings.padding_idx
-                row = padding + (np.cumsum(ids != padding, axis=1) * (ids != padding)).reshape(-1)[target]
-            else:
-                row = place if name == "position_embeddings" else words
-            if len(row) and not 0 <= row.min() <= row.max() < size:
-                raise Unfit(f"{name}: an index out of range, for which torch has an error")
-            rows.append(np.ascontiguousarray(row, dtype=np.int64))
-        return rows
+
+def _rows(
+    plan: EncoderPlan, ids: np.ndarray, types: np.ndarray | None, target: np.ndarray, place: np.ndarray
+) -> list[np.ndarray]:
+    """The row of each embedding table that each token takes."""
+    words = ids.reshape(-1)[target]
+    rows = []
+    for name, size in plan.tables:
+        if name == "token_type_embeddings":
+            row = np.zeros_like(words) if types is None else types.reshape(-1)[target]
+        elif name == "position_embeddings" and plan.family.positions == "skip padding":
+            padding = plan.encoder.embeddings.padding_idx
+            row = padding + (np.cumsum(ids != padding, axis=1) * (ids != padding)).reshape(-1)[target]
+        else:
+            row = place if name == "position_embeddings" else words
+        if len(row) and not 0 <= row.min() <= row.max() < size:
+            raise Unfit(f"{name}: an index out of range, for which torch has an error")
+        rows.append(np.ascontiguousarray(row, dtype=np.int64))
+    return rows
 
 
 def _groups(start: np.ndarray, tokens: int) -> Iterator[tuple[int, int]]:

@@ -1,8 +1,10 @@
 """Which modules of an encoder do what, by transformers' names: what the fused path knows of an architecture."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 
@@ -85,7 +87,7 @@ FAMILIES = {
     ),
 }
 # Names of activations in configurations -> the number in encoder.h.
-ACTIVATIONS = {
+_NUMBERS = {
     "gelu": 0,
     "gelu_python": 0,
     "gelu_new": 1,
@@ -96,6 +98,7 @@ ACTIVATIONS = {
     "silu": 3,
     "swish": 3,
 }
+_ACTIVATIONS = {type(ACT2FN[name]): number for name, number in _NUMBERS.items() if name in ACT2FN}
 
 
 def family_of(encoder: nn.Module) -> Family | None:
@@ -106,16 +109,17 @@ def family_of(encoder: nn.Module) -> Family | None:
     return FAMILIES.get(config.model_type)
 
 
-def activation_of(encoder: nn.Module) -> int | None:
-    """The number of the encoder's activation in encoder.h, or None if there is none."""
-    return ACTIVATIONS.get(_activation_name(encoder))
+def activation_of(module: Any) -> int | None:
+    """The number of an activation in encoder.h, or None if C has no such function."""
+    return _ACTIVATIONS.get(type(module))
 
 
-def activation_module(encoder: nn.Module) -> nn.Module:
-    """The activation that transformers makes for the encoder's configuration, one of `ACTIVATIONS`."""
-    return ACT2FN[_activation_name(encoder)]
+def head_size(config: PreTrainedConfig) -> int:
+    """Features of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _activation_name(encoder: nn.Module) -> str:
-    names = (getattr(encoder.config, key, None) for key in ("hidden_act", "activation", "hidden_activation"))
-    return next((name for name in names if isinstance(name, str)), "")
+def token_limit(config: PreTrainedConfig) -> int | None:
+    """A safe maximum number of tokens: RoBERTa-style encoders reserve two positions. None if there is no limit."""
+    positions = getattr(config, "max_position_embeddings", None) or 0
+    return max(positions - 2, 1) if positions > 0 else None

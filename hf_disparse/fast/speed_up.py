@@ -12,7 +12,7 @@ from transformers import AutoModel, PreTrainedModel
 from hf_disparse.config import UserError, one_line
 from hf_disparse.fast.compiler import library
 from hf_disparse.fast.encoder import FastForward
-from hf_disparse.fast.families import family_of
+from hf_disparse.fast.families import family_of, token_limit
 from hf_disparse.fast.linear import FastLinear
 from hf_disparse.fast.matrix import StoredMatrix
 from hf_disparse.fast.packed import keeping_packed
@@ -172,8 +172,8 @@ def _fuse(encoder: nn.Module) -> None:
 
 
 def _length(encoder: nn.Module, most: int) -> int:
-    """`most` tokens, or as many as the encoder's positions allow; two are RoBERTa's offset."""
-    return max(1, min(most, (getattr(encoder.config, "max_position_embeddings", None) or 512) - 2))
+    """`most` tokens, or as many as the encoder's positions allow."""
+    return min(most, token_limit(encoder.config) or most)
 
 
 def _seconds(model: PreTrainedModel) -> list[float]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 from hf_disparse.config import UserError
+from hf_disparse.fast.families import head_size
 from hf_disparse.model.low_rank import LowRankLinear, low_rank_modules, rank_sites
 from hf_disparse.pruning.parts import Site
 
@@ -92,12 +92,6 @@ def encoder_layers(encoder: nn.Module, key: str = "pruning.granularity") -> nn.M
     return encoder.get_submodule(layout_of(encoder, key).layers)
 
 
-def token_limit(encoder_config: PreTrainedConfig) -> int | None:
-    """A safe maximum number of tokens: RoBERTa-style encoders reserve two positions. None if there is no limit."""
-    positions = getattr(encoder_config, "max_position_embeddings", None) or 0
-    return positions - 2 if positions > 2 else None
-
-
 def _holds_no_more(encoder: nn.Module, layer: nn.Module, layout: Layout) -> bool:
     """Whether a layer has no weights beyond the layout's: those of Longformer, ConvBERT, LUKE and MobileBERT do."""
     known = {*layout.by_head, layout.merge, *layout.if_there, layout.up, layout.down}
@@ -125,8 +119,7 @@ def find_sites(encoder: nn.Module, prefix: str = "") -> dict[str, dict[str, Site
     """
     layout = layout_of(encoder)
     layers, protected = encoder.get_submodule(layout.layers), int(first_stays(encoder))
-    config = encoder.config
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = head_size(encoder.config)
     sites: dict[str, dict[str, Site]] = {"head": {}, "neuron": {}}
     linears = {}
     for i, layer in enumerate(layers):

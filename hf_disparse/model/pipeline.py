@@ -7,8 +7,8 @@ from transformers import AutoTokenizer, Pipeline
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from hf_disparse.config import TaskConfig, UserError
+from hf_disparse.fast.families import token_limit
 from hf_disparse.fast.speed_up import load_fast, speed_up
-from hf_disparse.model.architectures import token_limit
 from hf_disparse.model.multitask import HUB_ARGUMENTS, MultitaskModel
 
 

@@ -23,8 +23,8 @@ from hf_disparse.distributed.processes import on_main, say
 from hf_disparse.export.card import write_card
 from hf_disparse.export.measurements import measure_speed
 from hf_disparse.export.results import RESULTS_NAME, losses_of_log
+from hf_disparse.fast.families import token_limit
 from hf_disparse.files import sync, write_whole, writing
-from hf_disparse.model.architectures import token_limit
 from hf_disparse.model.loading import load_model
 from hf_disparse.model.multitask import MultitaskModel
 from hf_disparse.model.prunable import prunable_parameters

@@ -150,6 +150,37 @@ def test_texts_longer_than_the_tables(kind):
         assert relative_error(model(input_ids=ids).last_hidden_state, expected) < 1e-5
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_configuration_of_more_positions_makes_no_tables_longer(kind):
+    model, _ = encoder(kind, 14, max_position_embeddings=20)
+    hidden(model, input_ids=torch.full((1, 9), 7))
+    model.config.max_position_embeddings = 2000
+    ids = torch.full((2, 300), PADDING)
+    ids[:, :9] = 7
+    with torch.inference_mode(), pytest.raises(Unfit):
+        model.forward.hidden(input_ids=torch.full((2, 300), 7))
+    if kind == "modernbert":
+        assert_as_transformers(model, input_ids=torch.full((2, 300), 7))
+
+
+def test_a_window_that_changes_is_obeyed():
+    model, _ = encoder("modernbert", 23, local_attention=8, global_attn_every_n_layers=3, num_hidden_layers=3)
+    given = batch(np.random.default_rng(12), [40, 30], kind="modernbert")
+    for window in (8, 16, 2):
+        model.config.local_attention = window
+        assert_as_transformers(model, **given)
+        assert_as_transformers(model, **given)
+
+
+def test_rotary_frequencies_that_change_are_obeyed():
+    model, _ = encoder("modernbert", 24)
+    given = batch(np.random.default_rng(13), [9, 30], kind="modernbert")
+    hidden(model, **given)
+    for name in dict(model.rotary_emb.named_buffers()):
+        getattr(model.rotary_emb, name).mul_(0.5)
+    assert_as_transformers(model, **given)
+
+
 WRONG = {
     "an id too large": {"input_ids": torch.full((2, 5), VOCABULARY)},
     "a negative id": {"input_ids": torch.full((2, 5), -1)},

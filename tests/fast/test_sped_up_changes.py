@@ -1,6 +1,8 @@
 """What changes after `speed_up` is obeyed, or refused in one line; it is never ignored."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from hf_disparse import (
     speed_up,
     undo_speed_up,
 )
+from tests.helpers.compacting import BATCH
 from tests.helpers.speeding import (
     is_fused,
     near,
@@ -162,6 +165,43 @@ def change_attention(model):
     model.encoder.set_attn_implementation("uniform")
 
 
+def change_epsilon(model):
+    model.encoder.encoder.layer[1].output.LayerNorm.eps = 0.5
+
+
+def change_scaling(model):
+    model.encoder.encoder.layer[0].attention.self.scaling = 60.0
+
+
+def change_dropout(model):
+    model.encoder.encoder.layer[0].output.dropout = nn.ReLU()
+
+
+def change_dropout_of_embeddings(model):
+    model.encoder.embeddings.dropout = nn.ReLU()
+
+
+def change_positions(model):
+    model.encoder.embeddings.position_ids += 3
+
+
+def change_token_types(model):
+    model.encoder.embeddings.token_type_ids.fill_(1)
+
+
+def change_configuration_that_is_read_again(model):
+    """Modules that exist do not look at it."""
+    model.encoder.config.hidden_act = "relu"
+    model.encoder.config.num_attention_heads = 1
+    model.encoder.config.hidden_size = 8
+    change_embeddings(model)
+    model.encoder.embeddings.LayerNorm.weight = nn.Parameter(torch.linspace(0.5, 2, 16))
+
+
+def change_repeated_layer(model):
+    model.encoder.encoder.layer.append(model.encoder.encoder.layer[0])
+
+
 CHANGES = {name.removeprefix("change_"): function for name, function in list(globals().items()) if "change_" in name}
 
 
@@ -255,3 +295,48 @@ def test_what_is_made_of_a_matrix_is_an_ordinary_tensor(pair):
         made.zero_()
     assert (ours == 0).float().mean() > 0.5
     assert torch.equal(torch.nn.functional.linear(torch.eye(16), ours), theirs.T)
+
+
+def test_dropout_that_is_switched_on(pair):
+    """As Monte Carlo dropout does it: the model in evaluation mode, its dropout in training mode."""
+    model, _ = pair
+    for dropout in (m for m in model.modules() if isinstance(m, nn.Dropout)):
+        dropout.train()
+    assert not torch.equal(outputs(model), outputs(model))
+    model.eval()
+    assert is_fused(model.encoder)
+
+
+def test_a_decoder_is_not_what_it_was(pair):
+    model, plain = pair
+    for one in pair:
+        one.encoder.config.is_decoder = True
+    given = {"input_ids": BATCH["input_ids"], "attention_mask": BATCH["attention_mask"]}
+    with torch.no_grad():
+        near(model.encoder(**given)[0], plain.encoder(**given)[0])
+        near(copy.deepcopy(model).encoder(**given)[0], plain.encoder(**given)[0])
+    assert not is_fused(model.encoder)
+
+
+def test_a_new_vocabulary_is_fast_and_the_old_one_is_gone(pair):
+    model, plain = pair
+    old = weakref.ref(model.encoder.get_input_embeddings().weight)
+    for one in pair:
+        table = nn.Embedding(99, 16)
+        table.weight.data = torch.arange(99 * 16).reshape(99, 16).sin()
+        one.encoder.set_input_embeddings(table)
+    near(outputs(model), outputs(plain))
+    assert is_fused(model.encoder)
+    near(outputs(model), outputs(plain))
+    gc.collect()
+    assert old() is None
+
+
+def test_layers_that_are_taken_out_are_gone(pair):
+    model, _ = pair
+    outputs(model)
+    old = weakref.ref(model.encoder.encoder.layer[1])
+    del model.encoder.encoder.layer[1]
+    outputs(model)
+    gc.collect()
+    assert is_fused(model.encoder) and old() is None

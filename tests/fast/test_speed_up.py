@@ -134,6 +134,16 @@ def test_a_model_around_it_that_records_hidden_states():
             near(hidden[real], plain(**BATCH)[0][real])
 
 
+def test_recording_hooks_when_transformers_has_no_such_collector(monkeypatch, gains):
+    model, plain = speed_up(sparse_model()).encoder, sparse_model().encoder
+    model(**BATCH, output_hidden_states=True)
+    assert is_fused(model)
+    monkeypatch.setattr("hf_disparse.fast.plan._active_collector", None)
+    assert not is_fused(model)
+    with torch.no_grad():
+        near(model(**BATCH)[0], plain(**BATCH)[0])
+
+
 def test_token_types_count():
     model = sparse_model()
     types = {**BATCH, "token_type_ids": torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 0, 0]])}
