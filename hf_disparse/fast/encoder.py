@@ -15,7 +15,7 @@ from hf_disparse.fast.compiler import library
 from hf_disparse.fast.families import family_of
 from hf_disparse.fast.linear import refuse_gradients
 from hf_disparse.fast.plan import EncoderPlan, Replaced, Unfit
-from hf_disparse.pruning.sped_up import WAY_BACK
+from hf_disparse.pruning.sped_up import WAY_BACK, is_sped_up
 
 _WHOLE = (np.int32, np.int64)  # the types of ids that torch takes
 _TOKENS = 512  # per thread, run through all layers before the next ones, so that what lies between stays in the cache
@@ -42,11 +42,14 @@ class FastForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the encoder's own forward."""
-        encoder, compiled = self.encoder, torch.compiler.is_compiling()
+        encoder, compiled = self.encoder, operators.are_recorded()
         if not compiled:
             self._refuse_training()
         if args:
-            kwargs |= zip(_names(type(encoder)), args, strict=False)
+            named = dict(zip(_names(type(encoder)), args, strict=False))
+            if twice := named.keys() & kwargs.keys():
+                raise TypeError(f"{type(encoder).__name__}.forward() got multiple values for argument '{min(twice)}'")
+            kwargs |= named
         given = {name: value for name, value in kwargs.items() if value is not None}
         try:
             if compiled:  # the operator refuses training, when it runs
@@ -63,7 +66,7 @@ class FastForward:
         return self.output(last_hidden_state=hidden, pooler_output=pooled)
 
     def _refuse_training(self) -> None:
-        if self.encoder.training:
+        if self.encoder.training and is_sped_up(self.encoder):  # it may be undone, and this kept in another's wrapper
             raise UserError(f"a sped-up model cannot be trained: call model.eval(), or, to train it, {WAY_BACK}")
 
     def _source(self) -> Tensor | None:
@@ -193,14 +196,12 @@ def _array(tensor: Any) -> np.ndarray | None:
     """A batch's ids or mask, (batch, tokens)."""
     if tensor is None:
         return None
-    if (
-        not isinstance(tensor, Tensor)
-        or tensor.device.type != "cpu"
-        or tensor.ndim != 2
-        or tensor.dtype == torch.bfloat16
-    ):
+    if not isinstance(tensor, Tensor) or tensor.device.type != "cpu" or tensor.ndim != 2:
         raise Unfit("expected a matrix on the CPU")
-    return tensor.detach().numpy()
+    try:
+        return tensor.detach().numpy()
+    except (RuntimeError, TypeError) as error:  # numpy has no such numbers, or torch.func hides them
+        raise Unfit(str(error)) from None
 
 
 def _tokens(mask: np.ndarray | None, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

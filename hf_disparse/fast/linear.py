@@ -27,7 +27,7 @@ class SpedUpLinear(SpedUp):
         message = f"a sped-up model cannot be trained; {WAY_BACK}"
         if not (self.training and torch.is_grad_enabled()):
             return inputs
-        if torch.compiler.is_compiling():
+        if operators.are_recorded():
             return operators.refuse(inputs.detach(), inputs.shape, message)
         raise UserError(message)
 
@@ -86,7 +86,7 @@ class FastLinear(nn.Module, SpedUpLinear):
         inputs = self.refuse_training(inputs)
         if inputs.device.type != "cpu" or inputs.dtype != torch.float32 or self.where.dtype != torch.float32:
             return functional.linear(inputs, self.dense(), self.bias)
-        if torch.compiler.is_compiling():
+        if operators.are_recorded() or type(inputs) is not Tensor:
             return operators.multiply(inputs, self.bias, self._number)
         return refuse_gradients(self.product(inputs), inputs if inputs.requires_grad else self.bias)
 
@@ -129,8 +129,8 @@ class _Frozen(torch.autograd.Function):
     """Lets numbers pass; a gradient that comes back is refused rather than lost."""
 
     @staticmethod
-    def forward(ctx, output: Tensor, _: Tensor) -> Tensor:
-        return output
+    def forward(ctx, output: tuple[Tensor], _: Tensor) -> Tensor:
+        return output[0]  # were it an argument itself, torch would take it for a view, not to be changed in place
 
     @staticmethod
     def backward(ctx, *_):
@@ -140,4 +140,4 @@ class _Frozen(torch.autograd.Function):
 def refuse_gradients(output: Tensor, source: Tensor | None) -> Tensor:
     """`output`, whose gradient with respect to `source` is an error rather than missing."""
     follow = torch.is_grad_enabled() and source is not None and source.requires_grad
-    return _Frozen.apply(output, source) if follow else output
+    return _Frozen.apply((output.detach(),), source) if follow else output

@@ -4,7 +4,7 @@ An operator takes tensors and numbers, so modules are named by a number that hol
 `torch.export` has saved runs where the model is, not in another process.
 """
 
-import itertools
+import secrets
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakValueDictionary
@@ -16,12 +16,13 @@ from hf_disparse.config import UserError
 from hf_disparse.pruning.sped_up import WAY_BACK
 
 NO_GRADIENTS = f"a sped-up model has no gradients; {WAY_BACK}"
-_numbers, _modules = itertools.count(), WeakValueDictionary()
+_modules = WeakValueDictionary()
+_modes = getattr(torch._C, "_len_torch_dispatch_stack", int)  # private: no public name says how many modes are active
 
 
 def enter(module: Any) -> int:
     """Returns a number by which the operators find `module` as long as it lives."""
-    number = next(_numbers)
+    number = secrets.randbits(62)  # unlike a count, no other process has it for another module
     _modules[number] = module
     return number
 
@@ -32,6 +33,11 @@ def _module(number: int) -> Any:
             "this compiled or exported program needs the sped-up model it was made from, in the same process"
         )
     return _modules[number]
+
+
+def are_recorded() -> bool:
+    """Whether torch records or simulates what happens, and so has to see an operator rather than a call of C."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or _modes() > 0
 
 
 @torch.library.custom_op("hf_disparse::refuse", mutates_args=())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
+from hf_disparse.config import UserError
 from hf_disparse.fast import structs
 from hf_disparse.fast.families import Family, activation_of, head_size
 from hf_disparse.fast.linear import FastLinear
@@ -159,7 +160,11 @@ class _Plan:
     def struct(self) -> Any:
         """The struct. Raises Unfit."""
         made = self._made
-        if made is None or made[0].state() != made[1]:
+        try:
+            changed = made is None or made[0].state() != made[1]
+        except RuntimeError as error:
+            raise UserError(structs.NO_DATA) from error
+        if changed:
             source = _Source()
             try:
                 struct = self.read(source)

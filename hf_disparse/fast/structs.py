@@ -3,6 +3,11 @@
 import ctypes
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 
+from hf_disparse.config import UserError
+from hf_disparse.pruning.sped_up import WAY_BACK
+
+NO_DATA = f"a sped-up model cannot be transformed by torch.func or run on tensors without numbers; {WAY_BACK}"
+
 
 class Matrix(Structure):
     """`Matrix` of fast.h."""
@@ -69,10 +74,17 @@ class Batch(Structure):
 
 
 def address(tensor) -> int | None:
-    """Where a tensor's or an array's numbers begin; None for None."""
+    """Where a tensor's or an array's numbers begin; None for None.
+
+    Raises:
+        UserError: it is a tensor that stands for others, such as within `torch.func.grad` and `vmap`.
+    """
     if tensor is None:
         return None
-    return tensor.data_ptr() if hasattr(tensor, "data_ptr") else tensor.ctypes.data
+    try:
+        return tensor.data_ptr() if hasattr(tensor, "data_ptr") else tensor.ctypes.data
+    except RuntimeError as error:
+        raise UserError(NO_DATA) from error
 
 
 def reference(struct: Structure) -> ctypes.c_void_p:

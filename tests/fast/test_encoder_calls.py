@@ -197,6 +197,8 @@ WRONG = {
     "no texts": {"input_ids": torch.zeros(0, 5, dtype=torch.long)},
     "no tokens": {"input_ids": torch.zeros(2, 0, dtype=torch.long)},
     "unknown argument": {"nonsense": 3},
+    "ids whose sign torch has put off": {"input_ids": torch._neg_view(torch.full((2, 5), -3))},
+    "a mask of eight bits": {"attention_mask": torch.ones(2, 5).to(torch.float8_e4m3fn)},
 }
 
 
@@ -282,6 +284,14 @@ def test_no_layers():
     model, exact = encoder("bert", 21, num_hidden_layers=0)
     given = batch(np.random.default_rng(11), [9, 30])
     assert_close(exact, hidden(model, 2, **given), **given)
+
+
+def test_an_argument_given_twice():
+    model, _ = encoder("bert", 22)
+    ids = torch.full((2, 5), 3)
+    for forward in (model, lambda *args, **kwargs: type(model).forward(model, *args, **kwargs)):
+        with pytest.raises(TypeError, match="multiple values for argument 'attention_mask'"):
+            forward(ids, torch.ones_like(ids), attention_mask=torch.ones_like(ids))
 
 
 def test_unfit_is_never_seen():

@@ -9,6 +9,8 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
@@ -35,6 +37,7 @@ from hf_disparse import (
     task_model,
     undo_speed_up,
 )
+from hf_disparse.fast.linear import FastLinear
 from tests.helpers.compacting import BATCH
 from tests.helpers.processes import child, messages
 from tests.helpers.speeding import (
@@ -308,6 +311,73 @@ def test_exported():
     assert any("hf_disparse.encode" in str(node.target) for node in program.graph.nodes)
 
 
+def runs_what_another_process_exported(report, file) -> None:
+    seconds = iter([[3.0], [1.0]])
+    MODULE._seconds = lambda model: next(seconds)
+    model = speed_up(task_model(sparse_model(), "two"))
+    try:
+        torch.export.load(file).module()(**BATCH)
+    except UserError as error:
+        report.send((str(error), type(model).__name__))
+
+
+def test_an_exported_program_finds_no_model_of_another_process():
+    model = speed_up(task_model(sparse_model(), "two")).eval()
+    file = io.BytesIO()
+    with torch.no_grad():
+        torch.export.save(torch.export.export(model, (), BATCH), file)
+    file.seek(0)
+    with child(runs_what_another_process_exported, file) as (_, connection):
+        [(message, _)] = messages(connection)
+    assert "needs the sped-up model it was made from" in message
+
+
+def traced(encoder, ids):
+    return torch.jit.trace(encoder, (ids,), strict=False, check_trace=False)(ids.flip(0))["last_hidden_state"]
+
+
+def proxied(encoder, ids):
+    return make_fx(lambda ids: encoder(ids).last_hidden_state)(ids)(ids.flip(0))
+
+
+@pytest.mark.parametrize(("model_type", "record"), [("bert", traced), ("bert", proxied), ("deberta-v2", traced)])
+def test_recorded_by_other_means(model_type, record):
+    """A tracer sees no call of C, and would take the memory before it for the result."""
+    model, plain = speed_up(sparse_model(model_type)), sparse_model(model_type)
+    with torch.no_grad():
+        near(record(model.encoder, BATCH["input_ids"]), plain.encoder(BATCH["input_ids"].flip(0)).last_hidden_state)
+
+
+@SOME
+def test_on_tensors_without_numbers(model_type):
+    model = speed_up(sparse_model(model_type)).encoder
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        ids, embedded = torch.ones(2, 6, dtype=torch.long), torch.ones(2, 6, 16)
+        if model_type != "deberta-v2":
+            assert model(ids).last_hidden_state.shape == (2, 6, 16)
+            assert model(inputs_embeds=embedded).last_hidden_state.shape == (2, 6, 16)
+        linear = next(m for m in model.modules() if isinstance(m, FastLinear) and m.in_features == 16)
+        assert linear(embedded).shape == (2, 6, linear.out_features)
+    assert linear(embedded).shape == (2, 6, linear.out_features)
+
+
+def test_transforms_are_refused(pair):
+    model, ids = pair[0].encoder, BATCH["input_ids"]
+    norms = {name: p.detach() for name, p in model.named_parameters() if "LayerNorm" in name}
+
+    def total(norms):
+        return torch.func.functional_call(model, norms, (ids,)).last_hidden_state.sum()
+
+    near(total(norms), model(ids).last_hidden_state.sum())
+    for function in (
+        lambda: torch.func.grad(total)(norms),
+        lambda: torch.func.vmap(lambda row: model(row[None]).last_hidden_state[0], randomness="same")(ids),
+    ):
+        with pytest.raises(UserError, match=r"torch\.func.*undo_speed_up") as refused:
+            function()
+        one_line(refused)
+
+
 # Trained
 
 
@@ -329,6 +399,25 @@ def test_training_is_refused_with_the_way_back(pair, tmp_path):
     assert model.heads["two"].classifier.weight.grad.abs().max() > 0
     undo_speed_up(model).encoder.requires_grad_(True)
     near(outputs(model), outputs(plain))
+
+
+def test_its_output_can_be_changed_in_place(pair):
+    changed = []
+    for model in pair:
+        hidden = model.encoder(**BATCH).last_hidden_state
+        hidden[BATCH["attention_mask"] == 0] = 0
+        assert hidden.mul_(2).requires_grad
+        changed.append(hidden.detach())
+    near(*changed)
+
+
+def test_what_another_library_wrapped_is_undone_too(pair):
+    model, _ = pair
+    inner = model.encoder.forward
+    model.encoder.forward = lambda *args, **kwargs: inner(*args, **kwargs)  # as Accelerate's hooks do
+    undo_speed_up(model).train()
+    model(**BATCH, task="two", labels=torch.tensor([0, 1])).loss.backward()
+    assert model.encoder.encoder.layer[0].output.dense.weight.grad.abs().max() > 0
 
 
 @SOME
