@@ -157,8 +157,8 @@ def _fuse(encoder: nn.Module) -> None:
     """Gives the encoder its fast forward, unless that differs from transformers' own on a small batch."""
     if family_of(encoder) is None or "forward" in encoder.__dict__:  # another library's forward is left alone
         return
-    length = _length(encoder, 10)
-    ids = torch.arange(3 * length).reshape(3, length) % max(encoder.config.vocab_size - 3, 1) + 2
+    length, words = _length(encoder, 10), encoder.config.vocab_size
+    ids = (torch.arange(3 * length).reshape(3, length) % max(words - 3, 1) + 2) % words
     mask = torch.tensor([[1] * 10, [1] * 4 + [0] * 6, [1] + [0] * 9])[:, :length]
     with torch.inference_mode():
         output = type(encoder).forward(encoder, input_ids=ids, attention_mask=mask)

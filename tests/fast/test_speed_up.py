@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, BertConfig, BertModel
 
 from hf_disparse import (
     TaskConfig,
@@ -351,3 +351,10 @@ def test_models_it_does_not_fit_are_refused_in_one_line(monkeypatch):
         with pytest.raises(UserError, match=reason) as refused:
             speed_up(model)
         assert len(str(refused.value).splitlines()) == 1 and not is_sped_up(model)
+
+
+@pytest.mark.parametrize("words", [1, 2, 3, 5])
+def test_small_vocabularies(words, gains):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    model = speed_up(BertModel(BertConfig(vocab_size=words, pad_token_id=0, **sizes)))
+    assert model(torch.zeros(1, 3, dtype=torch.long)).last_hidden_state.shape == (1, 3, 16)
