@@ -26,6 +26,9 @@ from .config import (
     RankConfig as RankConfig,
 )
 from .config import (
+    SpeedConfig as SpeedConfig,
+)
+from .config import (
     TaskConfig as TaskConfig,
 )
 from .config import (
@@ -79,6 +82,8 @@ from .pruning.masks import (
     save_masks as save_masks,
 )
 from .pruning.scores import score as score
+from .speed.shrink import Shrunk as Shrunk
+from .speed.shrink import shrink as shrink
 from .tasks.data import load_task as load_task
 from .tasks.data import tokenize as tokenize
 from .tasks.task_metric import TaskMetric as TaskMetric

@@ -14,6 +14,7 @@ WINGS = (
     "runs",
     "recipes",
     "trainer",
+    "speed",
     "export",
     "methods",
     "analysis",

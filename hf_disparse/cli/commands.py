@@ -23,6 +23,7 @@ from hf_disparse.cli.tables import (
     print_comparison,
     print_plan,
     print_results,
+    print_shrunk,
     print_sparsity,
     print_speed,
 )
@@ -139,6 +140,50 @@ def evaluate(
     Console().print(table)
     print_sparsity(result["sparsity"])
     print_speed(result["speed"], model)
+
+
+@app.command(
+    epilog="Example: hf-disparse shrink runs/quickstart/dense --recipe recipes/quickstart.yaml --speedup 3 --output_dir faster"
+)
+def shrink(
+    model: _Model,
+    output_dir: Annotated[str, typer.Option("--output_dir", "--output-dir", help="New folder to write to.")],
+    speedup: Annotated[float | None, typer.Option(help="How many times as fast as now.")] = None,
+    latency_ms: Annotated[
+        float | None, typer.Option("--latency_ms", "--latency-ms", help="Instead: milliseconds of one pass.")
+    ] = None,
+    runtime: Annotated[
+        Literal["fast", "torch"], typer.Option(help="Where the model will run: `speed_up`, or plain PyTorch.")
+    ] = "fast",
+    batch: Annotated[int, typer.Option(help="Texts in a pass.")] = 32,
+    length: Annotated[int | None, typer.Option(help="Tokens of a text. Default: the recipe's max_length.")] = None,
+    threads: Annotated[int, typer.Option(help="Cores.")] = 1,
+    score_batches: Annotated[
+        int, typer.Option("--score_batches", "--score-batches", help="Batches per task that judge and refit.")
+    ] = 16,
+    recipe_path: Annotated[
+        str | None, typer.Option("--recipe", help="Recipe with the tasks and data. Default: the model's own.")
+    ] = None,
+    overrides: _Set = [],  # noqa: B006
+) -> None:
+    """Make a finished model several times as fast, in minutes and without training."""
+    quiet()
+    from hf_disparse.config import SpeedConfig
+
+    config = SpeedConfig(
+        speedup=speedup,
+        latency_ms=latency_ms,
+        runtime=runtime,
+        batch=batch,
+        length=length,
+        threads=threads,
+        score_batches=score_batches,
+    )
+    from hf_disparse.runs.shrink import shrink_model
+
+    with _stopping(lambda: f"nothing was written to {output_dir}"):
+        results = shrink_model(model, output_dir, config, recipe_path, overrides)
+    print_shrunk(results, output_dir)
 
 
 @app.command(

@@ -68,6 +68,22 @@ def print_results(results: dict, folder: str) -> None:
         print_speed(results["speed"], folder)
 
 
+def print_shrunk(results: dict, folder: str) -> None:
+    """Prints what shrinking a model cost each task and what it gained."""
+    table = new_table("task", "metric", "before", "after", "difference")
+    before, after = results["dense"], results["sparse"]
+    for task, metrics in before["tasks"].items():
+        for metric, value in metrics.items():
+            now = after["tasks"][task][metric]
+            table.add_row(task, metric, f"{value:.1f}", f"{now:.1f}", f"{now - value:+.1f}")
+    table.add_section()
+    ends = before["average"], after["average"]
+    table.add_row(average_name(before["tasks"]), "", *(f"{x:.1f}" for x in ends), f"{ends[1] - ends[0]:+.1f}")
+    Console().print(table)
+    print_speed(results["speed"], folder)
+    print(f"written: {folder}")
+
+
 def print_speed(speed: dict, model: str) -> None:
     """Prints what a pass takes dense and sped up, and how to get that speed."""
     table = new_table(*SPEED_HEADER)

@@ -18,6 +18,7 @@ from hf_disparse.config.pruning import (
     without_ignored,
 )
 from hf_disparse.config.rank import RankConfig
+from hf_disparse.config.speed import SpeedConfig
 from hf_disparse.config.tasks import METRICS, DataConfig, TaskConfig
 
 # Every pruning method, in the order of help and tables.
@@ -50,6 +51,7 @@ __all__ = [
     "PlatonConfig",
     "PruningConfig",
     "RankConfig",
+    "SpeedConfig",
     "TaskConfig",
     "UserError",
     "closest",

@@ -87,6 +87,7 @@ class PruningConfig(Config):
         "parts": {"decision": "unanimous", "granularity": ["head", "neuron"]},
         "agreement": {"criterion": "agreement", "decision": "joint", "granularity": ["head", "neuron"]},
     }
+    in_training: ClassVar[bool] = True  # whether it prunes during training, not before
     open_criterion: ClassVar[bool] = True  # whether a row that names no criterion has one for each of `--criteria`
     row_defaults: ClassVar[tuple[str, ...]] = ()  # settings that a row does not take from a recipe of another method
 
@@ -300,7 +301,7 @@ class PruningConfig(Config):
         """Returns the config of the method that `values` names; fields of a newer version are ignored with a warning."""
         values = dict(values) if isinstance(values, dict) else values
         if isinstance(values, dict):
-            method, version = values.pop("method", cls.method), values.pop("version", FORMAT_VERSION)
+            method, version = values.pop("method", _implied_method(values, cls)), values.pop("version", FORMAT_VERSION)
             where = where or cls.__name__
             target = _method_class(method, where)
             known = {f.name for f in dataclasses.fields(target)}
@@ -339,9 +340,12 @@ class PruningConfig(Config):
 
 def ignored_settings(values: Any) -> dict[str, str]:
     """Returns the settings that the config of a section `pruning` would ignore -> why; none if its method is unknown."""
-    if not isinstance(values, Mapping) or values.get("method", PruningConfig.method) not in list(_methods()):
+    if not isinstance(values, Mapping):
         return {}
-    cls = _methods()[values.get("method", PruningConfig.method)]
+    method = values.get("method", _implied_method(values, PruningConfig))
+    if method not in list(_methods()):
+        return {}
+    cls = _methods()[method]
     return cls.ignored({field.name: field.default for field in dataclasses.fields(cls)} | dict(values))
 
 
@@ -364,6 +368,11 @@ def _check_expression(text: str, key: str) -> None:
         regex.compile(text)
     except (re.error, regex.error, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{key}: not a regular expression: {one_line(error)}") from None
+
+
+def _implied_method(values: Mapping[str, Any], cls: type[PruningConfig]) -> str:
+    """Returns the method of a section that names none: who asks for a speed prunes to a speed."""
+    return "speed" if {"speedup", "latency_ms"} & set(values) else cls.method
 
 
 def _methods() -> dict[str, type[PruningConfig]]:

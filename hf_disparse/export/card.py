@@ -147,7 +147,8 @@ def _metrics(results: Mapping[str, Any]) -> str:
     if len(results["sparse"]["tasks"]) > 1:
         averages = numbers(before["average"] if before else None, results["sparse"]["average"])
         rows.append((average_name(results["sparse"]["tasks"]), "", "", "", *averages))
-    note = ' "Dense" is the same model before pruning; the sparse model was trained further.' if before else ""
+    further = "; the sparse model was trained further." if "log" in results else "; nothing was trained after pruning."
+    note = f' "Dense" is the same model before pruning{further}' if before else ""
     return f"## Metrics\n\nMeasured on validation data, from 0 to 100.{note}\n\n{_table(rows)}"
 
 

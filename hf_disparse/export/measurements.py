@@ -38,22 +38,25 @@ def tokens_to_time(config: PreTrainedConfig, tokens: int = TOKENS) -> int:
     return min(tokens, token_limit(config) or tokens)
 
 
-def measure_speed(model: MultitaskModel, tokens: int) -> dict[str, Any]:
+def measure_speed(model: MultitaskModel, tokens: int, dense: MultitaskModel | None = None) -> dict[str, Any]:
     """Times one pass of the encoder on one core, in plain torch and sped up by `speed_up`, in turns; takes about two seconds.
 
     Args:
         model: on a CPU; it stays as it is, because a copy of its encoder is sped up. Other precisions are timed as float32.
         tokens: length of the texts; at most as many as the encoder has positions.
+        dense: what a compact model was before; else the model itself, whose zeros plain torch multiplies like any number.
 
     Returns:
         `tokens`, `threads`, `milliseconds` (number of texts -> {"dense": x, "fast": y}, the least of a few passes) and
-        `megabytes` ({"dense": x, "fast": y}, the encoder's weights in memory, embeddings included). Where `speed_up` leaves the
+        `megabytes` ({"dense": x, "fast": y}, the encoder's weights in memory, embeddings included). With `dense`, "compact" is
+        the model in plain torch. Where `speed_up` leaves the
         model as it is, "fast" is missing and `reason` says why.
     """
     threads, training, encoder = torch.get_num_threads(), model.encoder.training, model.encoder.eval()
     if encoder.dtype != torch.float32:
         encoder = copy.deepcopy(encoder).float()
-    encoders, tokens = {"dense": encoder}, tokens_to_time(encoder.config, tokens)
+    encoders = {"dense": encoder} if dense is None else {"dense": dense.encoder.float().eval(), "compact": encoder}
+    tokens = tokens_to_time(encoder.config, tokens)
     torch.set_num_threads(1)
     try:
         fast, reason = _sped_up(copy.deepcopy(encoder))

@@ -146,8 +146,11 @@ def speed_rows(speed: Mapping) -> list[tuple[str, float, float | None, float | N
         f"milliseconds, {texts} text{'s' * (texts != '1')}": value for texts, value in speed["milliseconds"].items()
     }
     named["megabytes in memory"] = speed["megabytes"]
-    gains = {name: value["dense"] / value["fast"] for name, value in named.items() if value.get("fast")}
-    return [(name, value["dense"], value.get("fast"), gains.get(name)) for name, value in named.items()]
+    best = {
+        name: value.get("fast", value.get("compact")) for name, value in named.items()
+    }  # compact: gains in plain torch too
+    gains = {name: value["dense"] / best[name] for name, value in named.items() if best[name]}
+    return [(name, value["dense"], best[name], gains.get(name)) for name, value in named.items()]
 
 
 def speed_cells(speed: Mapping) -> list[tuple[str, ...]]:

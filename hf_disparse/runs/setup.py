@@ -17,6 +17,8 @@ from hf_disparse.config.version import __version__
 from hf_disparse.files import resolve
 from hf_disparse.model.loading import load_pretrained
 from hf_disparse.model.multitask import MultitaskModel
+from hf_disparse.model.prunable import prunable_parameters
+from hf_disparse.pruning.masks import find_masks
 from hf_disparse.recipes.recipe import Recipe
 from hf_disparse.tasks.data import load_task, tokenize
 from hf_disparse.trainer import DisparseTrainer
@@ -82,7 +84,8 @@ def new_trainer(recipe: Recipe, phase: str, folder, model, tokenizer, data: Spli
         return DisparseTrainer(
             model,
             arguments,
-            pruning_config=recipe.pruning if phase == "sparse" else None,
+            pruning_config=recipe.pruning if phase == "sparse" and recipe.pruning.in_training else None,
+            masks=None if recipe.pruning.in_training else find_masks(prunable_parameters(model, recipe.pruning)),
             teachers=teachers,
             train_dataset=train,
             eval_dataset=data.get("selection", data["validation"]),

@@ -35,6 +35,7 @@ from hf_disparse.runs.dense import expect_dense, take_dense
 from hf_disparse.runs.evaluate import metrics_on
 from hf_disparse.runs.folder import PHASE_NAME, alone_in, check_data, claim, find_json, note_data, refuse_others
 from hf_disparse.runs.setup import Splits, environment, new_model, new_trainer, prepare, refused_by_trainer, sizes
+from hf_disparse.runs.shrink import shrink_phase
 from hf_disparse.runs.teachers import teachers_of, try_teachers
 from hf_disparse.trainer import DisparseTrainer, last_whole_checkpoint
 
@@ -61,12 +62,17 @@ def train(recipe: Recipe) -> dict[str, Any]:
         refuse_others(folder, recipe)  # another command may have claimed it since the first check
         note_data(folder, recipe.seed, digests)
         dense = train_phase(recipe, "dense", folder / "dense", tokenizer, data)
-        sparse = train_phase(recipe, "sparse", folder / "sparse", tokenizer, data, start=folder / "dense")
+        start = folder / "dense"
+        shrunk = None
+        if not recipe.pruning.in_training:
+            start, shrunk = folder / "shrunk", shrink_phase(recipe, folder / "shrunk", tokenizer, data, start)
+            seconds["shrinking"] = shrunk.pop("seconds")
+        sparse = train_phase(recipe, "sparse", folder / "sparse", tokenizer, data, start)
         for phase in (dense, sparse):
             seconds |= phase.pop("seconds")
         results = {
             "recipe": public(recipe),
-            "sparsity": {"target": recipe.pruning.sparsity, **sparse.pop("sparsity")},
+            "sparsity": {**_target(recipe), **sparse.pop("sparsity")},
             "dense": dense.pop("metrics"),
             "sparse": sparse.pop("metrics"),
             "majority": {name: _majority(recipe.tasks[name][0], rows) for name, rows in data["validation"].items()},
@@ -79,10 +85,17 @@ def train(recipe: Recipe) -> dict[str, Any]:
             ],
             "environment": environment(),
         }
+        if shrunk:
+            results["shrunk"] = shrunk
         if "guard" in sparse:
             results["guard"] = sparse["guard"]
         _finish(recipe, folder, tokenizer, results)
     return results
+
+
+def _target(recipe: Recipe) -> dict[str, float]:
+    """Returns the sparsity that pruning aims at; none if it aims at a speed."""
+    return {"target": recipe.pruning.sparsity} if recipe.pruning.in_training else {}
 
 
 @on_main
@@ -90,7 +103,8 @@ def _finish(recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerBase, re
     """Measures the sparse model's speed; writes model, tokenizer and card to the run's folder, and last `results.json`, which marks it finished."""
     model = load_model(folder / "sparse")
     say("speed of the sparse model")
-    results["speed"] = measure_speed(model, recipe.model.max_length)
+    dense = None if recipe.pruning.in_training else load_model(folder / "dense")
+    results["speed"] = measure_speed(model, recipe.model.max_length, dense)
     with writing(folder):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -129,14 +143,15 @@ def train_phase(
     """Trains and evaluates one phase in `folder`, or the rest of it; the result of a finished phase is read.
 
     Args:
-        start: the folder of the finished dense model, for the sparse phase.
+        start: the folder of the model to start from, for the sparse phase.
     """
     if phase == "dense":
         take_dense(recipe, folder)
     if done := find_json(folder / PHASE_NAME):
         return done
     model = load_model(start) if start else new_model(recipe)
-    teachers = teachers_of(recipe, phase, tokenizer, partial(load_model, start) if start else None)
+    taught_by = start if recipe.pruning.in_training else folder.parent / "dense"
+    teachers = teachers_of(recipe, phase, tokenizer, partial(load_model, taught_by) if start else None)
     trainer = new_trainer(recipe, phase, folder, model, tokenizer, data, teachers)
     checkpoint = on_main(last_whole_checkpoint)(folder)
     say(f"{phase} training, {_steps(trainer)} steps" + (f", resumed from {checkpoint}" if checkpoint else ""))

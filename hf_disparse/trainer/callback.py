@@ -59,6 +59,10 @@ class PruningCallback(TrainerCallback):
             raise UserError(
                 f"pruning.quorum: expected at most the number of tasks, {len(loaders)}, got {config.quorum}"
             )
+        if config is not None and not config.in_training:
+            raise UserError(
+                f"pruning.method: {config.method} prunes before training; call `hf_disparse.shrink`, then pass masks=find_masks(...)"
+            )
         if config is not None and config.max_drop is not None and config.sparsity and guard is None:
             raise UserError("pruning.max_drop: needs DisparseTrainer, which evaluates the tasks between pruning steps")
         self.config, self.loaders, self.masks, self.guard = config, loaders, masks, guard

@@ -136,8 +136,8 @@ class ScoringBatches:
     another order every time if it is shuffled.
     """
 
-    def __init__(self, trainer: Trainer, task: str):
-        self.trainer, self.task = trainer, task
+    def __init__(self, trainer: Trainer, task: str, seed: int | None = None):
+        self.trainer, self.task, self.seed = trainer, task, seed  # None: the pruning config's, read when it is needed
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         trainer = self.trainer
@@ -153,7 +153,8 @@ class ScoringBatches:
 
     def _blocks(self, rows, size: int) -> Iterator[list]:
         """Yields the rows of one batch, for all processes together, after another."""
-        seed = self.trainer.pruning_config.seed + self.trainer.state.global_step
+        seed = self.trainer.pruning_config.seed if self.seed is None else self.seed
+        seed += self.trainer.state.global_step
         if isinstance(rows, IterableDataset):  # in an epoch that training never reaches
             yield from blocks_of(rows, size, f"tasks.{self.task}", _FAR + seed)
         lengths = lengths_by_task({self.task: rows}, self.trainer.args) if self.trainer.is_multitask else None
