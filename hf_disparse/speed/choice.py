@@ -36,6 +36,9 @@ class Choice:
     zeros: float
 
 
+SiteOptions = tuple[list[Choice], Options]  # what can stay of a site, and what each of these choices costs and takes
+
+
 class JudgedSite:
     """The heads or neurons of one layer, judged by all tasks.
 
@@ -73,7 +76,7 @@ class JudgedSite:
         self._draw_sample(alone, found)
         self._growth = {z: self._growth_at(z, weights, inverses, found) for z in self.zeros}
 
-    def options(self, table: LatencyTable) -> tuple[list[Choice], Options]:
+    def options(self, table: LatencyTable) -> SiteOptions:
         """Returns what can stay of the site, and what each of these choices costs and takes."""
         left, rise = self.removal.left.numpy(), self.removal.rise.numpy()
         places = sorted({int(np.abs(left - share * self.site.parts).argmin()) for share in _SHARES})
@@ -150,14 +153,7 @@ class JudgedSite:
         return together / alone if alone else 1.0
 
 
-def best_choices(
-    sites: Mapping[str, JudgedSite], table: LatencyTable, seconds: float, by_worst: bool
-) -> dict[str, Choice]:
-    """Returns what stays of each site, such that the encoder takes at most `seconds` by the table and the tasks lose least.
-
-    Raises:
-        UserError: the smallest encoder takes longer.
-    """
-    options = {name: site.options(table) for name, site in sites.items()}
-    chosen = choose([costs for _, costs in options.values()], seconds - table.least, by_worst)
-    return {name: choices[place] for (name, (choices, _)), place in zip(options.items(), chosen, strict=True)}
+def best_choices(sites: Mapping[str, SiteOptions], seconds: float, by_worst: bool) -> dict[str, Choice]:
+    """Returns what stays of each site, such that all sites together take at most `seconds` and the tasks lose least."""
+    chosen = choose([costs for _, costs in sites.values()], seconds, by_worst)
+    return {name: choices[place] for (name, (choices, _)), place in zip(sites.items(), chosen, strict=True)}

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 from hf_disparse.config import SpeedConfig, UserError
 from hf_disparse.export.compact import compact
 from hf_disparse.fast.families import token_limit
+from hf_disparse.model.adapters import has_adapters
 from hf_disparse.model.architectures import find_sites, layout_of
 from hf_disparse.model.prunable import prunable_parameters
+from hf_disparse.model.unshared import PRIVATE
 from hf_disparse.pruning.decision import Masks
 from hf_disparse.pruning.masks import apply_masks
 from hf_disparse.pruning.parts import Sites
@@ -94,8 +96,11 @@ def shrink(
     Raises:
         UserError: the speed cannot be had, or the encoder's layers are not known.
     """
-    encoder = _checked(model, config)
+    encoder = _checked(model)
     batches = {task: list(of_task) for task, of_task in batches.items()}
+    if not batches or not all(batches.values()):
+        task = next((f"task '{task}'" for task, of_task in batches.items() if not of_task), "any task")
+        raise UserError(f"shrink: expected batches of every task to judge by, got none of {task}")
     length = min(config.length or _LENGTH, token_limit(encoder.config) or _LENGTH)
     with _threads(config.threads):
         timer = Timer(encoder, config.runtime, config.batch, length)
@@ -119,17 +124,32 @@ def shrink(
         predicted=1000
         * (table.least + sum(table.at(sites[name].kind, c.parts, c.zeros) for name, c in choices.items())),
         after=1000 * after,
-        parts={kind: [c.parts for name, c in choices.items() if sites[name].kind == kind] for kind in KINDS},
+        parts={kind: [site.parts for site in _sites(model)[kind].values()] for kind in KINDS},
         zeros={kind: [c.zeros for name, c in choices.items() if sites[name].kind == kind] for kind in KINDS},
         table=table,
     )
 
 
-def _checked(model: PreTrainedModel, config: SpeedConfig) -> nn.Module:
+def _checked(model: PreTrainedModel) -> nn.Module:
     """The model's encoder, if it can be shrunk."""
     refuse_sped_up(model, "shrink")
+    if has_adapters(model):
+        raise UserError("shrink: a model with PEFT adapters cannot be shrunk; shrink it before adding them")
     encoder = model.base_model
-    layout_of(encoder, "shrink")
+    if hasattr(encoder, PRIVATE):
+        raise UserError(
+            "shrink: an encoder whose tasks have private layers cannot be shrunk; shrink it before unsharing"
+        )
+    if skipped := getattr(model.config, "skipped_layers", None):
+        raise UserError(
+            f"shrink: the model skips layers {skipped}; remove them first by hf_disparse.export.compact(model)"
+        )
+    layers = encoder.get_submodule(layout_of(encoder, "shrink").layers)
+    uses = [id(p) for layer in layers for _, p in layer.named_parameters(remove_duplicate=False)]
+    if len(set(uses)) < len(uses):
+        raise UserError(
+            "shrink: the encoder's layers share weights, so they cannot be shrunk each on its own; copy them"
+        )
     if {p.device.type for p in encoder.parameters()} != {"cpu"} or encoder.dtype != torch.float32:
         raise UserError(
             f"shrink: expected a model on the CPU in float32, got {encoder.dtype} on {encoder.device}; try model.float().cpu()"
@@ -175,9 +195,13 @@ def _choose(
     The table's sums are off by a few percent, so the budget is corrected by what a compact copy really takes.
     """
     ones = {name: torch.ones_like(p, dtype=torch.bool) for name, p in prunable_parameters(model).items()}
+    options = {name: site.options(table) for name, site in sites.items()}
+    least = table.least + sum(costs.seconds.min() for _, costs in options.values())
+    if least > wanted:
+        raise _too_fast(least, wanted)
     budget, best = wanted, None
     for _ in range(_TRIES):
-        choices = best_choices(sites, table, budget, by_worst)
+        choices = best_choices(options, budget - table.least, by_worst)
         masks = dict(ones)
         for name, choice in choices.items():
             masks |= sites[name].masks(choice, masks)
@@ -189,10 +213,17 @@ def _choose(
             best = choices, masks, after
         if (1 - _CLOSE) * wanted <= after <= wanted:
             break
-        budget *= (1 - _CLOSE / 3) * wanted / after
+        budget = max(budget * (1 - _CLOSE / 3) * wanted / after, least * (1 + 1e-9))
     if best is None:
-        raise UserError(f"speedup: expected at least {1000 * after:.3g} ms on this machine, got {1000 * wanted:.3g} ms")
+        raise _too_fast(after, wanted)
     return best
+
+
+def _too_fast(possible: float, wanted: float) -> UserError:
+    return UserError(
+        f"speedup: expected at least {1000 * possible:.3g} ms a pass, as one head and one neuron in each layer need on this "
+        f"machine, got {1000 * wanted:.3g} ms; ask for less speed, or drop layers first"
+    )
 
 
 def _sites(model: PreTrainedModel) -> Sites:

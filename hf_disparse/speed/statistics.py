@@ -18,7 +18,8 @@ class Statistics:
     """Means over real tokens, in float32.
 
     Args:
-        gram: module -> H (in, in), over the tokens of all tasks; modules that share their inputs share the tensor.
+        gram: module -> H (in, in), over the tokens of all tasks; modules that share their inputs share the tensor. Over the
+            positions for a projection of DeBERTa's relative positions, which it is given in place of tokens.
         curvature: module that reads parts -> G_t of each task, (tasks, out, out).
         diagonal: module -> the diagonals of G_t of each task, (tasks, out).
     """
@@ -79,7 +80,7 @@ def gather(
         UserError: a task without batches, or a loss that is not finite.
     """
     names, readers = list(modules), set(readers)
-    found, tokens, shared = Statistics(), 0, {}
+    found, given_rows, shared = Statistics(), dict.fromkeys(names, 0), {}
     for task, of_task in batches.items():
         curvature: dict[str, Tensor] = {}
         mine = 0
@@ -90,15 +91,17 @@ def gather(
             shared = shared or _share(names, calls)
             for name in names:
                 given, examples = calls[name][0].detach(), len(real)
+                is_by_token = given.shape[:-1] == real.shape
                 if shared[name] == name:
-                    rows = given[real].float()
+                    rows = (given[real] if is_by_token else given.flatten(0, -2)).float()
                     found.gram[name] = found.gram.get(name, 0) + rows.T @ rows
-                slope = examples * gradients[name][real].float()  # of one example's loss, as the batch's is their mean
+                    given_rows[name] += len(rows)
+                slope = gradients[name][real] if is_by_token else gradients[name].flatten(0, -2)
+                slope = examples * slope.float()  # of one example's loss, as the batch's is their mean
                 wanted = slope.T @ slope if name in readers else slope.square().sum(0)
                 curvature[name] = curvature.get(name, 0) + wanted
         if not mine:
             raise UserError(f"task '{task}': expected at least one batch to judge by, got none")
-        tokens += mine
         for name, total in curvature.items():
             mean = (total / mine)[None]
             if name in readers:
@@ -106,7 +109,7 @@ def gather(
                 mean = mean.diagonal(dim1=1, dim2=2)
             found.diagonal[name] = torch.cat([*([found.diagonal[name]] if name in found.diagonal else []), mean])
     for name in names:
-        found.gram[name] = found.gram[name] / tokens if shared[name] == name else found.gram[shared[name]]
+        found.gram[name] = found.gram[name] / given_rows[name] if shared[name] == name else found.gram[shared[name]]
     return found
 
 
