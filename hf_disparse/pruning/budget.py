@@ -42,7 +42,8 @@ def choose(sites: Sequence[Options], seconds: float, by_worst: bool) -> list[int
     cost = cost / max(cost.max(), 1e-300)
     site_of = np.repeat(np.arange(len(sites)), sizes)
     one_each = csr_array((np.ones(number), (site_of, np.arange(number))), shape=(len(sites), number + 1))
-    constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint([[*(time / seconds), 0]], -np.inf, 1)]
+    unit = seconds or time.max() or 1.0
+    constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint([[*(time / unit), 0]], -np.inf, seconds / unit)]
     if by_worst:  # the last variable is the cost of the worst-off task
         each_task = np.column_stack([cost.T, -np.ones(tasks)])
         constraints.append(LinearConstraint(each_task, -np.inf, 0))

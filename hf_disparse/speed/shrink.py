@@ -221,8 +221,8 @@ def _choose(
 
 def _too_fast(possible: float, wanted: float) -> UserError:
     return UserError(
-        f"speedup: expected at least {1000 * possible:.3g} ms a pass, as one head and one neuron in each layer need on this "
-        f"machine, got {1000 * wanted:.3g} ms; ask for less speed, or drop layers first"
+        f"speedup: expected at least {1000 * possible:.3g} ms a pass on this machine, got {1000 * wanted:.3g} ms; ask for "
+        "less speed, or drop layers first"
     )
 
 

@@ -63,6 +63,13 @@ def test_a_budget_that_is_just_enough_is_used_up(by_worst):
 
 
 @pytest.mark.parametrize("by_worst", [True, False])
+def test_without_any_time_what_takes_none_is_chosen(by_worst):
+    sites = [Options(np.array([[0.0], [1.0]]), np.array([0.01, 0.0])) for _ in range(3)]
+    assert choose(sites, 0.0, by_worst) == [1, 1, 1]
+    assert choose([Options(site.cost, np.zeros(2)) for site in sites], 0.0, by_worst) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("by_worst", [True, False])
 def test_with_time_for_all_nothing_goes_and_what_costs_nothing_is_chosen_without_a_fault(by_worst):
     sites, _ = draw(0, 2)
     free = [Options(site.cost - site.cost.min(0), site.seconds) for site in sites]
