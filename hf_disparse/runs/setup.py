@@ -80,12 +80,14 @@ def new_trainer(recipe: Recipe, phase: str, folder, model, tokenizer, data: Spli
     train = data.get("train")
     if train and phase == "sparse":
         train = {name: train[name] for name in recipe.voters}
+    prunes = phase == "sparse" and recipe.pruning.in_training
+    holds = phase == "sparse" and not prunes  # the zeros that shrinking left
     with refused_by_trainer(phase, ImportError, RuntimeError, ValueError):
         return DisparseTrainer(
             model,
             arguments,
-            pruning_config=recipe.pruning if phase == "sparse" and recipe.pruning.in_training else None,
-            masks=None if recipe.pruning.in_training else find_masks(prunable_parameters(model, recipe.pruning)),
+            pruning_config=recipe.pruning if prunes else None,
+            masks=find_masks(prunable_parameters(model, recipe.pruning)) if holds else None,
             teachers=teachers,
             train_dataset=train,
             eval_dataset=data.get("selection", data["validation"]),

@@ -106,6 +106,8 @@ def shrink(
         timer = Timer(encoder, config.runtime, config.batch, length)
         before, table = timer.before(), measure_table(timer, progress)
         wanted = before / config.speedup if config.speedup else config.latency_ms / 1000
+        if table.least > wanted:  # known before minutes of judging
+            raise _too_fast(table.least, wanted)
         sites = _judge(model, batches, config, table.zeros, loss_fn, progress)
         choices, masks, after = _choose(model, sites, timer, table, before, wanted, config.decision == "unanimous")
     parameters = prunable_parameters(model)

@@ -184,7 +184,7 @@ def test_the_scale_of_a_loss_changes_nothing(task):
     close(logits(first), logits(second))
 
 
-def test_zeros_stay_under_training():
+def test_zeros_stay_under_training(tmp_path):
     model = model_of("bert")
     done = shrink(model, some_batches(), speed(runtime="fast", speedup=1.9))
     assert any(itertools.chain(*done.zeros.values()))
@@ -192,7 +192,7 @@ def test_zeros_stay_under_training():
     pruned = sum(int((~mask).sum()) for mask in masks.values())
     assert pruned
     before = weights(model)
-    multitask_trainer("unused", None, model, masks=masks, max_steps=6).train()
+    multitask_trainer(tmp_path, None, model, masks=masks, max_steps=6).train()
     assert all(not p[~masks[name]].any() for name, p in prunable_parameters(model).items())
     assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
 
