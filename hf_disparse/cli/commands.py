@@ -249,6 +249,11 @@ def _experiment(recipe, protocol, methods, criteria, sparsities, seeds, budgets)
     from hf_disparse.compare.equal_budget import EqualBudget
     from hf_disparse.config import UserError
 
+    if not recipe.pruning.in_training:
+        raise UserError(
+            "pruning.speedup: compare needs a recipe that prunes to a sparsity, which all methods can reach; "
+            "set pruning.sparsity instead"
+        )
     points = _list(str(recipe.pruning.sparsity) if sparsities is None else sparsities, "--sparsities", float)
     every_seed = _list(seeds, "--seeds", int)
     if protocol == "equal-budget":

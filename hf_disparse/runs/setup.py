@@ -81,7 +81,7 @@ def new_trainer(recipe: Recipe, phase: str, folder, model, tokenizer, data: Spli
     if train and phase == "sparse":
         train = {name: train[name] for name in recipe.voters}
     prunes = phase == "sparse" and recipe.pruning.in_training
-    holds = phase == "sparse" and not prunes  # the zeros that shrinking left
+    holds = bool(train) and phase == "sparse" and not prunes  # the zeros that shrinking left
     with refused_by_trainer(phase, ImportError, RuntimeError, ValueError):
         return DisparseTrainer(
             model,

@@ -19,6 +19,8 @@ from hf_disparse.export.results import RESULTS_NAME
 from hf_disparse.files import new_folder, sync, write_whole, writing
 from hf_disparse.model.loading import load_model, load_pretrained
 from hf_disparse.model.multitask import MultitaskModel
+from hf_disparse.model.prunable import prunable_parameters
+from hf_disparse.model.sparsity import sparsity_report
 from hf_disparse.recipes.recipe import Recipe, public
 from hf_disparse.recipes.yaml_text import dump_yaml
 from hf_disparse.runs.evaluate import judge_as, metrics_on, open_run
@@ -98,6 +100,7 @@ def shrink_model(
             "dense": before,
             "sparse": after,
             "shrunk": found.to_dict(),
+            "sparsity": sparsity_report(model, model.encoder, prunable_parameters(model)),
             "examples": sizes(data),
             "unlabelled": unlabelled,
             "speed": measure_speed(model, recipe.model.max_length, load_pretrained(model_name, MultitaskModel, source)),

@@ -12,6 +12,7 @@ from hf_disparse.config import PruningConfig
 from hf_disparse.model.architectures import find_sites
 from hf_disparse.recipes.recipe import parse_recipe
 from hf_disparse.runs import shrink as shrinking
+from hf_disparse.runs.setup import new_trainer, prepare
 from hf_disparse.runs.shrink import TABLE_NAME, shrink_model
 from hf_disparse.runs.train import plan, train
 from tests.helpers.clock import seconds_of, set_clock
@@ -155,6 +156,34 @@ def test_a_copy_of_a_finished_model_is_shrunk_without_training(finished, tmp_pat
     assert "nothing was trained after pruning" in (tmp_path / "faster" / "README.md").read_text()
     with pytest.raises(UserError, match="faster"):
         shrink_model(str(folder), tmp_path / "faster", SpeedConfig(speedup=1.3))
+
+
+def test_what_was_shrunk_is_evaluated_fast_and_analyzed(finished, tmp_path):
+    shrink_model(str(finished[0]), tmp_path / "faster", SpeedConfig(speedup=1.3))
+    for folder in (finished[0], tmp_path / "faster"):
+        status, out, err = hf_disparse("evaluate", folder, "--fast", "--json")
+        assert status == 0, err
+        plain = json.loads(hf_disparse("evaluate", folder, "--json")[1])
+        assert json.loads(out)["tasks"] == plain["tasks"]
+    status, _, err = hf_disparse("analyze", tmp_path / "faster")
+    assert status == 0 and "pruned, the tasks average" in (tmp_path / "faster" / "report.html").read_text(), err
+
+
+def test_a_comparison_wants_a_sparsity(inputs, tmp_path):
+    words = ("compare", write_recipe(tmp_path, inputs), "--output_dir", tmp_path / "compared")
+    refused(*words, names=("pruning.speedup: compare needs", "set pruning.sparsity"))
+    refused(*words, "--protocol", "equal-budget", names=("pruning.speedup: compare needs",))
+    assert not (tmp_path / "compared").exists()
+
+
+def test_the_dense_phase_holds_no_zeros_and_the_sparse_one_those_that_shrinking_left(inputs, finished, tmp_path):
+    untaught = changed(inputs, "recovery.distillation", 0.0)
+    recipe = parse_recipe(untaught | {"output_dir": str(tmp_path / "run")})
+    tokenizer, data, _ = prepare(recipe)
+    model = loaded(finished[0] / "shrunk")
+    for phase, holds in (("dense", False), ("sparse", True)):
+        trainer = new_trainer(recipe, phase, tmp_path / phase, model, tokenizer, data)
+        assert (trainer.pruner.masks is not None) is holds
 
 
 def test_the_command_shrinks_a_model(inputs, finished, tmp_path):
