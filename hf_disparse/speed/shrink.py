@@ -114,7 +114,12 @@ def shrink(
     whole = {name: p.detach().clone() for name, p in parameters.items()}
     apply_masks(model, masks)
     rows = [batch for of_task in batches.values() for batch in of_task]
-    reconstruct(model, masks, whole, rows, loss_fn=loss_fn, progress=progress)
+    try:
+        reconstruct(model, masks, whole, rows, loss_fn=loss_fn, progress=progress)
+    except UserError:  # as of layers with a convolution between them
+        for name, weight in whole.items():
+            parameters[name].data.copy_(weight)
+        raise
     compact(model)
     return Shrunk(
         runtime=config.runtime,

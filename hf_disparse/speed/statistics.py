@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from hf_disparse.config import UserError
 from hf_disparse.pruning.scores import Batch, LossFunction, evaluating
 
-_Call = tuple[Tensor, Tensor]  # input and output of a module
+_Calls = list[tuple[Tensor, Tensor]]  # input and output of a module; DeBERTa also projects its relative positions
 
 
 @dataclass
@@ -18,8 +18,8 @@ class Statistics:
     """Means over real tokens, in float32.
 
     Args:
-        gram: module -> H (in, in), over the tokens of all tasks; modules that share their inputs share the tensor. Over the
-            positions for a projection of DeBERTa's relative positions, which it is given in place of tokens.
+        gram: module -> H (in, in), over the tokens of all tasks; modules that share their inputs share the tensor.
+            DeBERTa's relative positions are tokens, too, to the modules that project them.
         curvature: module that reads parts -> G_t of each task, (tasks, out, out).
         diagonal: module -> the diagonals of G_t of each task, (tasks, out).
     """
@@ -71,7 +71,7 @@ def gather(
     """Takes one forward and one backward pass for each batch.
 
     Args:
-        modules: names of the Linear modules of the encoder's layers; each is called once in a pass.
+        modules: names of the Linear modules of the encoder's layers.
         readers: those of them that read parts.
         batches: task -> its batches.
         loss_fn: (model, batch) -> loss, the mean over the batch's examples.
@@ -86,18 +86,15 @@ def gather(
         mine = 0
         for batch in tqdm(of_task, desc=f"judging by {task}", disable=not progress, leave=False):
             calls, gradients = _pass(model, names, batch, loss_fn, task)
-            real = _real(batch, calls[names[0]][0])
+            real = _real(batch, calls[names[0]][0][0])
             mine += int(real.sum())
             shared = shared or _share(names, calls)
             for name in names:
-                given, examples = calls[name][0].detach(), len(real)
-                is_by_token = given.shape[:-1] == real.shape
                 if shared[name] == name:
-                    rows = (given[real] if is_by_token else given.flatten(0, -2)).float()
+                    rows = _rows([given.detach() for given, _ in calls[name]], real)
                     found.gram[name] = found.gram.get(name, 0) + rows.T @ rows
                     given_rows[name] += len(rows)
-                slope = gradients[name][real] if is_by_token else gradients[name].flatten(0, -2)
-                slope = examples * slope.float()  # of one example's loss, as the batch's is their mean
+                slope = len(real) * _rows(gradients[name], real)  # of one example's loss, as the batch's is their mean
                 wanted = slope.T @ slope if name in readers else slope.square().sum(0)
                 curvature[name] = curvature.get(name, 0) + wanted
         if not mine:
@@ -115,20 +112,16 @@ def gather(
 
 def _pass(
     model: nn.Module, names: list[str], batch: Batch, loss_fn: LossFunction, task: str
-) -> tuple[dict[str, _Call], dict[str, Tensor]]:
-    """Returns what each module was given and gave for one batch, and the gradient of the loss with respect to what it gave."""
-    calls: dict[str, _Call] = {}
-
-    def keep(name: str, given: Tensor, output: Tensor) -> None:
-        if name in calls:
-            raise UserError(f"shrink: the encoder calls {name} more than once in a pass, which is not supported")
-        calls[name] = given, output
-
+) -> tuple[dict[str, _Calls], dict[str, list[Tensor]]]:
+    """Returns what each module was given and gave for one batch, and the gradients of the loss with respect to what it gave."""
+    calls: dict[str, _Calls] = {name: [] for name in names}
+    passes = []
     modules = {name: model.get_submodule(name) for name in names}
     handles = [
-        module.register_forward_hook(lambda _, args, output, name=name: keep(name, args[0], output))
+        module.register_forward_hook(lambda _, args, output, name=name: calls[name].append((args[0], output)))
         for name, module in modules.items()
     ]
+    handles.append(model.base_model.register_forward_hook(lambda *_: passes.append(1)))
     with evaluating(model, {name: module.weight for name, module in modules.items()}), torch.enable_grad():
         try:
             loss = loss_fn(model, batch)
@@ -138,8 +131,15 @@ def _pass(
         if loss is None or not torch.isfinite(loss):
             got = "none; do the batches have labels?" if loss is None else f"{loss.item()}"
             raise UserError(f"task '{task}': expected a finite loss, got {got}")
-        slopes = torch.autograd.grad(loss, [calls[name][1] for name in names])
-    return calls, dict(zip(names, slopes, strict=True))
+        if len(passes) > 1:
+            raise UserError(f"task '{task}': expected a loss of one pass of the encoder, got one of {len(passes)}")
+        slopes = iter(torch.autograd.grad(loss, [output for name in names for _, output in calls[name]]))
+    return calls, {name: [next(slopes) for _ in calls[name]] for name in names}
+
+
+def _rows(tensors: Iterable[Tensor], real: Tensor) -> Tensor:
+    """The rows of real tokens, and all rows of what does not belong to tokens. Shapes: (..., size) -> (rows, size) float32."""
+    return torch.cat([t[real] if t.shape[:-1] == real.shape else t.flatten(0, -2) for t in tensors]).float()
 
 
 def _real(batch: Batch, like: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def _real(batch: Batch, like: Tensor) -> Tensor:
     return mask.to(like.device).bool()
 
 
-def _share(names: Iterable[str], calls: Mapping[str, _Call]) -> dict[str, str]:
-    """module -> the first one that is given the same tensor."""
-    first: dict[int, str] = {}
-    return {name: first.setdefault(id(calls[name][0]), name) for name in names}
+def _share(names: Iterable[str], calls: Mapping[str, _Calls]) -> dict[str, str]:
+    """module -> the first one that is given the same tensors."""
+    first: dict[tuple[int, ...], str] = {}
+    return {name: first.setdefault(tuple(id(given) for given, _ in calls[name]), name) for name in names}

@@ -186,18 +186,37 @@ def test_by_magnitude_a_weight_costs_half_its_square_and_all_tasks_agree():
                 torch.testing.assert_close(score, parameters[name].square() / 2 * 1.01, rtol=1e-5, atol=0)  # damped
 
 
-def test_relative_positions_of_deberta_are_rows_of_their_own():
-    model, batches = model_of("deberta-v2"), batches_of()
-    statistics = found(model, batches)
-    module = next(name for name in modules_of(model) if name.endswith("pos_key_proj"))
-    calls = []
-    handle = model.get_submodule(module).register_forward_hook(lambda _, args, output: calls.append(args[0]))
-    with torch.no_grad():
-        model(**batches["two"][0])
+def shared_keys() -> MultitaskModel:
+    """DeBERTa-v2 whose key and query projections see tokens and relative positions, as in v3."""
+    torch.manual_seed(0)
+    config = DebertaV2Config(**{**CONFIGS["deberta-v2"]().to_diff_dict(), "share_att_key": True})
+    return MultitaskModel(MultitaskConfig(encoder_config=config, tasks=three_tasks())).eval()
+
+
+@pytest.mark.parametrize(
+    ("model", "module"), [(lambda: model_of("deberta-v2"), "pos_key_proj"), (shared_keys, "query_proj")]
+)
+def test_relative_positions_of_deberta_are_tokens_to_those_who_project_them(model, module):
+    """One task and one batch of one text: gradients of texts that share positions cannot be told apart."""
+    model, batch = model(), {k: v if k == "task" else v[:1] for k, v in batch_of("two", 1, padded=False).items()}
+    statistics = found(model, {"two": [batch]})
+    module, calls = next(name for name in modules_of(model) if name.endswith(f".{module}")), []
+    handle = model.get_submodule(module).register_forward_hook(lambda _, args, output: calls.append((args[0], output)))
+    loss = model(**batch).loss
     handle.remove()
-    rows = calls[0][0]
-    near(statistics.gram[module], rows.T @ rows / len(rows))
-    assert statistics.diagonal[module].shape == (3, 16) and (statistics.diagonal[module] > 0).all()
+    assert len(calls) == 1 + (module.endswith(".query_proj"))
+    slopes = torch.autograd.grad(loss, [output for _, output in calls])
+    rows = [row for given, _ in calls for row in given[0].detach()]
+    near(statistics.gram[module], sum(torch.outer(row, row) for row in rows) / len(rows))
+    tokens = batch["input_ids"].numel()
+    near(statistics.diagonal[module], sum(row**2 for slope in slopes for row in slope[0])[None] / tokens)
+
+
+def test_modules_share_a_tensor_only_if_all_their_inputs_are_shared():
+    statistics = found(shared_keys(), batches_of())
+    layer = "encoder.encoder.layer.1.attention.self."
+    query, key, value = (statistics.gram[f"{layer}{n}_proj"] for n in ("query", "key", "value"))
+    assert query is key and key is not value and not torch.equal(key, value)
 
 
 def test_what_tells_nothing_is_refused():
@@ -209,8 +228,6 @@ def test_what_tells_nothing_is_refused():
     unlabelled = {"two": [{k: v for k, v in batches["two"][0].items() if k != "labels"}]}
     with pytest.raises(UserError, match="got none; do the batches have labels"):
         found(model, unlabelled)
-    config = DebertaV2Config(**{**CONFIGS["deberta-v2"]().to_diff_dict(), "share_att_key": True})
-    shared = MultitaskModel(MultitaskConfig(encoder_config=config, tasks=three_tasks()))
-    with pytest.raises(UserError, match=r"query_proj more than once in a pass, which is not supported"):
-        found(shared, batches)
-    assert not any(module._forward_hooks for m in (model, shared) for module in m.modules()), "hooks are taken away"
+    with pytest.raises(UserError, match="task 'two': expected a loss of one pass of the encoder, got one of 2"):
+        found(model, batches, loss_fn=lambda model, batch: model_loss(model, batch) + model_loss(model, batch))
+    assert not any(module._forward_hooks for module in model.modules()), "hooks are taken away"
