@@ -8,7 +8,7 @@ import torch
 from hf_disparse.export import compact
 from hf_disparse.model.architectures import find_sites
 from hf_disparse.speed.latency import ZEROS, LatencyTable, Timer, measure_table
-from tests.helpers.clock import WEIGHTS, seconds_of
+from tests.helpers.clock import WEIGHTS, seconds_of, set_clock
 from tests.helpers.compacting import model_of, prune_parts
 from tests.helpers.tiny import CONFIGS
 from tests.helpers.training import assert_same, weights
@@ -17,6 +17,22 @@ from tests.helpers.training import assert_same, weights
 def by_table(table: LatencyTable, encoder) -> float:
     parts = {kind: [site.parts for site in find_sites(encoder)[kind].values()] for kind in ("head", "neuron")}
     return table.least + sum(table.at(kind, number, 0.0) for kind in parts for number in parts[kind])
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-6])
+def test_layers_that_are_quick_are_repeated_and_counted_once(scale, monkeypatch):
+    copies = []
+
+    def seconds(encoder):
+        copies.append(len(encoder.encoder.layer))
+        return scale * seconds_of(encoder)
+
+    set_clock(monkeypatch, seconds)
+    model = model_of("bert")
+    table = measure_table(Timer(model.encoder, "torch", 2, 8))
+    assert set(copies[2:]) == {3}, "all but one measurement, which is to see how quick they are"
+    assert by_table(table, model.encoder) == pytest.approx(scale * seconds_of(model.encoder))
+    assert table.at("head", 4, 0.0) == pytest.approx(3 * scale)
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)

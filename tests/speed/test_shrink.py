@@ -22,6 +22,7 @@ from hf_disparse import (
     MultitaskModel,
     SpeedConfig,
     UserError,
+    apply_masks,
     find_masks,
     prunable_parameters,
     shrink,
@@ -33,6 +34,7 @@ from hf_disparse.model.architectures import find_sites
 from hf_disparse.model.factorise import factorise
 from hf_disparse.model.low_rank import low_rank_modules
 from hf_disparse.model.unshared import unshare
+from hf_disparse.pruning.reconstruction import reconstruct
 from hf_disparse.pruning.scores import model_loss
 from tests.helpers.clock import SHRINK, seconds_of, set_clock, some_batches
 from tests.helpers.compacting import BATCH, close, logits, model_of, same
@@ -83,6 +85,20 @@ def test_every_architecture_becomes_fast_enough_and_answers_as_the_masked_model_
     close(logits(model), logits(masked[-1]))
     model.save_pretrained(tmp_path)
     same(MultitaskModel.from_pretrained(tmp_path).eval(), model)
+
+
+@pytest.mark.parametrize("runtime", ["torch", "fast"])
+def test_what_stays_is_refitted_on_the_batches_of_all_tasks(runtime, masked):
+    model, dense, expected = (model_of("bert") for _ in range(3))
+    shrink(model, some_batches(), speed(runtime=runtime))
+    whole = {name: p.detach().clone() for name, p in prunable_parameters(dense).items()}
+    masks = find_masks(prunable_parameters(masked[-1]))
+    apply_masks(expected, masks)
+    broken = (logits(expected) - logits(dense)).square().mean()
+    rows = [batch for of_task in some_batches().values() for batch in of_task]
+    reconstruct(expected, masks, whole, rows, loss_fn=model_loss)
+    close(logits(model), logits(expected))
+    assert (logits(model) - logits(dense)).square().mean() < broken
 
 
 def test_deberta_with_keys_shared_between_tokens_and_positions(masked, tmp_path):
