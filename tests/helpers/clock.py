@@ -4,6 +4,7 @@ import importlib
 
 import torch
 
+from hf_disparse import SpeedConfig
 from hf_disparse.model.architectures import find_sites
 from hf_disparse.speed.latency import Timer
 
@@ -45,3 +46,12 @@ def labelled(task: str, seed: int) -> dict:
 
 def some_batches(*tasks: str) -> dict[str, list[dict]]:
     return {task: [labelled(task, seed) for seed in range(2)] for task in tasks or LABELS}
+
+
+def speed(**changes) -> SpeedConfig:
+    return SpeedConfig(**{"runtime": "torch", "batch": 2, "length": 8} | ({"speedup": 1.5} | changes))
+
+
+def parts_of(model) -> dict[str, list[int]]:
+    sites = find_sites(model.base_model)
+    return {kind: [site.parts for site in sites[kind].values()] for kind in ("head", "neuron")}

@@ -7,59 +7,29 @@ import json
 import pytest
 import torch
 from transformers import (
-    AlbertConfig,
-    AlbertForSequenceClassification,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     DebertaV2Config,
 )
 
-import hf_disparse
 from hf_disparse import (
-    DisparseTrainer,
     MultitaskConfig,
     MultitaskModel,
-    SpeedConfig,
-    UserError,
     apply_masks,
     find_masks,
     prunable_parameters,
     shrink,
-    speed_up,
 )
-from hf_disparse.config import PruningConfig
 from hf_disparse.export import compact
-from hf_disparse.model.architectures import find_sites
 from hf_disparse.model.factorise import factorise
 from hf_disparse.model.low_rank import low_rank_modules
-from hf_disparse.model.unshared import unshare
 from hf_disparse.pruning.reconstruction import reconstruct
 from hf_disparse.pruning.scores import model_loss
-from tests.helpers.clock import SHRINK, seconds_of, set_clock, some_batches
+from tests.helpers.clock import SHRINK, parts_of, seconds_of, set_clock, some_batches, speed
 from tests.helpers.compacting import BATCH, close, logits, model_of, same
-from tests.helpers.speeding import MODULE, sparse_model
-from tests.helpers.tiny import CONFIGS, three_datasets, three_tasks, tiny_model, tiny_tokenizer
-from tests.helpers.training import arguments, assert_same, multitask_trainer, weights
-
-
-def speed(**changes) -> SpeedConfig:
-    return SpeedConfig(**{"runtime": "torch", "batch": 2, "length": 8} | ({"speedup": 1.5} | changes))
-
-
-def parts_of(model) -> dict[str, list[int]]:
-    sites = find_sites(model.base_model)
-    return {kind: [site.parts for site in sites[kind].values()] for kind in ("head", "neuron")}
-
-
-def refusal(model, batches, config=None, **kwargs) -> str:
-    """The one line that refuses to shrink, which leaves the model as it was."""
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    with pytest.raises(UserError) as caught:
-        shrink(model, batches, config or speed(), **kwargs)
-    assert "\n" not in str(caught.value)
-    assert_same(before, dict(model.named_parameters()))
-    return str(caught.value)
+from tests.helpers.tiny import CONFIGS, three_tasks
+from tests.helpers.training import assert_same, multitask_trainer, weights
 
 
 @pytest.fixture
@@ -286,169 +256,9 @@ def test_one_example_one_text_in_a_pass_and_more_tokens_than_positions():
     assert done.batch == 1 and done.length <= 64 and logits(model).isfinite().all()
 
 
-def test_no_speed_is_promised_that_cannot_be_had():
-    message = refusal(model_of("bert"), some_batches(), speed(speedup=1000))
-    assert message.startswith("speedup: expected at least 4.38e+03 ms a pass") and "got 25 ms; ask for less" in message
-    model = model_of("bert")
-    done = shrink(model, some_batches(), speed(speedup=None, latency_ms=4375))  # the smallest there is
-    assert done.parts == {"head": [1] * 3, "neuron": [1] * 3}
-
-
-def test_a_speed_that_only_the_table_promises_is_refused(monkeypatch):
-    def seconds(encoder):
-        """Layers together take what each alone does not."""
-        shape = parts_of(encoder)
-        return seconds_of(encoder) + (20 if len(shape["head"]) == 3 and sum(map(sum, shape.values())) > 6 else 0)
-
-    set_clock(monkeypatch, seconds)
-    message = refusal(model_of("bert"), some_batches(), speed(speedup=2))
-    assert message.startswith("speedup: expected at least 2.") and "ask for less" in message
-
-
-def test_batches_that_tell_nothing_are_refused_before_anything_is_measured(monkeypatch):
-    set_clock(monkeypatch, lambda encoder: pytest.fail("measured"))
-    assert "got none of any task" in refusal(model_of("bert"), {})
-    for criterion in ("curvature", "magnitude"):
-        assert "got none of task 'real'" in refusal(
-            model_of("bert"), {**some_batches("two"), "real": []}, speed(criterion=criterion)
-        )
-
-
-def test_a_loss_that_is_none_or_not_finite_is_refused():
-    batches = some_batches("two")
-    nan = refusal(model_of("bert"), batches, loss_fn=lambda model, batch: model(**batch).loss * float("nan"))
-    assert nan == "task 'two': expected a finite loss, got nan"
-    twice = refusal(model_of("bert"), batches, loss_fn=lambda m, batch: m(**batch).loss + m(**batch).loss)
-    assert twice == "task 'two': expected a loss of one pass of the encoder, got one of 2"
-    del batches["two"][1]["labels"]
-    assert "do the batches have labels?" in refusal(model_of("bert"), batches)
-
-
-def sped_up(monkeypatch):
-    seconds = itertools.cycle([[3.0, 3.0], [1.0, 1.0]])
-    monkeypatch.setattr(MODULE, "_seconds", lambda model: next(seconds))
-    return speed_up(sparse_model())
-
-
-def with_layers(change):
-    model = tiny_model().eval()
-    change(model.encoder.encoder.layer)
-    return model
-
-
-def adapted():
-    peft = pytest.importorskip("peft", reason="pip install 'hf_disparse[peft]'")
-    model = tiny_model().eval()
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["query"]), "two")
-    return model
-
-
-def changed_by(function, *arguments):
-    model = tiny_model().eval()
-    function(model, *arguments)
-    return model
-
-
-ODD = {
-    "sped up": (sped_up, "undo_speed_up"),
-    "bfloat16": (lambda _: tiny_model().bfloat16(), "try model.float().cpu()"),
-    "half": (lambda _: tiny_model().half(), "try model.float().cpu()"),
-    "adapters": (lambda _: adapted(), "shrink it before adding them"),
-    "private layers": (lambda _: changed_by(unshare, 1), "shrink it before unsharing"),
-    "skipped layers": (lambda _: changed_by(MultitaskModel.skip_layers, [1]), "hf_disparse.export.compact(model)"),
-    "a shared matrix": (
-        lambda _: with_layers(lambda layers: setattr(layers[1].output.dense, "weight", layers[0].output.dense.weight)),
-        "share weights",
-    ),
-    "a shared module": (
-        lambda _: with_layers(lambda layers: setattr(layers[1], "output", layers[0].output)),
-        "share weights",
-    ),
-    "a shared layer": (lambda _: with_layers(lambda layers: layers.__setitem__(1, layers[0])), "share weights"),
-    "unknown layers": (
-        lambda _: AlbertForSequenceClassification(
-            AlbertConfig(hidden_size=16, num_attention_heads=2, intermediate_size=8, vocab_size=64)
-        ),
-        "expected an encoder with the layers of BERT",
-    ),
-}
-
-
-@pytest.mark.parametrize("odd", ODD)
-def test_what_cannot_be_shrunk_says_why_before_anything_is_measured(odd, monkeypatch):
-    make, words = ODD[odd]
-    model = make(monkeypatch)
-    set_clock(monkeypatch, lambda encoder: pytest.fail("measured"))
-    message = refusal(model, some_batches())
-    assert message.startswith("shrink: ") and words in message
-
-
-def test_a_model_that_cannot_be_refitted_stays_as_it_was():
-    config = DebertaV2Config(**{**CONFIGS["deberta-v2"]().to_diff_dict(), "conv_kernel_size": 3, "conv_act": "gelu"})
-    model = MultitaskModel(MultitaskConfig(encoder_config=config, tasks=three_tasks())).eval()
-    assert "must follow one another directly" in refusal(model, some_batches())
-
-
 def test_a_model_whose_layers_were_skipped_is_shrunk_once_they_are_gone():
     model = model_of("bert")
     model.skip_layers([1])
     compact(model)
     shrink(model, some_batches(), speed())
     assert len(parts_of(model)["head"]) == 2
-
-
-def test_a_trainer_refuses_to_shrink_and_says_what_does(tmp_path):
-    with pytest.raises(UserError) as caught:
-        DisparseTrainer(
-            tiny_model(),
-            arguments(tmp_path),
-            pruning_config=SpeedConfig(speedup=3),
-            train_dataset=three_datasets(),
-            processing_class=tiny_tokenizer(),
-        )
-    message = str(caught.value)
-    assert "hf_disparse.shrink" in message and "masks=find_masks" in message and "\n" not in message
-    assert callable(hf_disparse.shrink) and callable(hf_disparse.find_masks)
-
-
-def test_who_asks_for_a_speed_prunes_to_a_speed(tmp_path):
-    config = PruningConfig.from_dict({"speedup": 5})
-    assert config == SpeedConfig(speedup=5) and type(config) is SpeedConfig and config.method == "speed"
-    assert PruningConfig.from_dict({"latency_ms": 2.5, "batch": 1}) == SpeedConfig(latency_ms=2.5, batch=1)
-    config = SpeedConfig(latency_ms=3, runtime="torch", length=7, threads=2, decision="joint", score_batches=3, seed=4)
-    config.save_pretrained(tmp_path)
-    assert PruningConfig.from_pretrained(tmp_path) == config == SpeedConfig.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({}, "speedup: expected either speedup or latency_ms, got neither"),
-        ({"speedup": 2, "latency_ms": 3}, "speedup: expected either speedup or latency_ms, got speedup and latency_ms"),
-        ({"speedup": 1}, "speedup: expected a number above 1, got 1"),
-        ({"speedup": 0.5}, "speedup: expected a number above 1, got 0.5"),
-        ({"speedup": -2}, "speedup: "),
-        ({"speedup": float("nan")}, "speedup: "),
-        ({"speedup": float("inf")}, "speedup: "),
-        ({"speedup": "3"}, "speedup: "),
-        ({"speedup": True}, "speedup: "),
-        ({"latency_ms": 0}, "latency_ms: "),
-        ({"speedup": 2, "runtime": "fsat"}, "runtime: unknown value 'fsat'"),
-        ({"speedup": 2, "batch": 0}, "batch: expected a whole number of at least 1"),
-        ({"speedup": 2, "length": 1.5}, "length: expected a whole number of at least 1"),
-        ({"speedup": 2, "threads": True}, "threads: expected a whole number of at least 1"),
-        ({"speedup": 2, "criterion": "magnitude", "decision": "sum"}, "decision: must be unanimous with criterion"),
-        ({"speedup": 2, "criterion": "snip"}, "criterion: "),
-        ({"speedup": 2, "decision": "quorum"}, "decision: "),
-        ({"speedup": 2, "score_batches": 0}, "score_batches: "),
-        ({"speedup": 2, "sparsity": 0.5}, "sparsity: "),
-        ({"speedup": 2, "granularity": "weight"}, "granularity: "),
-        ({"speedup": 2, "schedule": "cubic"}, "schedule: "),
-        ({"speedup": 2, "reconstruct": True}, "reconstruct: "),
-        ({"speedup": 2, "start_step": 3}, "start_step: "),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(values, message):
-    with pytest.raises(UserError) as caught:
-        SpeedConfig(**values)
-    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
