@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
+from hf_disparse.cli.options import experiment_of, numbers_or_names
 from hf_disparse.cli.quiet import quiet, rank
 from hf_disparse.cli.tables import (
     close_bars,
@@ -29,10 +30,6 @@ from hf_disparse.cli.tables import (
 )
 from hf_disparse.config.rows import help_text
 from hf_disparse.tasks.averages import average_name
-
-if TYPE_CHECKING:
-    from hf_disparse.compare.by_method import ByMethod
-    from hf_disparse.compare.equal_budget import EqualBudget
 
 app = typer.Typer(
     add_completion=False,
@@ -237,38 +234,10 @@ def compare(
     if output_dir is None:
         folder = parsed.output_dir.rstrip("/") + "-compare"
         parsed = replace(parsed, output_dir=folder, values={**parsed.values, "output_dir": folder})
-    experiment = _experiment(parsed, protocol, methods, criteria, sparsities, seeds, budgets)
+    experiment = experiment_of(parsed, protocol, methods, criteria, sparsities, seeds, budgets)
     with _stopping(lambda: f"{progress(experiment.folder, experiment.cells)}, the same command goes on"):
         report = experiment.run()
     print_comparison(report, parsed.output_dir, experiment)
-
-
-def _experiment(recipe, protocol, methods, criteria, sparsities, seeds, budgets) -> "ByMethod | EqualBudget":
-    """Returns the experiment that the options of `compare` describe."""
-    from hf_disparse.compare.by_method import ByMethod, default_criterion, grid
-    from hf_disparse.compare.equal_budget import EqualBudget
-    from hf_disparse.config import UserError
-
-    if not recipe.pruning.in_training:
-        raise UserError(
-            "pruning.speedup: compare needs a recipe that prunes to a sparsity, which all methods can reach; "
-            "set pruning.sparsity instead"
-        )
-    points = _list(str(recipe.pruning.sparsity) if sparsities is None else sparsities, "--sparsities", float)
-    every_seed = _list(seeds, "--seeds", int)
-    if protocol == "equal-budget":
-        for option, value in (("--methods", methods), ("--criteria", criteria)):
-            if value is not None:
-                raise UserError(
-                    f"{option}: only applies to --protocol methods, as equal-budget prunes as the recipe does"
-                )
-        wanted = () if budgets is None else _list(budgets, "--budgets", float)
-        return EqualBudget(recipe, tuple(points), tuple(every_seed), tuple(wanted))
-    if budgets is not None:
-        raise UserError("--budgets: only applies to --protocol equal-budget")
-    names = _list("dense,random,magnitude,joint,unanimous" if methods is None else methods, "--methods", str)
-    kinds = _list(default_criterion(recipe.pruning) if criteria is None else criteria, "--criteria", str)
-    return ByMethod(recipe, grid(names, kinds, points, every_seed))
 
 
 @app.command(name="analyze", epilog="Example: hf-disparse analyze runs/quickstart --within 2")
@@ -297,7 +266,7 @@ def analyze_(
     quiet()
     from hf_disparse.runs import analyze
 
-    curve = analyze.Curve(tuple(_list(sparsities, "--sparsities", float)), within, recover)
+    curve = analyze.Curve(tuple(numbers_or_names(sparsities, "--sparsities", float)), within, recover)
     print_analysis(*analyze.analyze(model, recipe_path, overrides, curve=curve, output_dir=output_dir))
 
 
@@ -408,16 +377,3 @@ def push(
         "token": token,
     }
     print(f"pushed: {export.push(model, repo_id, format_, **options)}")
-
-
-def _list(text: str, where: str, kind) -> list:
-    """Returns the values between the commas."""
-    from hf_disparse.config import UserError
-
-    try:
-        values = [kind(part.strip()) for part in text.split(",") if part.strip()]
-    except ValueError:
-        values = []
-    if not values:
-        raise UserError(f"{where}: expected values separated by commas, got {text!r}")
-    return values

@@ -43,19 +43,7 @@ def print_comparison(report: dict, folder: str, experiment) -> None:
 def print_results(results: dict, folder: str) -> None:
     """Prints what a run cost each task and what it saved."""
     print(f"dense against sparse: {folder}")  # not as the table's title, which would wrap at its width
-    table = new_table("task", "metric", "majority", "dense", "sparse", "difference")
-    for task, metrics in results["dense"]["tasks"].items():
-        for metric, dense in metrics.items():
-            sparse = results["sparse"]["tasks"][task][metric]
-            majority = results["majority"][task] if metric == "accuracy" else None
-            shown = "" if majority is None else f"{majority:.1f}"
-            table.add_row(task, metric, shown, f"{dense:.1f}", f"{sparse:.1f}", f"{sparse - dense:+.1f}")
-    dense, sparse = results["dense"]["average"], results["sparse"]["average"]
-    table.add_section()
-    table.add_row(
-        average_name(results["dense"]["tasks"]), "", "", f"{dense:.1f}", f"{sparse:.1f}", f"{sparse - dense:+.1f}"
-    )
-    Console().print(table)
+    _print_differences(results, "dense", "sparse")
     print_sparsity(results["sparsity"])
     if "guard" in results:
         print_guard(results["guard"])
@@ -70,18 +58,27 @@ def print_results(results: dict, folder: str) -> None:
 
 def print_shrunk(results: dict, folder: str) -> None:
     """Prints what shrinking a model cost each task and what it gained."""
-    table = new_table("task", "metric", "before", "after", "difference")
-    before, after = results["dense"], results["sparse"]
-    for task, metrics in before["tasks"].items():
-        for metric, value in metrics.items():
-            now = after["tasks"][task][metric]
-            table.add_row(task, metric, f"{value:.1f}", f"{now:.1f}", f"{now - value:+.1f}")
-    table.add_section()
-    ends = before["average"], after["average"]
-    table.add_row(average_name(before["tasks"]), "", *(f"{x:.1f}" for x in ends), f"{ends[1] - ends[0]:+.1f}")
-    Console().print(table)
+    _print_differences(results, "before", "after")
     print_speed(results["speed"], folder)
     print(f"written: {folder}")
+
+
+def _print_differences(results: dict, before: str, after: str) -> None:
+    """Prints each task's metrics before pruning and after, beside the majority's accuracy where it is known."""
+    table = new_table("task", "metric", *(["majority"] if "majority" in results else []), before, after, "difference")
+
+    def add(task: str, metric: str, majority: float | None, dense: float, sparse: float) -> None:
+        shown = ["" if majority is None else f"{majority:.1f}"] if "majority" in results else []
+        table.add_row(task, metric, *shown, f"{dense:.1f}", f"{sparse:.1f}", f"{sparse - dense:+.1f}")
+
+    for task, metrics in results["dense"]["tasks"].items():
+        for metric, dense in metrics.items():
+            majority = results["majority"][task] if "majority" in results and metric == "accuracy" else None
+            add(task, metric, majority, dense, results["sparse"]["tasks"][task][metric])
+    table.add_section()
+    dense, sparse = results["dense"], results["sparse"]
+    add(average_name(dense["tasks"]), "", None, dense["average"], sparse["average"])
+    Console().print(table)
 
 
 def print_speed(speed: dict, model: str) -> None:

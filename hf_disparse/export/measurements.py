@@ -49,8 +49,7 @@ def measure_speed(model: MultitaskModel, tokens: int, dense: MultitaskModel | No
     Returns:
         `tokens`, `threads`, `milliseconds` (number of texts -> {"dense": x, "fast": y}, the least of a few passes) and
         `megabytes` ({"dense": x, "fast": y}, the encoder's weights in memory, embeddings included). With `dense`, "compact" is
-        the model in plain torch. Where `speed_up` leaves the
-        model as it is, "fast" is missing and `reason` says why.
+        the model in plain torch. Where `speed_up` leaves the model as it is, "fast" is missing and `reason` says why.
     """
     threads, training, encoder = torch.get_num_threads(), model.encoder.training, model.encoder.eval()
     if encoder.dtype != torch.float32:

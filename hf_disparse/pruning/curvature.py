@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_disparse.pruning.reconstruction import DAMPING, damped
+
 
 @dataclass(frozen=True)
 class Removal:
@@ -36,11 +38,9 @@ class Removal:
     rise: Tensor
 
 
-def inverse(gram: Tensor, damping: float = 0.01) -> Tensor:
-    """(H + d)^-1 with d = damping * mean(diag H), as in `reconstruction.fit`. Shapes: (in, in) -> (in, in) float64."""
-    gram = gram.double()
-    strength = damping * gram.diagonal().mean().clamp_min(1e-12)
-    return torch.linalg.inv(gram + strength * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+def inverse(gram: Tensor, damping: float = DAMPING) -> Tensor:
+    """(H + d)^-1 with the d of the refit, see `reconstruction.damped`. Shapes: (in, in) -> (in, in) float64."""
+    return torch.linalg.inv(damped(gram.double(), damping)[0])
 
 
 def remove_parts(weight: Tensor, inverse: Tensor, curvature: Tensor, owner: Tensor, step: int = 1) -> Removal:
@@ -72,13 +72,13 @@ def remove_parts(weight: Tensor, inverse: Tensor, curvature: Tensor, owner: Tens
     return Removal(torch.tensor(order + alive), torch.tensor(left), torch.stack(rises))
 
 
-def weight_rise(weight: Tensor, inverse: Tensor, curvature: Tensor) -> Tensor:
-    """1/2 G_t,ii w_ij^2 / H^-1_jj: what removing one weight alone costs each task, once its row is refitted.
+def weight_rise(weight: Tensor, inverse: Tensor) -> Tensor:
+    """1/2 w_ij^2 / H^-1_jj: what removing one weight alone costs where G_ii = 1, once its row is refitted; task t pays G_t,ii times that.
 
-    Source: Frantar and Alistarh 2023 (arXiv 2301.00774), eq. 3, with each task's curvature of the output.
-    Shapes: weight (out, in), inverse H^-1 (in, in), curvature, the diagonals of G_t, (tasks, out) -> (tasks, out, in) float64.
+    Source: Frantar and Alistarh 2023 (arXiv 2301.00774), eq. 3.
+    Shapes: weight (out, in), inverse H^-1 (in, in) -> (out, in) float64.
     """
-    return curvature.double()[:, :, None] * (weight.double().square() / inverse.diagonal())[None] / 2
+    return weight.double().square() / inverse.diagonal() / 2
 
 
 def row_rise(row: Tensor, inverse: Tensor, gone: Tensor) -> float:

@@ -19,10 +19,17 @@ from hf_disparse.config import UserError
 from hf_disparse.pruning.scores import Average, Batch, LossFunction, evaluating
 
 _LAYER = re.compile(r"(?P<list>.+?)\.(?P<number>\d+)\.(?P<linear>.+)\.weight")
+DAMPING = 0.01
 Calls = dict[nn.Module, list[tuple[Tensor, Tensor]]]
 
 
-def fit(gram: Tensor, cross: Tensor, weight: Tensor, keep: Tensor, damping: float = 0.01) -> Tensor:
+def damped(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+    """H + d and d = damping * mean(diag H), which is above 0 even if all inputs are zero. Shapes: (in, in) -> (in, in), ()."""
+    strength = damping * gram.diagonal().mean().clamp_min(1e-12)
+    return gram + strength * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), strength
+
+
+def fit(gram: Tensor, cross: Tensor, weight: Tensor, keep: Tensor, damping: float = DAMPING) -> Tensor:
     """The W, zero where `keep` is False, that minimises |X W^T - Y|^2 + d |W - weight|^2, d = damping * mean(diag(X^T X)).
 
     Each row is solved on its own, over the columns M that it keeps: w_M = (X_M^T X_M + d)^-1 (X_M^T y + d weight_M). Rows that
@@ -31,8 +38,7 @@ def fit(gram: Tensor, cross: Tensor, weight: Tensor, keep: Tensor, damping: floa
 
     Shapes: gram X^T X (in, in), cross X^T Y (in, out), weight and keep (out, in) -> (out, in); float64, `keep` bool.
     """
-    strength = damping * gram.diagonal().mean().clamp_min(1e-12)  # if all inputs are zero, the weight stays as it is
-    gram = gram + strength * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    gram, strength = damped(gram, damping)
     cross = cross + strength * weight.T
     alike: dict[bytes, list[int]] = {}
     for row, columns in enumerate(keep.cpu().numpy()):

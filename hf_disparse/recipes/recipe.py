@@ -165,10 +165,8 @@ def parse_recipe(values: dict[str, Any], *, of_run: bool = False) -> Recipe:
     if pruning.quorum > votes:
         raise UserError(f"pruning.quorum: expected at most the number of tasks, {votes}, got {pruning.quorum}")
     if not pruning.in_training and "distillation" not in {**sections["training"], **sections["recovery"]}:
-        sections["recovery"] = {
-            **sections["recovery"],
-            "distillation": 0.5,
-        }  # the dense model teaches what shrinking lost
+        # The dense model teaches what shrinking lost.
+        sections["recovery"] = {**sections["recovery"], "distillation": 0.5}
     dense, sparse, training, recovery = _phases(sections["training"], sections["recovery"], output_dir, seed)
     recipe = Recipe(
         model=model,

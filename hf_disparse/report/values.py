@@ -146,9 +146,8 @@ def speed_rows(speed: Mapping) -> list[tuple[str, float, float | None, float | N
         f"milliseconds, {texts} text{'s' * (texts != '1')}": value for texts, value in speed["milliseconds"].items()
     }
     named["megabytes in memory"] = speed["megabytes"]
-    best = {
-        name: value.get("fast", value.get("compact")) for name, value in named.items()
-    }  # compact: gains in plain torch too
+    # A compact model gains in plain torch, too, where it cannot be sped up.
+    best = {name: value.get("fast", value.get("compact")) for name, value in named.items()}
     gains = {name: value["dense"] / best[name] for name, value in named.items() if best[name]}
     return [(name, value["dense"], best[name], gains.get(name)) for name, value in named.items()]
 

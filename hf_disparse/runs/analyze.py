@@ -28,7 +28,7 @@ from hf_disparse.recipes.recipe import Recipe
 from hf_disparse.report.write import write_report
 from hf_disparse.runs.evaluate import judge_as, open_run
 from hf_disparse.runs.folder import RECIPE_NAME
-from hf_disparse.runs.setup import Splits, new_model, new_trainer, prepare
+from hf_disparse.runs.setup import Splits, new_model, new_trainer, only_judging, prepare
 from hf_disparse.runs.train import load_model
 from hf_disparse.tasks.averages import average
 from hf_disparse.trainer import DisparseTrainer
@@ -166,8 +166,7 @@ def _plain(recipe: Recipe) -> Recipe:
         exclude_modules=own.exclude_modules,
         seed=asked.get("seed", recipe.seed),
     )
-    quiet = {"report_to": "none", "distillation": 0.0, "distillation_hidden": 0.0}
-    return replace(recipe, pruning=pruning, sparse=replace(recipe.sparse, **quiet))
+    return only_judging(replace(recipe, pruning=pruning))
 
 
 def _stages(source: Path, recipe: Recipe) -> dict[str, Callable[[], MultitaskModel]]:

@@ -1,6 +1,5 @@
 """Evaluates a model on the validation data of a recipe."""
 
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +17,7 @@ from hf_disparse.model.prunable import prunable_parameters
 from hf_disparse.model.sparsity import sparsity_report
 from hf_disparse.recipes.recipe import Recipe, read_recipe
 from hf_disparse.runs.folder import RECIPE_NAME
-from hf_disparse.runs.setup import Splits, new_trainer, prepare
+from hf_disparse.runs.setup import Splits, new_trainer, only_judging, prepare
 from hf_disparse.tasks.averages import average
 from hf_disparse.trainer import DisparseTrainer
 
@@ -33,7 +32,7 @@ def evaluate(model_name: str, recipe_path: str | None = None, overrides=(), fast
         `speed` as `measure_speed` returns it.
     """
     source, recipe = open_run(model_name, recipe_path, overrides)
-    recipe = replace(recipe, sparse=replace(recipe.sparse, report_to="none"))  # there is no training to track
+    recipe = only_judging(recipe)
     model = load_pretrained(model_name, MultitaskModel, source)
     judge_as(recipe, model)
     tokenizer, data, _ = prepare(recipe, source, splits=("validation",))

@@ -74,6 +74,12 @@ def sizes(data: Splits) -> dict[str, dict[str, int]]:
     return {split: {name: len(rows) for name, rows in tasks.items()} for split, tasks in data.items()}
 
 
+def only_judging(recipe: Recipe) -> Recipe:
+    """Returns the recipe without teachers and reporting in the sparse phase, for scoring and evaluation, which need neither."""
+    quiet = {"report_to": "none", "distillation": 0.0, "distillation_hidden": 0.0}
+    return replace(recipe, sparse=replace(recipe.sparse, **quiet))
+
+
 def new_trainer(recipe: Recipe, phase: str, folder, model, tokenizer, data: Splits, teachers=None) -> DisparseTrainer:
     """Returns the trainer of a phase, with its checkpoints in `folder`."""
     arguments = replace(getattr(recipe, phase), output_dir=str(folder))

@@ -25,7 +25,7 @@ from hf_disparse.recipes.recipe import Recipe, public
 from hf_disparse.recipes.yaml_text import dump_yaml
 from hf_disparse.runs.evaluate import judge_as, metrics_on, open_run
 from hf_disparse.runs.folder import PHASE_NAME, RECIPE_NAME, find_json
-from hf_disparse.runs.setup import Splits, environment, new_trainer, prepare, sizes
+from hf_disparse.runs.setup import Splits, environment, new_trainer, only_judging, prepare, sizes
 from hf_disparse.speed.shrink import Shrunk, shrink
 from hf_disparse.trainer import DisparseTrainer
 from hf_disparse.trainer.scoring import ScoringBatches
@@ -48,13 +48,11 @@ def shrink_phase(
     if done := find_json(folder / PHASE_NAME):
         return done
     begin, model, config = time.perf_counter(), load_model(start).float(), recipe.pruning
-    trainer = new_trainer(_untaught(recipe), "sparse", folder, model, tokenizer, data)
+    trainer = new_trainer(only_judging(recipe), "sparse", folder, model, tokenizer, data)
     found = _shrink(model, trainer, recipe, config)
     result = {**found.to_dict(), "seconds": time.perf_counter() - begin}
     with writing(folder):
-        model.save_pretrained(folder)
-        config.save_pretrained(folder)
-        write_whole(folder / TABLE_NAME, json.dumps(asdict(found.table), indent=1) + "\n")
+        _save(model, config, found, folder)
         sync(folder)
         write_whole(folder / PHASE_NAME, json.dumps(result))
     return result
@@ -82,7 +80,7 @@ def shrink_model(
     if launched() != 1:
         raise UserError("shrink: expected one process, without torchrun")
     source, recipe = open_run(model_name, recipe_path, overrides)
-    recipe = _untaught(replace(recipe, pruning=config, output_dir=str(output_dir)))
+    recipe = only_judging(replace(recipe, pruning=config, output_dir=str(output_dir)))
     with new_folder(output_dir) as folder:
         model = load_pretrained(model_name, MultitaskModel, source).float()
         judge_as(recipe, model)
@@ -106,20 +104,19 @@ def shrink_model(
             "speed": measure_speed(model, recipe.model.max_length, load_pretrained(model_name, MultitaskModel, source)),
             "environment": environment(),
         }
-        model.save_pretrained(folder)
+        _save(model, config, found, folder)
         tokenizer.save_pretrained(folder)
-        config.save_pretrained(folder)
-        write_whole(folder / TABLE_NAME, json.dumps(asdict(found.table), indent=1) + "\n")
         write_whole(folder / RECIPE_NAME, dump_yaml(recipe.values))
         write_whole(folder / RESULTS_NAME, json.dumps(results, indent=2) + "\n")
         write_card(folder, Path(output_dir).resolve().name, results=results)
     return results
 
 
-def _untaught(recipe: Recipe) -> Recipe:
-    """The recipe without teachers and reporting, neither of which scoring and evaluation need."""
-    quiet = {"distillation": 0.0, "distillation_hidden": 0.0, "report_to": "none"}
-    return replace(recipe, sparse=replace(recipe.sparse, **quiet))
+def _save(model: MultitaskModel, config: SpeedConfig, found: Shrunk, folder: Path) -> None:
+    """Writes a shrunk model, its config and the table that it was shrunk by."""
+    model.save_pretrained(folder)
+    config.save_pretrained(folder)
+    write_whole(folder / TABLE_NAME, json.dumps(asdict(found.table), indent=1) + "\n")
 
 
 def _shrink(model: MultitaskModel, trainer: DisparseTrainer, recipe: Recipe, config: SpeedConfig) -> Shrunk:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_disparse.pruning.budget import Options, choose
-from hf_disparse.pruning.curvature import inverse, remove_parts, row_rise
+from hf_disparse.pruning.curvature import inverse, remove_parts, row_rise, weight_rise
 from hf_disparse.pruning.decision import Masks
 from hf_disparse.pruning.parts import Site, mask_of_parts
 from hf_disparse.speed.latency import LatencyTable
@@ -65,11 +65,7 @@ class JudgedSite:
             owner,
             step=max(1, site.parts // _STEPS),
         )
-        # A weight alone costs task t 1/2 G_t,ii w_ij^2 / H^-1_jj (`curvature.weight_rise`): a row's factor times this.
-        alone = {
-            module: (weights[f"{module}.weight"].double().square() / inverses[module].diagonal() / 2).float()
-            for module in site.members
-        }
+        alone = {module: weight_rise(weights[f"{module}.weight"], inverses[module]).float() for module in site.members}
         self.score = {
             f"{module}.weight": alone[module] * found.diagonal[module].amax(0)[:, None] for module in site.members
         }

@@ -87,9 +87,8 @@ class Timer:
     def of_layers(self, copies: int, zeros: float, **parts: int) -> float:
         """Returns the seconds of an encoder of `copies` layers with so many heads and neurons and this fraction of zeros."""
         widest = self._widest[max(parts, key=parts.get)]
-        encoder = copy.deepcopy(
-            self._skeleton, {id(p): p for p in self._skeleton.parameters()}
-        )  # shares the embeddings
+        shared = {id(p): p for p in self._skeleton.parameters()}  # the embeddings
+        encoder = copy.deepcopy(self._skeleton, shared)
         encoder.config.num_hidden_layers = copies
         layers = encoder.get_submodule(self.layout.layers)
         layers.extend(copy.deepcopy(widest) for _ in range(copies))

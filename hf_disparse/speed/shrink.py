@@ -13,14 +13,13 @@ from transformers import PreTrainedModel
 
 from hf_disparse.config import SpeedConfig, UserError
 from hf_disparse.export.compact import compact
-from hf_disparse.fast.families import token_limit
+from hf_disparse.export.measurements import tokens_to_time
 from hf_disparse.model.adapters import has_adapters
-from hf_disparse.model.architectures import find_sites, layout_of
-from hf_disparse.model.prunable import prunable_parameters
+from hf_disparse.model.architectures import layout_of
+from hf_disparse.model.prunable import prunable_parameters, prunable_sites
 from hf_disparse.model.unshared import PRIVATE
 from hf_disparse.pruning.decision import Masks
 from hf_disparse.pruning.masks import apply_masks
-from hf_disparse.pruning.parts import Sites
 from hf_disparse.pruning.reconstruction import reconstruct
 from hf_disparse.pruning.scores import Batch, LossFunction, model_loss
 from hf_disparse.pruning.sped_up import refuse_sped_up
@@ -28,7 +27,7 @@ from hf_disparse.speed.choice import Choice, JudgedSite, best_choices
 from hf_disparse.speed.latency import KINDS, LatencyTable, Timer, measure_table
 from hf_disparse.speed.statistics import gather, of_magnitude
 
-_LENGTH = 128  # tokens, if neither the config nor the encoder says
+_LENGTH = 128  # tokens, if the config does not say
 _TRIES, _CLOSE = 4, 0.03  # how often the budget is corrected by a measurement, and how far below it is good enough
 
 
@@ -101,7 +100,7 @@ def shrink(
     if not batches or not all(batches.values()):
         task = next((f"task '{task}'" for task, of_task in batches.items() if not of_task), "any task")
         raise UserError(f"shrink: expected batches of every task to judge by, got none of {task}")
-    length = min(config.length or _LENGTH, token_limit(encoder.config) or _LENGTH)
+    length = tokens_to_time(encoder.config, config.length or _LENGTH)
     with _threads(config.threads):
         timer = Timer(encoder, config.runtime, config.batch, length)
         before, table = timer.before(), measure_table(timer, progress)
@@ -131,7 +130,7 @@ def shrink(
         predicted=1000
         * (table.least + sum(table.at(sites[name].kind, c.parts, c.zeros) for name, c in choices.items())),
         after=1000 * after,
-        parts={kind: [site.parts for site in _sites(model)[kind].values()] for kind in KINDS},
+        parts={kind: [site.parts for site in prunable_sites(model, config)[kind].values()] for kind in KINDS},
         zeros={kind: [c.zeros for name, c in choices.items() if sites[name].kind == kind] for kind in KINDS},
         table=table,
     )
@@ -174,7 +173,7 @@ def _judge(
 ) -> dict[str, JudgedSite]:
     """Site -> what its parts and weights cost the tasks, in the order of the layers."""
     weights = {name: p.detach() for name, p in prunable_parameters(model).items()}
-    places = {name: (kind, site) for kind in KINDS for name, site in _sites(model)[kind].items()}
+    places = {name: (kind, site) for kind in KINDS for name, site in prunable_sites(model, config)[kind].items()}
     readers = [module for _, site in places.values() for module, (dim, _) in site.members.items() if dim == 1]
     if config.criterion == "curvature":
         found = gather(model, [n.removesuffix(".weight") for n in weights], readers, batches, loss_fn, progress)
@@ -231,13 +230,6 @@ def _too_fast(possible: float, wanted: float) -> UserError:
         f"speedup: expected at least {1000 * possible:.3g} ms a pass on this machine, got {1000 * wanted:.3g} ms; ask for "
         "less speed, or drop layers first"
     )
-
-
-def _sites(model: PreTrainedModel) -> Sites:
-    """The sites of the encoder, by the names of the model's modules."""
-    encoder = model.base_model
-    prefix = next(name for name, module in model.named_modules() if module is encoder)
-    return find_sites(encoder, f"{prefix}." if prefix else "")
 
 
 @contextmanager

@@ -81,6 +81,7 @@ def gather(
     """
     names, readers = list(modules), set(readers)
     found, given_rows, shared = Statistics(), dict.fromkeys(names, 0), {}
+    means: dict[str, list[Tensor]] = {name: [] for name in names}  # of each task
     for task, of_task in batches.items():
         curvature: dict[str, Tensor] = {}
         mine = 0
@@ -100,12 +101,13 @@ def gather(
         if not mine:
             raise UserError(f"task '{task}': expected at least one batch to judge by, got none")
         for name, total in curvature.items():
-            mean = (total / mine)[None]
-            if name in readers:
-                found.curvature[name] = torch.cat([*([found.curvature[name]] if name in found.curvature else []), mean])
-                mean = mean.diagonal(dim1=1, dim2=2)
-            found.diagonal[name] = torch.cat([*([found.diagonal[name]] if name in found.diagonal else []), mean])
+            means[name].append(total / mine)
     for name in names:
+        of_tasks = torch.stack(means[name])
+        if name in readers:
+            found.curvature[name] = of_tasks
+            of_tasks = of_tasks.diagonal(dim1=1, dim2=2)
+        found.diagonal[name] = of_tasks
         found.gram[name] = found.gram[name] / given_rows[name] if shared[name] == name else found.gram[shared[name]]
     return found
 
